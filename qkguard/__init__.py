@@ -1,0 +1,1 @@
+"""qkguard: keep long-range recall through chain-of-thought SFT."""

@@ -1,0 +1,222 @@
+"""Which rows of which parameters make queries and keys: the one description everything downstream reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+
+import torch
+from torch import Tensor
+
+from qkguard.errors import QKGuardError
+
+
+@dataclass(frozen=True, order=True)
+class Block:
+    """Rows `start:stop` (columns, where `ParamMap.dim` is 1) of one parameter and what they feed.
+
+    `role` is the letters of everything the rows feed, in the order "qkv": "q" and "k" can be restored; a role with
+    a "v" in it is *entangled* (MLA's shared latent): restoring it would also change the values. `head` is the query
+    head for "q", the key-value head for "k", None where the rows serve several heads.
+    """
+
+    start: int
+    stop: int
+    role: str
+    head: int | None = None
+
+    @property
+    def entangled(self) -> bool:
+        return "v" in self.role
+
+
+@dataclass(frozen=True)
+class ParamMap:
+    """The query and key rows of one parameter.
+
+    `name` is the name in `model.named_parameters()`, `shape` the full (unsharded) shape, `dim` the dimension that
+    `blocks` index: 0 for `nn.Linear.weight` and biases, 1 for GPT-2's transposed Conv1D. Blocks are sorted, do not
+    overlap and never cover rows that feed nothing but values, gates or other things.
+
+    The *compact* tensor of a parameter holds only the selected rows, in order: shape `compact_shape`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dim: int
+    kind: str  # "weight", "bias" or "norm"
+    blocks: tuple[Block, ...]
+
+    def __post_init__(self) -> None:
+        previous = 0
+        for block in self.blocks:
+            if not previous <= block.start < block.stop <= self.shape[self.dim]:
+                raise QKGuardError(
+                    f"{self.name}: block {block.start}:{block.stop} overlaps its neighbour or leaves dimension "
+                    f"{self.dim} of shape {self.shape}; blocks must be sorted and disjoint"
+                )
+            previous = block.stop
+
+    def only(self, keep: Callable[[Block], bool]) -> ParamMap:
+        """The same parameter with the blocks that `keep` accepts."""
+        return replace(self, blocks=tuple(b for b in self.blocks if keep(b)))
+
+    @property
+    def ranges(self) -> tuple[tuple[int, int], ...]:
+        """Half-open ranges along `dim`, neighbouring blocks joined."""
+        return join_ranges((b.start, b.stop) for b in self.blocks)
+
+    @property
+    def whole(self) -> bool:
+        return self.ranges == ((0, self.shape[self.dim]),)
+
+    @property
+    def compact_shape(self) -> tuple[int, ...]:
+        shape = list(self.shape)
+        shape[self.dim] = sum(b.stop - b.start for b in self.blocks)
+        return tuple(shape)
+
+    @property
+    def numel(self) -> int:
+        """Number of selected elements."""
+        return prod(self.compact_shape)
+
+    @property
+    def full_numel(self) -> int:
+        return prod(self.shape)
+
+    def take(self, full: Tensor) -> Tensor:
+        """Full tensor -> compact tensor (a view where the selection is one range)."""
+        self._check(full)
+        parts = [full.narrow(self.dim, lo, hi - lo) for lo, hi in self.ranges]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)
+
+    def put(self, full: Tensor, compact: Tensor) -> None:
+        """Write a compact tensor into the selected rows of a full one, in place."""
+        self._check(full)
+        offset = 0
+        for lo, hi in self.ranges:
+            full.narrow(self.dim, lo, hi - lo).copy_(compact.narrow(self.dim, offset, hi - lo))
+            offset += hi - lo
+
+    def compact_blocks(self) -> list[tuple[Block, int, int]]:
+        """Every block with its half-open range along `dim` of the compact tensor."""
+        out, offset = [], 0
+        for block in self.blocks:
+            size = block.stop - block.start
+            out.append((block, offset, offset + size))
+            offset += size
+        return out
+
+    def flat_runs(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Selected elements within `start:stop` of the flattened parameter, as half-open runs relative to `start`.
+
+        The runs concatenated are exactly elements `compact_offset(start):compact_offset(stop)` of the flattened
+        compact tensor: a flat shard of the parameter holds a contiguous piece of the compact one.
+        """
+        inner = prod(self.shape[self.dim + 1 :])
+        period = self.shape[self.dim] * inner
+        runs = []
+        for outer in range(start // period, -(-stop // period) if period else 0):
+            base = outer * period
+            for lo, hi in self.ranges:
+                a, b = max(base + lo * inner, start), min(base + hi * inner, stop)
+                if a < b:
+                    runs.append((a - start, b - start))
+        return runs
+
+    def compact_offset(self, position: int) -> int:
+        """How many selected elements lie before flat element `position` of the full parameter."""
+        inner = prod(self.shape[self.dim + 1 :])
+        outer, rest = divmod(position, self.shape[self.dim] * inner)
+        selected = sum(hi - lo for lo, hi in self.ranges) * inner
+        return outer * selected + sum(max(0, min(rest, hi * inner) - lo * inner) for lo, hi in self.ranges)
+
+    def _check(self, full: Tensor) -> None:
+        if tuple(full.shape) != self.shape:
+            raise QKGuardError(
+                f"{self.name}: expected shape {self.shape}, found {tuple(full.shape)}; "
+                "the layout belongs to another model"
+            )
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """One softmax-attention layer: where its queries and keys come from, and their geometry.
+
+    `layer` counts decoder layers of any kind from 0 (None where the module is outside the layer list); `module` is
+    the attention module's name; `kind` follows `config.layer_types` ("full_attention", "sliding_attention", ...).
+    `rotary` is "half", "interleaved", "none" (NoPE, or positions added elsewhere) or None where unknown;
+    `rotary_dim` is the number of rotated channels per head. Under grouped-query attention query head h reads
+    key head `h // (num_heads // num_kv_heads)`.
+    """
+
+    layer: int | None
+    module: str
+    kind: str
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    params: tuple[ParamMap, ...]
+    rotary: str | None = None
+    rotary_dim: int = 0
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def sliding(self) -> bool:
+        return "sliding" in self.kind or "chunked" in self.kind
+
+
+def join_ranges(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Sorted half-open ranges with overlapping and touching ones joined."""
+    out: list[tuple[int, int]] = []
+    for lo, hi in sorted(ranges):
+        if out and lo <= out[-1][1]:
+            out[-1] = (out[-1][0], max(hi, out[-1][1]))
+        else:
+            out.append((lo, hi))
+    return tuple(out)
+
+
+def select(
+    specs: Sequence[AttentionSpec],
+    *,
+    parts: Sequence[str] = ("q", "k"),
+    layers: Sequence[int] | None = None,
+    include_norms: bool = False,
+    include_sliding_window: bool = True,
+    entangled: str = "keep",
+) -> list[tuple[AttentionSpec, tuple[ParamMap, ...]]]:
+    """The rows to restore, layer by layer: every parameter once, under the first layer that owns it.
+
+    `parts` chooses among "q" and "k" (rows that feed both need both); `entangled` is "keep" (rows that also feed
+    values are left out), "restore" (they are included) or "refuse".
+    """
+    wanted = set(parts) | ({"v"} if entangled == "restore" else set())
+
+    def keep(block: Block) -> bool:
+        return set(block.role) <= wanted and block.role != "v"
+
+    out, seen = [], set()
+    for spec in specs:
+        if layers is not None and spec.layer not in layers:
+            continue
+        if spec.sliding and not include_sliding_window:
+            continue
+        if entangled == "refuse" and (names := [p.name for p in spec.params if any(b.entangled for b in p.blocks)]):
+            raise QKGuardError(
+                f"{', '.join(names)}: rows feed keys and values alike, so they cannot be restored alone; "
+                'set entangled to "keep" (leave them tuned) or "restore" (take them back with the values)'
+            )
+        maps = []
+        for param in spec.params:
+            if param.name in seen or (param.kind == "norm" and not include_norms):
+                continue
+            param = param.only(keep)
+            if param.blocks:
+                seen.add(param.name)
+                maps.append(param)
+        if maps:
+            out.append((spec, tuple(maps)))
+    return out
