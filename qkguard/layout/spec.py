@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +30,14 @@ class Block:
     @property
     def entangled(self) -> bool:
         return "v" in self.role
+
+
+class Run(NamedTuple):
+    """Elements of one role in a flat shard: `shard[flat]` are `piece[compact]` of the shard's compact piece."""
+
+    role: str
+    flat: slice | Tensor
+    compact: slice | Tensor
 
 
 @dataclass(frozen=True)
@@ -109,22 +118,49 @@ class ParamMap:
             offset += size
         return out
 
-    def flat_runs(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """Selected elements within `start:stop` of the flattened parameter, as half-open runs relative to `start`.
+    def runs(self, start: int, stop: int) -> list[Run]:
+        """The selected elements within `start:stop` of the flattened parameter, role by role.
 
-        The runs concatenated are exactly elements `compact_offset(start):compact_offset(stop)` of the flattened
-        compact tensor: a flat shard of the parameter holds a contiguous piece of the compact one.
+        Taken in order, their compact positions are exactly `compact_offset(start):compact_offset(stop)`: a flat shard
+        of the parameter holds one contiguous piece of the flattened compact tensor.
         """
         inner = prod(self.shape[self.dim + 1 :])
-        period = self.shape[self.dim] * inner
-        runs = []
-        for outer in range(start // period, -(-stop // period) if period else 0):
-            base = outer * period
-            for lo, hi in self.ranges:
-                a, b = max(base + lo * inner, start), min(base + hi * inner, stop)
-                if a < b:
-                    runs.append((a - start, b - start))
+        origin = self.compact_offset(start)
+        if prod(self.shape[: self.dim]) > 1:  # transposed Conv1D: the rows are columns, one short run per line
+            flat = torch.arange(start, stop)
+            row = flat // inner % self.shape[self.dim]
+            chosen = torch.zeros(len(flat), dtype=torch.bool)
+            inside = {}
+            for block in self.blocks:
+                inside[block] = (row >= block.start) & (row < block.stop)
+                chosen |= inside[block]
+            position = chosen.cumsum(0) - 1
+            by_role: dict[str, Tensor] = {}
+            for block, mask in inside.items():
+                by_role[block.role] = by_role.get(block.role, torch.zeros_like(mask)) | mask
+            return [Run(role, mask.nonzero()[:, 0], position[mask]) for role, mask in by_role.items() if mask.any()]
+        runs: list[Run] = []
+        for block, lo, _ in self.compact_blocks():
+            a, b = max(block.start * inner, start), min(block.stop * inner, stop)
+            if a >= b:
+                continue
+            shift = (lo - block.start) * inner - origin  # flat position -> position in this shard's compact piece
+            last = runs[-1] if runs else None
+            if last and last.role == block.role and last.flat.stop == a - start:
+                runs[-1] = Run(block.role, slice(last.flat.start, b - start), slice(last.compact.start, b + shift))
+            else:
+                runs.append(Run(block.role, slice(a - start, b - start), slice(a + shift, b + shift)))
         return runs
+
+    def take_flat(self, flat: Tensor, start: int) -> Tensor:
+        """Elements of a flat shard that begins at `start` of the parameter -> its piece of the compact tensor (1-D)."""
+        if self.whole:
+            return flat
+        stop = start + flat.numel()
+        piece = flat.new_empty(self.compact_offset(stop) - self.compact_offset(start))
+        for run in self.runs(start, stop):
+            piece[run.compact] = flat[run.flat]
+        return piece
 
     def compact_offset(self, position: int) -> int:
         """How many selected elements lie before flat element `position` of the full parameter."""

@@ -1,0 +1,177 @@
+"""All ranks together: waiting without NCCL timeouts, failing together, and the few collectives the guard needs."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from qkguard.errors import QKGuardError
+
+T = TypeVar("T")
+
+HEARTBEAT_SECONDS = 2.0
+_round = 0
+
+
+def rank() -> int:
+    return dist.get_rank() if _distributed() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if _distributed() else 1
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def comm_device() -> torch.device:
+    """Where tensors must live for the default process group: the accelerator under NCCL and its like, else the CPU."""
+    if _distributed() and "gloo" not in dist.get_backend():
+        accelerator = torch.accelerator.current_accelerator()
+        if accelerator is not None:
+            return torch.device(accelerator.type, torch.accelerator.current_device_index())
+    return torch.device("cpu")
+
+
+def together(what: str, work: Callable[[], T], *, patience: float = 600.0) -> list[T]:
+    """Run `work` on every rank and return every rank's result; one failure is raised on all ranks.
+
+    ALL ranks must call this. A rank that has finished polls the process group's store instead of sitting in a
+    collective, so `work` may take hours on one rank without tripping an NCCL timeout; while it runs, a thread posts
+    a heartbeat, and a rank without one for `patience` seconds ends the operation on the others. Results must be
+    small and picklable.
+
+    Raises:
+        QKGuardError: the failure of the lowest failing rank, naming `what` and the rank. In a single process the
+            original exception goes through unchanged.
+    """
+    if world_size() == 1:
+        return [work()]
+    global _round
+    _round += 1
+    store = dist.PrefixStore("qkguard", dist.distributed_c10d._get_default_store())
+    me, size = rank(), world_size()
+    if me == 0 and _round > 2:  # every rank has left that round: it has posted the one after
+        for r in range(size):
+            store.delete_key(f"{_round - 2}/done/{r}")
+            store.delete_key(f"{_round - 2}/beat/{r}")
+
+    stop = threading.Event()
+
+    def beat(key: str) -> None:
+        while not stop.wait(HEARTBEAT_SECONDS):
+            store.add(key, 1)
+
+    store.add(f"{_round}/beat/{me}", 1)
+    thread = threading.Thread(target=beat, args=(f"{_round}/beat/{me}",), daemon=True)
+    thread.start()
+    outcome: tuple[str, object]
+    interrupt: BaseException | None = None
+    try:
+        outcome = ("ok", work())
+    except QKGuardError as error:
+        outcome = ("error", str(error))
+    except Exception as error:
+        outcome = ("error", f"{type(error).__name__}: {error}")
+    except BaseException as error:  # KeyboardInterrupt, SystemExit: tell the others, then leave
+        outcome, interrupt = ("error", type(error).__name__), error
+    finally:
+        stop.set()
+        thread.join()
+    store.set(f"{_round}/done/{me}", pickle.dumps(outcome))
+    if interrupt is not None:
+        raise interrupt
+
+    outcomes = [_await(store, r, what, patience) for r in range(size)]
+    for r, (status, value) in enumerate(outcomes):
+        if status == "error":
+            raise QKGuardError(f"{what} failed on rank {r}: {value}")
+    return [value for _, value in outcomes]  # type: ignore[misc]
+
+
+def _await(store: dist.Store, other: int, what: str, patience: float) -> tuple[str, object]:
+    done, beat = f"{_round}/done/{other}", f"{_round}/beat/{other}"
+    seen, since, pause = -1, time.monotonic(), 0.002
+    while not store.check([done]):
+        count = store.add(beat, 0)
+        if count != seen:
+            seen, since = count, time.monotonic()
+        elif time.monotonic() - since > patience:
+            raise QKGuardError(
+                f"{what}: rank {other} has shown no sign of life for {patience:.0f} s; it has crashed or hangs, see its log"
+            )
+        time.sleep(pause)
+        pause = min(0.25, pause * 1.5)
+    return pickle.loads(store.get(done))
+
+
+def on_rank_zero(what: str, work: Callable[[], T], *, patience: float = 600.0) -> T:
+    """Run `work` on rank 0 alone, with the other ranks waiting as in `together`; its result on every rank."""
+    return together(what, lambda: work() if rank() == 0 else None, patience=patience)[0]  # type: ignore[return-value]
+
+
+def all_reduce_sum(vector: Tensor) -> Tensor:
+    """Sum of a small vector over all ranks, in its dtype; a collective. Returns a CPU tensor."""
+    if world_size() == 1:
+        return vector.cpu()
+    # Gloo and NCCL sum in float64 as they are; devices without float64 (MPS) never run distributed
+    buffer = vector.to(comm_device(), copy=True)
+    dist.all_reduce(buffer)
+    return buffer.cpu()
+
+
+def all_gather_table(rows: Tensor) -> Tensor:
+    """int64 `rows` of one shape on every rank -> (world_size, *rows.shape) on the CPU; a collective."""
+    if world_size() == 1:
+        return rows[None].cpu()
+    local = rows.to(comm_device(), copy=True).contiguous()
+    parts = [torch.empty_like(local) for _ in range(world_size())]
+    dist.all_gather(parts, local)
+    return torch.stack(parts).cpu()
+
+
+def gather_flat(local: Tensor, sizes: list[int], dst: int = 0) -> list[Tensor] | None:
+    """Collect 1-D pieces of `sizes` elements from all ranks on rank `dst` (None elsewhere); a collective.
+
+    The pieces arrive on the communication device in their dtype; memory on `dst` is the sum of the sizes.
+    """
+    if world_size() == 1:
+        return [local]
+    longest = max(sizes)
+    width = local.element_size()
+    padded = torch.zeros(longest * width, dtype=torch.uint8, device=comm_device())
+    padded[: local.numel() * width] = local.contiguous().view(torch.uint8).to(padded.device)
+    parts = [torch.empty_like(padded) for _ in sizes] if rank() == dst else None
+    dist.gather(padded, parts, dst=dst)
+    if parts is None:
+        return None
+    return [part[: n * width].view(local.dtype) for part, n in zip(parts, sizes, strict=True)]
+
+
+def scatter_flat(full: Tensor | None, spans: list[tuple[int, int]], dtype: torch.dtype) -> Tensor:
+    """Hand every rank its `start:stop` of a 1-D tensor that rank 0 holds (None elsewhere); a collective. CPU result."""
+    start, stop = spans[rank()]
+    if world_size() == 1:
+        assert full is not None
+        return full[start:stop].cpu()
+    width = dtype.itemsize
+    longest = max(b - a for a, b in spans) * width
+    mine = torch.empty(longest, dtype=torch.uint8, device=comm_device())
+    parts = None
+    if rank() == 0:
+        assert full is not None
+        parts = []
+        for a, b in spans:
+            part = torch.zeros_like(mine)
+            part[: (b - a) * width] = full[a:b].contiguous().view(torch.uint8).to(part.device)
+            parts.append(part)
+    dist.scatter(mine, parts, src=0)
+    return mine[: (stop - start) * width].cpu().view(dtype)

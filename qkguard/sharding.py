@@ -1,0 +1,176 @@
+"""The one seam between qkguard and sharded parameters: plain, DDP, ZeRO-1/2/3 and FSDP2.
+
+Every parameter is seen as its flattened elements `0:numel`, tiled over the ranks: each element belongs to exactly one
+rank, also where all ranks hold a full copy (plain DDP, ZeRO-1/2: an even split). A rank reads its own tile from the
+storage it has, so keeping and comparing weights needs no gather. Nothing outside this file knows what is sharded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from qkguard import ranks
+from qkguard.errors import QKGuardError
+
+Span = tuple[int, int]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model without the wrappers of DDP, DataParallel, DeepSpeed and `torch.compile(model)`."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and type(model).__name__ in ("DistributedDataParallel", "DataParallel", "DeepSpeedEngine"):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def backend(model: nn.Module) -> str:
+    """A name for how the parameters lie: "zero3", "fsdp2", "replicated" or "single"."""
+    for param in model.parameters():
+        if hasattr(param, "ds_tensor"):
+            return "zero3"
+        if isinstance(param, DTensor):
+            return "fsdp2"
+    return "replicated" if ranks.world_size() > 1 else "single"
+
+
+def full_shape(param: nn.Parameter) -> tuple[int, ...]:
+    """The shape of the whole parameter, whatever part of it this rank holds."""
+    return tuple(getattr(param, "ds_shape", param.shape))
+
+
+def full_numel(param: nn.Parameter) -> int:
+    return prod(full_shape(param))
+
+
+def dtype(param: nn.Parameter) -> torch.dtype:
+    """The dtype of the weight that the forward pass uses."""
+    return param.ds_tensor.dtype if hasattr(param, "ds_tensor") else param.dtype
+
+
+def check_supported(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse placements whose elements cannot be counted exactly once.
+
+    Raises:
+        QKGuardError: naming the parameter, the placement found, and what works.
+    """
+    wanted = set(names)
+    if getattr(model, "tp_size", None) not in (None, 0, 1):
+        raise QKGuardError(
+            f"the model is tensor parallel (tp_size={model.tp_size}), which qkguard does not read; train with ZeRO, "
+            "FSDP2 or DDP, or restore the finished checkpoint with `qkguard restore`"
+        )
+    for name, param in model.named_parameters():
+        if name in wanted and (why := _unsupported(param)):
+            raise QKGuardError(
+                f"{name}: {why}, which qkguard does not read; supported are plain, DDP, ZeRO-1/2/3 (also with CPU "
+                "offload) and FSDP2 by rows. `qkguard restore` works on the finished checkpoint whatever the training"
+            )
+
+
+def _unsupported(param: nn.Parameter) -> str | None:
+    if hasattr(param, "ds_tensor"):
+        if param.ds_zero_partition_world_size != ranks.world_size():
+            return (
+                f"partitioned over {param.ds_zero_partition_world_size} of {ranks.world_size()} ranks (MiCS or expert "
+                "parallelism)"
+            )
+        if str(getattr(param.ds_tensor, "final_location", "")).endswith("nvme"):
+            return "offloaded to NVMe"
+        if hasattr(param.ds_tensor, "ds_quant_scale"):
+            return "held quantised by ZeRO++"
+        return None
+    if isinstance(param, DTensor):
+        mesh = param.device_mesh
+        labels = mesh.mesh_dim_names or ("",) * mesh.ndim
+        shards = [p for p in param.placements if not isinstance(p, Replicate)]
+        if any("tp" in label for label in labels):
+            return f"tensor parallel (mesh {labels})"
+        if len(shards) > 1 or any(type(p) is not Shard or p.dim != 0 for p in shards):
+            return f"placed as {param.placements}"
+        if mesh.size() != ranks.world_size():
+            return f"placed on a mesh of {mesh.size()} of {ranks.world_size()} ranks"
+        return None
+    if param.is_meta:
+        return "on the meta device (no weights loaded)"
+    return None
+
+
+def tile(param: nn.Parameter) -> Span:
+    """The half-open span of flat elements that this rank counts; over all ranks the spans tile the parameter once."""
+    numel = full_numel(param)
+    if hasattr(param, "ds_tensor"):
+        per = param.ds_tensor.numel()  # equal on all ranks; the last ones are padded past the end
+        start = min(numel, param.ds_zero_partition_rank * per)
+        return start, min(numel, start + per)
+    if isinstance(param, DTensor):
+        start, stop = _dtensor_span(param)
+        copies, mine = 1, 0  # replicas (HSDP) share the work of the shard they hold
+        for axis, placement in enumerate(param.placements):
+            if isinstance(placement, Replicate):
+                size = param.device_mesh.size(axis)
+                copies, mine = copies * size, mine * size + param.device_mesh.get_local_rank(axis)
+        return _share(start, stop, mine, copies)
+    return _share(0, numel, ranks.rank(), ranks.world_size())
+
+
+def read(param: nn.Parameter, span: Span) -> Tensor:
+    """Flat elements `span` of the weight the forward uses, as a detached 1-D tensor (a view where possible).
+
+    `span` must lie within what this rank holds: its own `tile`, or anything where it holds a full copy.
+    """
+    start, stop = span
+    if hasattr(param, "ds_tensor"):
+        # also while the parameter is gathered: after the optimizer step ds_tensor is the truth
+        offset = param.ds_zero_partition_rank * param.ds_tensor.numel()
+        return param.ds_tensor.detach().view(-1)[start - offset : stop - offset]
+    if isinstance(param, DTensor):
+        offset = _dtensor_span(param)[0]
+        return param.to_local().detach().reshape(-1)[start - offset : stop - offset]
+    return param.detach().reshape(-1)[start:stop]
+
+
+def tiles(params: list[nn.Parameter]) -> list[list[Span]]:
+    """`tile` of every parameter on every rank, as [parameter][rank]; one small collective."""
+    mine = torch.tensor([tile(p) for p in params], dtype=torch.int64).reshape(len(params), 2)
+    table = ranks.all_gather_table(mine)
+    return [[(int(a), int(b)) for a, b in table[:, i].tolist()] for i in range(len(params))]
+
+
+def gather_full(params: list[nn.Parameter]) -> Iterator[Tensor | None]:
+    """Every parameter's full tensor on rank 0 in turn (None elsewhere); ALL ranks must exhaust the iterator.
+
+    Shape `full_shape`, dtype `dtype`, one parameter in memory at a time.
+    """
+    for param, spans in zip(params, tiles(params), strict=True):
+        mine = read(param, spans[ranks.rank()])
+        parts = ranks.gather_flat(mine, [b - a for a, b in spans])
+        if parts is None:
+            yield None
+        else:
+            ordered = [part for _, part in sorted(zip(spans, parts, strict=True), key=lambda pair: pair[0])]
+            yield (ordered[0] if len(ordered) == 1 else torch.cat(ordered)).cpu().view(full_shape(param))
+
+
+def _share(start: int, stop: int, index: int, count: int) -> Span:
+    per = -(-(stop - start) // count)
+    first = min(stop, start + index * per)
+    return first, min(stop, first + per)
+
+
+def _dtensor_span(param: DTensor) -> Span:
+    """Flat elements of a DTensor sharded by rows over at most one mesh axis that this rank stores."""
+    rows, inner = param.shape[0] if param.ndim else 1, prod(param.shape[1:])
+    for axis, placement in enumerate(param.placements):
+        if isinstance(placement, Shard):
+            per = -(-rows // param.device_mesh.size(axis))  # as torch.chunk: the last ranks may hold less or nothing
+            first = min(rows, param.device_mesh.get_local_rank(axis) * per)
+            return first * inner, min(rows, first + per) * inner
+    return 0, rows * inner
