@@ -86,7 +86,7 @@ def together(what: str, work: Callable[[], T], *, patience: float = 600.0) -> li
     finally:
         stop.set()
         thread.join()
-    store.set(f"{_round}/done/{me}", pickle.dumps(outcome))
+    store.set(f"{_round}/done/{me}", pickle.dumps(outcome))  # type: ignore[arg-type]  # bytes are fine
     if interrupt is not None:
         raise interrupt
 
@@ -106,7 +106,7 @@ def _await(store: dist.Store, other: int, what: str, patience: float) -> tuple[s
             seen, since = count, time.monotonic()
         elif time.monotonic() - since > patience:
             raise QKGuardError(
-                f"{what}: rank {other} has shown no sign of life for {patience:.0f} s; it has crashed or hangs, see its log"
+                f"{what}: no sign of life from rank {other} for {patience:.0f} s; it crashed or hangs, see its log"
             )
         time.sleep(pause)
         pause = min(0.25, pause * 1.5)
@@ -138,26 +138,26 @@ def all_gather_table(rows: Tensor) -> Tensor:
     return torch.stack(parts).cpu()
 
 
-def gather_flat(local: Tensor, sizes: list[int], dst: int = 0) -> list[Tensor] | None:
-    """Collect 1-D pieces of `sizes` elements from all ranks on rank `dst` (None elsewhere); a collective.
+def gather_flat(local: Tensor, spans: list[tuple[int, int]], dst: int = 0) -> Tensor | None:
+    """Join every rank's 1-D piece, rank r's being elements `spans[r]`, on rank `dst` (None elsewhere); a collective.
 
-    The pieces arrive on the communication device in their dtype; memory on `dst` is the sum of the sizes.
+    The result lies on the communication device, in the pieces' dtype; memory on `dst` is twice its size.
     """
     if world_size() == 1:
-        return [local]
-    longest = max(sizes)
+        return local
     width = local.element_size()
-    padded = torch.zeros(longest * width, dtype=torch.uint8, device=comm_device())
+    padded = torch.zeros(max(b - a for a, b in spans) * width, dtype=torch.uint8, device=comm_device())
     padded[: local.numel() * width] = local.contiguous().view(torch.uint8).to(padded.device)
-    parts = [torch.empty_like(padded) for _ in sizes] if rank() == dst else None
+    parts = [torch.empty_like(padded) for _ in spans] if rank() == dst else None
     dist.gather(padded, parts, dst=dst)
     if parts is None:
         return None
-    return [part[: n * width].view(local.dtype) for part, n in zip(parts, sizes, strict=True)]
+    ordered = sorted(zip(spans, parts, strict=True), key=lambda pair: pair[0])
+    return torch.cat([part[: (b - a) * width].view(local.dtype) for (a, b), part in ordered])
 
 
 def scatter_flat(full: Tensor | None, spans: list[tuple[int, int]], dtype: torch.dtype) -> Tensor:
-    """Hand every rank its `start:stop` of a 1-D tensor that rank 0 holds (None elsewhere); a collective. CPU result."""
+    """Hand rank r elements `spans[r]` of a 1-D tensor that rank 0 holds (None elsewhere); a collective. On the CPU."""
     start, stop = spans[rank()]
     if world_size() == 1:
         assert full is not None

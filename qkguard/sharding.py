@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from qkguard import ranks
 from qkguard.errors import QKGuardError
 
 Span = tuple[int, int]
+Param = Any  # an nn.Parameter; DeepSpeed hangs attributes on it that type checkers do not know
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -41,16 +43,16 @@ def backend(model: nn.Module) -> str:
     return "replicated" if ranks.world_size() > 1 else "single"
 
 
-def full_shape(param: nn.Parameter) -> tuple[int, ...]:
+def full_shape(param: Param) -> tuple[int, ...]:
     """The shape of the whole parameter, whatever part of it this rank holds."""
     return tuple(getattr(param, "ds_shape", param.shape))
 
 
-def full_numel(param: nn.Parameter) -> int:
+def full_numel(param: Param) -> int:
     return prod(full_shape(param))
 
 
-def dtype(param: nn.Parameter) -> torch.dtype:
+def dtype(param: Param) -> torch.dtype:
     """The dtype of the weight that the forward pass uses."""
     return param.ds_tensor.dtype if hasattr(param, "ds_tensor") else param.dtype
 
@@ -75,7 +77,7 @@ def check_supported(model: nn.Module, names: Iterable[str]) -> None:
             )
 
 
-def _unsupported(param: nn.Parameter) -> str | None:
+def _unsupported(param: Param) -> str | None:
     if hasattr(param, "ds_tensor"):
         if param.ds_zero_partition_world_size != ranks.world_size():
             return (
@@ -103,7 +105,7 @@ def _unsupported(param: nn.Parameter) -> str | None:
     return None
 
 
-def tile(param: nn.Parameter) -> Span:
+def tile(param: Param) -> Span:
     """The half-open span of flat elements that this rank counts; over all ranks the spans tile the parameter once."""
     numel = full_numel(param)
     if hasattr(param, "ds_tensor"):
@@ -121,7 +123,7 @@ def tile(param: nn.Parameter) -> Span:
     return _share(0, numel, ranks.rank(), ranks.world_size())
 
 
-def read(param: nn.Parameter, span: Span) -> Tensor:
+def read(param: Param, span: Span) -> Tensor:
     """Flat elements `span` of the weight the forward uses, as a detached 1-D tensor (a view where possible).
 
     `span` must lie within what this rank holds: its own `tile`, or anything where it holds a full copy.
@@ -137,26 +139,21 @@ def read(param: nn.Parameter, span: Span) -> Tensor:
     return param.detach().reshape(-1)[start:stop]
 
 
-def tiles(params: list[nn.Parameter]) -> list[list[Span]]:
+def tiles(params: list[Param]) -> list[list[Span]]:
     """`tile` of every parameter on every rank, as [parameter][rank]; one small collective."""
     mine = torch.tensor([tile(p) for p in params], dtype=torch.int64).reshape(len(params), 2)
     table = ranks.all_gather_table(mine)
     return [[(int(a), int(b)) for a, b in table[:, i].tolist()] for i in range(len(params))]
 
 
-def gather_full(params: list[nn.Parameter]) -> Iterator[Tensor | None]:
+def gather_full(params: list[Param]) -> Iterator[Tensor | None]:
     """Every parameter's full tensor on rank 0 in turn (None elsewhere); ALL ranks must exhaust the iterator.
 
     Shape `full_shape`, dtype `dtype`, one parameter in memory at a time.
     """
     for param, spans in zip(params, tiles(params), strict=True):
-        mine = read(param, spans[ranks.rank()])
-        parts = ranks.gather_flat(mine, [b - a for a, b in spans])
-        if parts is None:
-            yield None
-        else:
-            ordered = [part for _, part in sorted(zip(spans, parts, strict=True), key=lambda pair: pair[0])]
-            yield (ordered[0] if len(ordered) == 1 else torch.cat(ordered)).cpu().view(full_shape(param))
+        flat = ranks.gather_flat(read(param, spans[ranks.rank()]), spans)
+        yield None if flat is None else flat.cpu().view(full_shape(param))
 
 
 def _share(start: int, stop: int, index: int, count: int) -> Span:

@@ -152,8 +152,20 @@ class ParamMap:
                 runs.append(Run(block.role, slice(a - start, b - start), slice(a + shift, b + shift)))
         return runs
 
+    def flat_runs(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """`runs` without roles, as half-open runs relative to `start` in the order of the compact tensor."""
+        inner = prod(self.shape[self.dim + 1 :])
+        period = self.shape[self.dim] * inner
+        out = []
+        for outer in range(start // period, -(-stop // period)):
+            for lo, hi in self.ranges:
+                a, b = max(outer * period + lo * inner, start), min(outer * period + hi * inner, stop)
+                if a < b:
+                    out.append((a - start, b - start))
+        return out
+
     def take_flat(self, flat: Tensor, start: int) -> Tensor:
-        """Elements of a flat shard that begins at `start` of the parameter -> its piece of the compact tensor (1-D)."""
+        """Elements of a flat shard that begins at `start` of the parameter -> its 1-D piece of the compact tensor."""
         if self.whole:
             return flat
         stop = start + flat.numel()
