@@ -1,0 +1,350 @@
+"""Raw folder -> restored folder: link what holds no queries and keys, copy the rest, patch the rows, rename.
+
+The restored folder is made from the raw *files*, so "only Q/K differ" holds byte for byte and memory stays at one
+layer's rows whatever the model's size. `RestoredWrite` has the steps that several ranks can share, `write_restored`
+runs them in one process; `qkguard.offline.restore_checkpoint` starts from two folders.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkguard.card import model_card, read_card
+from qkguard.companions import companions
+from qkguard.drift_report import projection_drift
+from qkguard.errors import QKGuardError
+from qkguard.files import CREATE, Staging, can_clone, copy_bytes, copy_file, link_or_copy, write_text
+from qkguard.layout.spec import AttentionSpec, ParamMap
+from qkguard.manifest import MANIFEST, build_manifest, describe_file, dump
+from qkguard.pickles import PickleFolder
+from qkguard.restore import get_method
+from qkguard.safetensors_io import TensorEntry, sha256_of, write_rows
+from qkguard.scan import has_nonfinite, nonfinite_tensors
+from qkguard.sources import QKSource
+from qkguard.weights import INDEX, SafetensorsFolder, open_weights, opened
+
+Selection = Sequence[tuple[AttentionSpec, tuple[ParamMap, ...]]]
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all)."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One weight file: `layers` are the selected layers (indices) with rows in it; without any it is linked."""
+
+    file: str
+    target: str
+    layers: tuple[int, ...]
+    nbytes: int
+
+
+class RestoredWrite:
+    """One restored folder in the making.
+
+    Every rank that takes part builds the same object (only headers are read) and the ranks must see the same disk:
+    `prepare` on rank 0; then `run(rank, world)` anywhere; then `commit` with everybody's results on rank 0, or `abort`
+    there after any failure. The caller keeps the ranks in step between these.
+
+    Args:
+        raw: the checkpoint just saved, never changed.
+        out: the folder to appear, complete or not at all.
+        selection: layers and their parameters to restore (`layout.select`).
+        names: parameter name -> tensor name in the raw files (`layout.disk_names`).
+        source: the rows before SFT.
+        method, options: a restore method (`qkguard.restore`) and options; those it does not know are ignored.
+        selected: the options of `layout.select` that `selection` was made with, for the manifest.
+        staging: assemble in this folder (on the file system of `out`) instead of beside `out`; needed where a
+            background upload watches the folder around `out`.
+        overwrite: replace an earlier restored folder at `out`.
+        allow_pickle: also read `pytorch_model*.bin`; they are written as safetensors.
+        scan: look for NaN and Inf in every weight, not only in queries and keys (reads all files).
+
+    Raises:
+        QKGuardError: the raw folder is not a whole checkpoint, a parameter is missing, of another shape or quantised.
+    """
+
+    def __init__(
+        self,
+        raw: Path,
+        out: Path,
+        selection: Selection,
+        names: Mapping[str, str],
+        source: QKSource,
+        *,
+        method: str = "restore",
+        options: Mapping[str, Any] | None = None,
+        selected: Mapping[str, Any] | None = None,
+        staging: Path | None = None,
+        overwrite: bool = False,
+        allow_pickle: bool = False,
+        scan: bool = False,
+    ) -> None:
+        self.raw, self.out = Path(raw), Path(out)
+        self.selection, self.names, self.source = list(selection), names, source
+        self.method, self.overwrite, self.scan = get_method(method), overwrite, scan
+        self.selected = {"parts": ["q", "k"]} | dict(selected or {})
+        self.options = {k: v for k, v in (options or {}).items() if k in self.method.options}
+        self.weights = open_weights(self.raw, allow_pickle=allow_pickle)
+        self._check_selection()
+        self.staging = Staging(self.out, staging)
+        self.jobs = self._plan()
+
+    def _check_selection(self) -> None:
+        if not self.selection:
+            raise QKGuardError("nothing to restore: no layer was selected; check layers= and parts=")
+        shapes = self.weights.shapes()
+        for param in (p for _, params in self.selection for p in params):
+            name = self.names.get(param.name)
+            if name is None or name not in shapes:
+                raise QKGuardError(f"{self.raw} has no tensor for {param.name}; the layout belongs to another model")
+            if shapes[name] != param.shape:
+                raise QKGuardError(
+                    f"{name} has shape {list(shapes[name])} in {self.raw}, expected {list(param.shape)}; "
+                    "the layout belongs to another model"
+                )
+            self.weights.dtype(name)
+
+    def _plan(self) -> list[Job]:
+        """Jobs in descending order of work, so that dealing them out over ranks balances it."""
+        layers: dict[str, set[int]] = {file: set() for file in self.weights.files}
+        for index, (_, params) in enumerate(self.selection):
+            for param in params:
+                layers[self._file(param)].add(index)
+        jobs = [
+            Job(file, _target(file), tuple(sorted(found)), (self.raw / file).stat().st_size)
+            for file, found in layers.items()
+        ]
+        return sorted(jobs, key=lambda job: (-job.nbytes * bool(job.layers), job.file))
+
+    def _file(self, param: ParamMap) -> str:
+        return self.weights.where[self.names[param.name]]
+
+    def prepare(self) -> None:
+        """Rank 0: clear what killed processes left, check the space, make the temporary folder."""
+        out = self.out.resolve()
+        if out == self.raw.resolve() or out in self.raw.resolve().parents:
+            raise QKGuardError(f"{self.out} is or contains the folder it is made from; choose another one")
+        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            if not self.overwrite:
+                raise QKGuardError(f"{self.out} exists; remove it, choose another folder or allow overwriting")
+            if not (self.out / MANIFEST).is_file():
+                raise QKGuardError(f"{self.out} exists and was not written by qkguard; remove it yourself")
+        with readable_errors(self.out):
+            self.staging.create()
+            self._check_space()
+
+    def _check_space(self) -> None:
+        folder = self.staging.path
+        same_disk = folder.stat().st_dev == self.raw.stat().st_dev
+        need = sum(job.nbytes for job in self.jobs if job.layers or not same_disk)
+        free = shutil.disk_usage(folder).free
+        if need > free and not can_clone(self.raw / self.jobs[0].file, folder):
+            raise QKGuardError(
+                f"not enough space for {self.out}: {need / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free; "
+                "free some or choose another disk"
+            )
+
+    def run(self, rank: int = 0, world: int = 1, progress: Progress | None = None) -> list[dict[str, Any]]:
+        """Write every `world`-th weight file, from `rank` on; the records (JSON values) are for `commit`."""
+        jobs = self.jobs[rank::world]
+        total, done, results = sum(job.nbytes for job in jobs), 0, []
+        mode = self.staging.path.stat().st_mode & 0o666
+        with readable_errors(self.out):
+            for job in jobs:
+                results.append(self._write_file(job, mode))
+                done += job.nbytes
+                if progress:
+                    progress(done, total)
+        return results
+
+    def _write_file(self, job: Job, mode: int) -> dict[str, Any]:
+        source, target = self.raw / job.file, self.staging.path / job.target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        record: dict[str, Any] = {"file": job.file, "target": job.target, "raw": describe_file(source)}
+        record |= {"layers": [], "tensors": [], "nonfinite": []}
+        if not job.layers and isinstance(self.weights, SafetensorsFolder):
+            record["made"] = "linked" if link_or_copy(source, target, mode) else "copied"
+            if self.scan:
+                with opened(target) as fd:
+                    record["nonfinite"] = nonfinite_tensors(fd, self.weights.files[job.file].tensors.values())
+            return record | {"restored": dict(record["raw"])}
+        with os.fdopen(os.open(target, CREATE, 0o666), "r+b") as file:
+            entries: Mapping[str, TensorEntry]
+            if isinstance(self.weights, PickleFolder):
+                entries, record["made"] = self.weights.convert(job.file, file), "converted"
+            else:
+                entries, record["made"] = self.weights.files[job.file].tensors, "patched"
+                with opened(source) as fd:
+                    copy_bytes(fd, file.fileno())
+            if self.scan:
+                record["nonfinite"] = nonfinite_tensors(file.fileno(), entries.values())
+            for index in job.layers:
+                self._write_layer(index, job, file.fileno(), entries, record)
+            os.fsync(file.fileno())
+        return record | {"restored": describe_file(target)}
+
+    def _write_layer(
+        self, index: int, job: Job, fd: int, entries: Mapping[str, TensorEntry], record: dict[str, Any]
+    ) -> None:
+        """Patch one layer's rows as far as they lie in this file; the file of its first parameter reports on it."""
+        spec, params = self.selection[index]
+        pre, post = {}, {}
+        for param in params:
+            pre[param.name] = self._rows_before(param)
+            post[param.name] = self.weights.read(self.names[param.name], param)
+            if has_nonfinite(post[param.name]) and self.names[param.name] not in record["nonfinite"]:
+                record["nonfinite"].append(self.names[param.name])
+        new = self.method.function(spec, params, pre, post, **self.options)
+        for param in params:
+            if self._file(param) == job.file:
+                entry = entries[self.names[param.name]]
+                rows = round_to(new.rows[param.name], entry.torch_dtype, param.name)
+                write_rows(fd, entry, param, rows)
+                hashes = {"before": post[param.name], "after": rows, "base": pre[param.name]}
+                record["tensors"].append(
+                    {"index": index, "file": job.target} | _describe(param, entry) | _hashes(hashes)
+                )
+        if self._file(params[0]) == job.file:
+            cast = {p.name: pre[p.name].to(post[p.name].dtype) for p in params}
+            record["layers"].append(
+                {"index": index, "layer": spec.layer, "module": spec.module, "kind": spec.kind}
+                | {"drift": projection_drift(params, cast, post)}
+                | new.report
+            )
+
+    def _rows_before(self, param: ParamMap) -> Tensor:
+        rows = self.source.get(param)
+        if tuple(rows.shape) != param.compact_shape:
+            raise QKGuardError(
+                f"{param.name}: the rows before SFT have shape {list(rows.shape)}, expected "
+                f"{list(param.compact_shape)}; the reference belongs to another model"
+            )
+        if has_nonfinite(rows):
+            raise QKGuardError(f"{param.name} holds NaN or Inf before SFT: the base is damaged, replace it")
+        return rows
+
+    def commit(self, results: Sequence[Mapping[str, Any]], extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Rank 0: the other files, the manifest last, then one rename; returns the manifest."""
+        if sorted(r["file"] for r in results) != sorted(job.file for job in self.jobs):
+            raise QKGuardError(f"{self.out}: not every weight file was written; nothing is published")
+        with readable_errors(self.out):
+            taken, left = companions(self.raw)
+            for name in taken:
+                target = self.staging.path / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                copy_file(self.raw / name, target)
+            taken += self._write_index(results)
+            skipped = {e for spec, _ in self.selection for e in _entangled(spec)}
+            skipped -= {p.name for _, ps in self.selection for p in ps if any(b.entangled for b in p.blocks)}
+            manifest = build_manifest(
+                raw=os.path.relpath(self.raw.resolve(), self.out.resolve()),
+                base=self.source.describe(),
+                method={"name": self.method.name, **self.options, **self.selected},
+                results=sorted(results, key=lambda r: r["file"]),
+                companions=taken,
+                left_out=[name for name in left if name not in self.weights.files],
+                partial=sorted(skipped),
+                warnings=[],
+                extra=extra or {},
+            )
+            write_text(self.staging.path / "README.md", model_card(manifest, read_card(self.raw)))
+            write_text(self.staging.path / MANIFEST, dump(manifest))
+            self.staging.publish(replace=self.overwrite)
+        return json.loads(dump(manifest))
+
+    def _write_index(self, results: Sequence[Mapping[str, Any]]) -> list[str]:
+        """The index of a sharded checkpoint: the raw one's bytes, or a new one where pickles were converted."""
+        if isinstance(self.weights, SafetensorsFolder):
+            if self.weights.index:
+                copy_file(self.raw / self.weights.index, self.staging.path / self.weights.index)
+            return [self.weights.index] if self.weights.index else []
+        if len(self.jobs) == 1:
+            return []
+        where = {name: _target(file) for name, file in self.weights.where.items()}
+        size = sum(r["restored"]["size"] for r in results)
+        index = {"metadata": {"total_size": size}, "weight_map": where}
+        write_text(self.staging.path / INDEX, json.dumps(index, indent=2) + "\n")
+        return [INDEX]
+
+    def abort(self) -> None:
+        """Rank 0: remove the temporary folder."""
+        self.staging.discard()
+
+
+def write_restored(
+    raw: Path,
+    out: Path,
+    selection: Selection,
+    names: Mapping[str, str],
+    source: QKSource,
+    *,
+    extra: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """All steps of `RestoredWrite` in one process; `settings` are its keyword arguments. Returns the manifest."""
+    write = RestoredWrite(raw, out, selection, names, source, **settings)
+    try:
+        write.prepare()
+        return write.commit(write.run(progress=progress), extra)
+    except BaseException:
+        write.abort()
+        raise
+
+
+def round_to(rows: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Rows in the file's dtype; QKGuardError where a value does not fit in it (bfloat16's range in float16)."""
+    out = rows.to(dtype)
+    if has_nonfinite(out):
+        raise QKGuardError(f"{name}: the rows to write hold NaN or Inf in {dtype}; they came from {rows.dtype}")
+    return out
+
+
+@contextmanager
+def readable_errors(out: Path) -> Iterator[None]:
+    """System errors as one sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise QKGuardError(f"no space left for {out}; nothing was written; free some space") from error
+        raise QKGuardError(f"cannot write {out}: {error.strerror} ({error.filename or 'data'})") from error
+
+
+def _target(file: str) -> str:
+    """The name of a weight file in the restored folder: its own, but pickles become safetensors."""
+    if file.endswith(".safetensors"):
+        return file
+    return file.replace("pytorch_model", "model").removesuffix(".bin") + ".safetensors"
+
+
+def _entangled(spec: AttentionSpec) -> Iterator[str]:
+    return (p.name for p in spec.params if any(b.entangled for b in p.blocks))
+
+
+def _describe(param: ParamMap, entry: TensorEntry) -> dict[str, Any]:
+    return {
+        "name": entry.name,
+        "module": param.name,
+        "kind": param.kind,
+        "roles": "".join(sorted({b.role for b in param.blocks})),
+        "dtype": entry.dtype,
+        "shape": list(entry.shape),
+        "dim": param.dim,
+        "ranges": [list(r) for r in param.ranges],
+    }
+
+
+def _hashes(rows: Mapping[str, Tensor]) -> dict[str, str]:
+    return {f"sha256_{name}": sha256_of(tensor) for name, tensor in rows.items()}

@@ -1,0 +1,209 @@
+"""safetensors files at byte level: headers, and reading or overwriting a few rows in place.
+
+The safetensors library reads whole tensors and writes whole files. Restoring touches a few per cent of a checkpoint,
+so this module works on the format itself (8 bytes little-endian header length, JSON header, then the tensors' bytes
+without gaps) and never holds more than the rows asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from qkguard.errors import QKGuardError
+from qkguard.layout.spec import ParamMap
+
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Dtypes whose rows can be restored; everything else in a Q/K tensor is a quantised or broken checkpoint."""
+
+_NAMES_BY_BITS = {
+    64: "F64 I64 U64 C64",
+    32: "F32 I32 U32",
+    16: "F16 BF16 I16 U16",
+    8: "I8 U8 BOOL F8_E4M3 F8_E5M2 F8_E8M0 F8_E4M3FNUZ F8_E5M2FNUZ",
+    6: "F6_E2M3 F6_E3M2",
+    4: "F4",
+}
+BITS = {name: bits for bits, names in _NAMES_BY_BITS.items() for name in names.split()}
+MAX_HEADER = 100_000_000  # the library's own limit
+SAMPLES, SAMPLE_BYTES = 256, 4096
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a safetensors file; `start:stop` are byte offsets from the start of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of a restorable tensor; QKGuardError for quantised ones."""
+        if self.dtype not in FLOATS:
+            raise QKGuardError(
+                f"{self.name} is stored as {self.dtype}, which is a quantised format; "
+                "expected one of " + ", ".join(FLOATS) + ". Use the unquantised checkpoint"
+            )
+        return FLOATS[self.dtype]
+
+
+@dataclass(frozen=True)
+class Header:
+    """The header of one safetensors file, checked against the file's size."""
+
+    path: Path
+    size: int
+    sha256: str
+    tensors: Mapping[str, TensorEntry]
+    data_start: int
+
+
+def read_header(path: Path) -> Header:
+    """Read and check a header: complete, tensors back to back, file neither shorter nor longer than it says.
+
+    Raises:
+        QKGuardError: no such file, not safetensors, truncated or corrupt.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or length > min(MAX_HEADER, size - 8):
+                raise QKGuardError(f"{path} is not a safetensors file or is truncated ({size} bytes); write it again")
+            raw = file.read(length)
+    except FileNotFoundError:
+        raise QKGuardError(f"{path} is missing; download or save the checkpoint again") from None
+    except OSError as error:
+        raise QKGuardError(f"cannot read {path}: {error.strerror}") from error
+    tensors = _parse(path, raw, 8 + length)
+    expected = max((entry.stop for entry in tensors.values()), default=8 + length)
+    if size != expected:
+        what = "truncated" if size < expected else "longer than its header says"
+        raise QKGuardError(f"{path} is {what}: {size} bytes, expected {expected}; download or save it again")
+    return Header(path, size, hashlib.sha256(prefix + raw).hexdigest(), tensors, 8 + length)
+
+
+def _parse(path: Path, raw: bytes, data_start: int) -> dict[str, TensorEntry]:
+    tensors = {}
+    try:
+        for name, info in json.loads(raw).items():
+            if name != "__metadata__":
+                lo, hi = info["data_offsets"]
+                entry = TensorEntry(name, info["dtype"], tuple(info["shape"]), data_start + lo, data_start + hi)
+                if entry.dtype in BITS and (hi - lo) * 8 != prod(entry.shape) * BITS[entry.dtype]:
+                    raise ValueError(f"{name} has {hi - lo} bytes for {entry.dtype} {entry.shape}")
+                tensors[name] = entry
+        position = data_start
+        for entry in sorted(tensors.values(), key=lambda e: (e.start, e.stop)):
+            if entry.start != position or entry.stop < entry.start:
+                raise ValueError(f"{entry.name} does not start where the tensor before it ends")
+            position = entry.stop
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise QKGuardError(f"{path} has a corrupt safetensors header ({error}); download or save it again") from None
+    return tensors
+
+
+def write_header(file: BinaryIO, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, TensorEntry]:
+    """Write the header of a new file for tensors given as name -> (dtype, shape), in order; return their places."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    spans, position = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        spans[name] = (position, position + prod(shape) * BITS[dtype] // 8)
+        position = spans[name][1]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": list(spans[name])}
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    file.write(len(raw).to_bytes(8, "little") + raw)
+    start = 8 + len(raw)
+    return {
+        name: TensorEntry(name, dtype, shape, start + spans[name][0], start + spans[name][1])
+        for name, (dtype, shape) in tensors.items()
+    }
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, without a copy."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def sha256_of(tensor: Tensor) -> str:
+    return hashlib.sha256(bytes_of(tensor.contiguous())).hexdigest()
+
+
+def read_rows(fd: int, entry: TensorEntry, param: ParamMap) -> Tensor:
+    """The selected rows (or columns) of one tensor as a compact CPU tensor in the file's dtype."""
+    compact = torch.empty(param.compact_shape, dtype=entry.torch_dtype)
+    view = bytes_of(compact)
+    for offset, piece in _pieces(entry, param, view):
+        read_exactly(fd, piece, offset, entry.name)
+    return compact
+
+
+def write_rows(fd: int, entry: TensorEntry, param: ParamMap, compact: Tensor) -> None:
+    """Overwrite the selected rows (or columns) of one tensor in place.
+
+    `compact` has shape `param.compact_shape` and the file's dtype.
+    """
+    if compact.dtype != entry.torch_dtype or tuple(compact.shape) != param.compact_shape:
+        raise QKGuardError(
+            f"{entry.name}: rows of {compact.dtype} {tuple(compact.shape)} do not fit "
+            f"{entry.torch_dtype} {param.compact_shape}"
+        )
+    for offset, piece in _pieces(entry, param, bytes_of(compact.contiguous())):
+        while piece:
+            written = os.pwrite(fd, piece, offset)
+            piece, offset = piece[written:], offset + written
+
+
+def _pieces(entry: TensorEntry, param: ParamMap, view: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """Pieces of a compact tensor's bytes with their byte offsets in the file: a few for rows, many for columns."""
+    if entry.shape != param.shape:
+        raise QKGuardError(
+            f"{entry.name} has shape {list(entry.shape)}, expected {list(param.shape)} ({param.name}): "
+            "the checkpoint belongs to another model"
+        )
+    itemsize, position = entry.torch_dtype.itemsize, 0
+    for lo, hi in param.flat_runs(0, param.full_numel):
+        size = (hi - lo) * itemsize
+        yield entry.start + lo * itemsize, view[position : position + size]
+        position += size
+
+
+def read_exactly(fd: int, view: memoryview, offset: int, what: str) -> None:
+    """Fill `view` from byte `offset` of an open file."""
+    while view:
+        count = os.preadv(fd, [view], offset)
+        if count == 0:
+            raise QKGuardError(f"{what}: the file ended early; it was changed while it was read")
+        view, offset = view[count:], offset + count
+
+
+def sample_sha256(fd: int, size: int) -> str:
+    """A hash of 256 blocks of 4 KiB spread over the file (all of it, where it is smaller).
+
+    Reading every byte of a large checkpoint would cost more than writing it did; another training, a partial copy or
+    a file of zeros changes every block.
+    """
+    digest = hashlib.sha256(size.to_bytes(8, "little"))
+    if size <= SAMPLES * SAMPLE_BYTES:
+        starts, length = [0], size
+    else:
+        starts, length = [i * (size - SAMPLE_BYTES) // (SAMPLES - 1) for i in range(SAMPLES)], SAMPLE_BYTES
+    buffer = bytearray(length)
+    for start in starts:
+        read_exactly(fd, memoryview(buffer), start, "sample")
+        digest.update(buffer)
+    return digest.hexdigest()
