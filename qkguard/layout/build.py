@@ -1,0 +1,183 @@
+"""From whatever the caller holds to a copy of its class on the meta device: no weights, no live model touched."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qkguard.errors import QKGuardError, UnknownLayoutError
+
+# Wrappers that add a level to parameter names without changing the model: torch.compile, activation checkpointing, FSDP1.
+TRANSPARENT = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What there is to look at: a model class with its config, and the live parameters where a model was given."""
+
+    model_class: type[nn.Module]
+    config: Any
+    live: nn.Module | None = None
+
+
+def resolve(model_or_config: Any, *, trust_remote_code: bool = False) -> Source:
+    """A live model, a config, or a folder / hub id / config.json path -> class, a private copy of its config, live model.
+
+    Raises UnknownLayoutError where no model class is known for the config.
+    """
+    if isinstance(model_or_config, nn.Module):
+        model = unwrap(model_or_config)
+        config = getattr(model, "config", None)
+        if config is None or not hasattr(type(model), "config_class"):
+            raise UnknownLayoutError(
+                f"{type(model).__name__} is not a transformers model (no config to build a second copy from); "
+                "pass the layout by hand: spec=FILE.yaml"
+            )
+        return Source(type(model), copy.deepcopy(config), model_or_config)
+    config = load_config(model_or_config, trust_remote_code=trust_remote_code)
+    return Source(model_class_of(config, trust_remote_code=trust_remote_code), copy.deepcopy(config))
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The transformers model inside DDP, torch.compile, a DeepSpeed engine or PEFT."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif hasattr(model, "get_base_model"):  # PEFT
+            model = model.get_base_model()
+        elif isinstance(getattr(model, "module", None), nn.Module) and not hasattr(model, "config_class"):
+            model = model.module
+        else:
+            return model
+
+
+def load_config(source: Any, *, trust_remote_code: bool = False) -> Any:
+    """A config object from itself, a config.json, a folder or a hub id."""
+    from transformers import AutoConfig, PreTrainedConfig
+
+    if isinstance(source, PreTrainedConfig):
+        return source
+    if not isinstance(source, str | os.PathLike):
+        raise QKGuardError(
+            f"expected a model, a config, a folder, a hub id or a config.json, found {type(source).__name__}"
+        )
+    path = Path(source)
+    if path.suffix == ".json" or path.is_dir():
+        file = path if path.suffix == ".json" else path / "config.json"
+        if not file.is_file():
+            raise QKGuardError(f"{file} does not exist; give a folder with a config.json, or a hub id")
+        try:
+            json.loads(file.read_text())
+        except ValueError as error:
+            raise QKGuardError(f"{file} is not valid JSON ({error}); save the model's config again") from None
+    try:
+        return AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise UnknownLayoutError(f"no model config could be read from {source}: {first_line(error)}") from error
+
+
+def model_class_of(config: Any, *, trust_remote_code: bool = False) -> type[nn.Module]:
+    """The class a checkpoint with this config is trained as: what `architectures` names, else transformers' causal LM."""
+    import transformers
+    from transformers.models.auto import modeling_auto as auto
+
+    mappings = (auto.MODEL_FOR_CAUSAL_LM_MAPPING, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+    for name in getattr(config, "architectures", None) or []:
+        named = getattr(transformers, name, None)
+        if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
+            if named.config_class is type(config) and named.can_generate():
+                return named
+    for mapping in mappings:
+        if type(config) in mapping:
+            found = mapping[type(config)]
+            return found[0] if isinstance(found, tuple) else found
+    raise UnknownLayoutError(
+        f"model type {config.model_type!r} has no causal language model in transformers; "
+        "pass the layout by hand: spec=FILE.yaml"
+    )
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Random states (Python, torch CPU and CUDA), default dtype, grad mode and log level as they were, whatever happens inside."""
+    from transformers.utils import logging
+
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    python_state, dtype, level = random.getstate(), torch.get_default_dtype(), logging.get_verbosity()
+    with torch.random.fork_rng(devices), torch.enable_grad():
+        try:
+            torch.set_default_dtype(torch.float32)
+            logging.set_verbosity_error()
+            yield
+        finally:
+            random.setstate(python_state)
+            torch.set_default_dtype(dtype)
+            logging.set_verbosity(level)
+
+
+def build_meta(source: Source) -> nn.Module:
+    """An eval-mode bfloat16 copy of the class on the meta device (grouped matmuls exist there in bfloat16 only).
+
+    Call inside `undisturbed()`.
+    """
+    config = copy.deepcopy(source.config)
+    config._attn_implementation = "eager"
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            return source.model_class(config).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def attend_with(model: nn.Module, name: str) -> None:
+    """Point every config inside a private copy at the attention function registered as `name`."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "_attn_implementation_internal"):
+            config._attn_implementation_internal = name
+
+
+def bare_name(name: str) -> str:
+    """A parameter's name without what wrappers put in: torch.compile, checkpointing, FSDP1, PEFT's wrapping."""
+    name = name.removeprefix("base_model.model.")
+    return ".".join(part for part in name.split(".") if part not in TRANSPARENT and part != "base_layer")
+
+
+def live_names(model: nn.Module) -> dict[str, str]:
+    """Name as a bare copy of the class has it -> name in `model.named_parameters()`.
+
+    Strips what wrappers put in between: torch.compile, DDP, activation checkpointing, PEFT's `base_model.model.` and
+    `base_layer`. Adapter weights are left out.
+    """
+    by_id = {id(p): name for name, p in model.named_parameters()}
+    names = {}
+    for name, param in unwrap(model).named_parameters():
+        parts = name.split(".")
+        if "original_module" in parts or any(part.startswith("lora_") for part in parts):
+            continue
+        if "modules_to_save" in parts:
+            at = parts.index("modules_to_save")
+            del parts[at : at + 2]
+        names[bare_name(".".join(parts))] = by_id.get(id(param), name)
+    return names
+
+
+def full_shape(param: torch.Tensor) -> tuple[int, ...]:
+    """The unsharded shape: ZeRO-3 keeps it in `ds_shape`; a DTensor's own shape is the full one."""
+    return tuple(getattr(param, "ds_shape", param.shape))
+
+
+def first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

@@ -1,0 +1,82 @@
+"""Which tensor of a checkpoint file a parameter is loaded from: transformers' own renaming, asked, never guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from qkguard.errors import QKGuardError
+from qkguard.layout import build
+from qkguard.layout.spec import AttentionSpec, ParamMap
+
+
+def disk_names(
+    specs_or_params: Iterable[AttentionSpec | ParamMap], keys: Mapping[str, tuple[int, ...]], config: Any
+) -> dict[str, str]:
+    """Parameter name -> name of the tensor in the checkpoint files that holds exactly this parameter.
+
+    Args:
+        specs_or_params: what to look up.
+        keys: names and shapes of all tensors in the files.
+        config: the model's config, or whatever else `find_attention` accepts (a live model settles its class).
+
+    Raises:
+        QKGuardError: where a parameter has no tensor, several, one of another shape, or one that transformers
+            rearranges while loading. Such a checkpoint has to go through `from_pretrained` and `save_pretrained`.
+    """
+    wanted = {
+        p.name: p for item in specs_or_params for p in (item.params if isinstance(item, AttentionSpec) else (item,))
+    }
+    source = build.resolve(config)
+    with build.undisturbed():
+        loads = _loaded_from(build.build_meta(source), keys)
+    return {name: _certain(param, build.bare_name(name), loads, keys) for name, param in wanted.items()}
+
+
+def _loaded_from(model: nn.Module, keys: Iterable[str]) -> dict[str, list[tuple[str, bool]]]:
+    """Parameter -> [(file key, whether it is rearranged)], by the steps of transformers' loader; tied names together."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    state, prefix = model.state_dict(), model.base_model_prefix
+    first = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        first.setdefault(id(param), name)
+    names = {name: first[id(param)] for name, param in model.named_parameters(remove_duplicate=False)}
+    loads: dict[str, list[tuple[str, bool]]] = {}
+    for key in keys:
+        bare = build.bare_name(key)
+        target, rearranged = rename_source_key(bare, renamings, converters, prefix, state)
+        if target not in state and bare in state:
+            target, rearranged = rename_source_key(bare, [], [], prefix, state)
+        if target in names:
+            loads.setdefault(names[target], []).append((key, rearranged is not None))
+    return loads
+
+
+def _certain(
+    param: ParamMap, bare: str, loads: dict[str, list[tuple[str, bool]]], keys: Mapping[str, tuple[int, ...]]
+) -> str:
+    found = loads.get(bare, [])
+    way_out = "load and save this checkpoint through transformers once, or give its layout by hand"
+    if not found:
+        raise QKGuardError(
+            f"{param.name} is in none of the checkpoint's tensors; expected one that loads as {bare}; {way_out}"
+        )
+    if len(found) > 1:
+        raise QKGuardError(
+            f"{param.name} is loaded from several tensors ({', '.join(key for key, _ in found)}); {way_out}"
+        )
+    key, rearranged = found[0]
+    if rearranged:
+        raise QKGuardError(f"{param.name}: transformers rearranges {key} while loading it; {way_out}")
+    if tuple(keys[key]) != param.shape:
+        raise QKGuardError(
+            f"{key}: the file has shape {tuple(keys[key])}, the model {param.shape}; the checkpoint is another model's"
+        )
+    return key
