@@ -11,3 +11,7 @@ class QKGuardError(Exception):
 
 class UnknownLayoutError(QKGuardError):
     """Where queries and keys sit in a model could not be established for certain."""
+
+
+class WrongReferenceError(QKGuardError):
+    """The pre-SFT reference is missing, damaged or another run's: never continued on."""

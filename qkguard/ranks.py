@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from qkguard import errors
 from qkguard.errors import QKGuardError
 
 T = TypeVar("T")
@@ -73,16 +74,16 @@ def together(what: str, work: Callable[[], T], *, patience: float = 600.0) -> li
     store.add(f"{_round}/beat/{me}", 1)
     thread = threading.Thread(target=beat, args=(f"{_round}/beat/{me}",), daemon=True)
     thread.start()
-    outcome: tuple[str, object]
+    outcome: tuple[str, object]  # ("ok", result) or (the error's class in qkguard.errors, message)
     interrupt: BaseException | None = None
     try:
         outcome = ("ok", work())
     except QKGuardError as error:
-        outcome = ("error", str(error))
+        outcome = (type(error).__name__, str(error))
     except Exception as error:
-        outcome = ("error", f"{type(error).__name__}: {error}")
+        outcome = ("QKGuardError", f"{type(error).__name__}: {error}")
     except BaseException as error:  # KeyboardInterrupt, SystemExit: tell the others, then leave
-        outcome, interrupt = ("error", type(error).__name__), error
+        outcome, interrupt = ("QKGuardError", type(error).__name__), error
     finally:
         stop.set()
         thread.join()
@@ -92,8 +93,8 @@ def together(what: str, work: Callable[[], T], *, patience: float = 600.0) -> li
 
     outcomes = [_await(store, r, what, patience) for r in range(size)]
     for r, (status, value) in enumerate(outcomes):
-        if status == "error":
-            raise QKGuardError(f"{what} failed on rank {r}: {value}")
+        if status != "ok":
+            raise getattr(errors, status)(f"{what} failed on rank {r}: {value}")
     return [value for _, value in outcomes]  # type: ignore[misc]
 
 
@@ -113,9 +114,26 @@ def _await(store: dist.Store, other: int, what: str, patience: float) -> tuple[s
     return pickle.loads(store.get(done))
 
 
+def on_rank(owner: int, what: str, work: Callable[[], T], *, patience: float = 600.0) -> T:
+    """Run `work` on one rank alone, with the others waiting as in `together`; its result on every rank."""
+    results = together(what, lambda: work() if rank() == owner else None, patience=patience)
+    return results[owner]  # type: ignore[return-value]
+
+
 def on_rank_zero(what: str, work: Callable[[], T], *, patience: float = 600.0) -> T:
-    """Run `work` on rank 0 alone, with the other ranks waiting as in `together`; its result on every rank."""
-    return together(what, lambda: work() if rank() == 0 else None, patience=patience)[0]  # type: ignore[return-value]
+    """`on_rank` 0."""
+    return on_rank(0, what, work, patience=patience)
+
+
+def held_by(owner: int, what: str, make: Callable[[], T]) -> T | None:
+    """`on_rank` for things that cannot travel (open files): the result stays on `owner`, None elsewhere."""
+    held: list[T] = []
+
+    def work() -> None:
+        held.append(make())
+
+    on_rank(owner, what, work)
+    return held[0] if held else None
 
 
 def all_reduce_sum(vector: Tensor) -> Tensor:

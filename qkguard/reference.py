@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from qkguard import ranks, sharding
-from qkguard.errors import QKGuardError
+from qkguard.errors import QKGuardError, WrongReferenceError
 from qkguard.layout.spec import AttentionSpec, ParamMap
 from qkguard.safetensors_io import sha256_of
 from qkguard.safetensors_writer import SafetensorsWriter
@@ -61,14 +61,12 @@ class Reference:
         spans, pieces = {}, {}
         for name, tiles in zip(names, table, strict=True):
             pmap, dtype = maps[name], sharding.dtype(params[name])
-            held: list[Tensor] = []
 
-            def load(pmap: ParamMap = pmap, dtype: torch.dtype = dtype, held: list[Tensor] = held) -> None:
-                held.append(_cast(source.get(pmap), pmap, dtype))
+            def load(pmap: ParamMap = pmap, dtype: torch.dtype = dtype) -> Tensor:
+                return _cast(source.get(pmap), pmap, dtype).reshape(-1)
 
-            ranks.on_rank_zero(f"reading the reference of {name}", load)
+            full = ranks.held_by(0, f"reading the reference of {name}", load)
             shares = [(pmap.compact_offset(a), pmap.compact_offset(b)) for a, b in tiles]
-            full = held[0].reshape(-1) if held else None
             spans[name] = tiles[ranks.rank()]
             pieces[name] = _keep(ranks.scatter_flat(full, shares, dtype))
         return cls(maps, spans, pieces)
@@ -112,24 +110,23 @@ class Reference:
         table = ranks.all_gather_table(torch.tensor(mine, dtype=torch.int64))
         return [[(int(a), int(b)) for a, b in table[:, i].tolist()] for i in range(len(names))]
 
-    def write(self, folder: Path, about: dict[str, Any]) -> None:
+    def write(self, folder: Path, about: dict[str, Any], writer_rank: int = 0) -> None:
         """Write one consolidated file and its manifest, independent of the number of ranks; a collective.
 
-        Rank 0 writes, one parameter in memory at a time; the manifest comes last, so that a file without one is
+        `writer_rank` writes, one parameter in memory at a time; the manifest comes last, so that a file without one is
         never taken for a reference. `about` goes into the manifest.
         """
         partial = folder / f"{TENSORS}.partial"
         tensors = {n: (self.pieces[n].dtype, m.compact_shape) for n, m in self.maps.items()}
-        writer: list[SafetensorsWriter] = []
         digests: dict[str, str] = {}
 
-        def begin() -> None:
+        def begin() -> SafetensorsWriter:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / MANIFEST).unlink(missing_ok=True)
-            writer.append(SafetensorsWriter(partial, tensors))
+            return SafetensorsWriter(partial, tensors)
 
-        def finish() -> None:
-            writer[0].__exit__(None, None, None)
+        def finish(writer: SafetensorsWriter) -> None:
+            writer.close()
             os.replace(partial, folder / TENSORS)
             described = {
                 n: {
@@ -143,34 +140,21 @@ class Reference:
             }
             write_json(folder / MANIFEST, {"format": 1, **about, "tensors": described})
 
-        ranks.on_rank_zero("writing the reference", begin)
-        failure: Exception | None = None
+        writer = ranks.held_by(writer_rank, "writing the reference", begin)
         for (name, pmap), shares in zip(self.maps.items(), self._shares(list(self.maps)), strict=True):
-            flat = ranks.gather_flat(self.pieces[name], shares)
-            if flat is None or failure is not None:
-                continue
-            try:  # a full disk must not leave the other ranks in the next gather
+            flat = ranks.gather_flat(self.pieces[name], shares, writer_rank)
+            if flat is not None and writer is not None:
                 full = flat.cpu().view(pmap.compact_shape)
                 digests[name] = sha256_of(full)
-                writer[0].write(full)
-            except OSError as error:
-                failure = error
-        if failure is not None:
-            writer[0].__exit__(type(failure), failure, None)
-
-        def conclude() -> None:
-            if failure is not None:
-                raise QKGuardError(f"cannot write {partial}: {failure}")
-            finish()
-
-        ranks.on_rank_zero("writing the reference", conclude)
+                writer.write(full)
+        ranks.on_rank(writer_rank, "writing the reference", lambda: finish(writer) if writer else None)
 
 
 class ReferenceFile:
     """A written reference: where checkpoints and resumed runs take the pre-SFT rows from (rank 0 only).
 
     Raises:
-        QKGuardError: when the file or its manifest is missing, damaged or belongs to another layout.
+        WrongReferenceError: when the file or its manifest is missing, damaged or belongs to another layout.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -182,9 +166,9 @@ class ReferenceFile:
             self._names = set(self._file.keys())
         except FileNotFoundError as error:
             missing = error.filename or folder / TENSORS
-            raise QKGuardError(f"the pre-SFT reference is missing: no {missing}; {ways}") from None
+            raise WrongReferenceError(f"the pre-SFT reference is missing: no {missing}; {ways}") from None
         except (OSError, ValueError, SafetensorError) as error:
-            raise QKGuardError(f"the pre-SFT reference in {folder} cannot be read ({error}); {ways}") from None
+            raise WrongReferenceError(f"the pre-SFT reference in {folder} cannot be read ({error}); {ways}") from None
         self._ways = ways
 
     @staticmethod
@@ -195,26 +179,31 @@ class ReferenceFile:
         """The compact tensor of one parameter, checked against its recorded hash."""
         entry = self.manifest["tensors"].get(pmap.name)
         if entry is None or pmap.name not in self._names:
-            raise QKGuardError(
+            raise WrongReferenceError(
                 f"the reference in {self.folder} has no rows of {pmap.name}: it was taken with another layout or "
                 f"other options; {self._ways}"
             )
         held = (tuple(entry["shape"]), entry["dim"], tuple(map(tuple, entry["ranges"])))
         if held != (pmap.shape, pmap.dim, pmap.ranges):
-            raise QKGuardError(
+            raise WrongReferenceError(
                 f"the reference of {pmap.name} covers rows {entry['ranges']} of shape {entry['shape']}, the run asks "
                 f"for {list(pmap.ranges)} of {list(pmap.shape)}; {self._ways}"
             )
         tensor = self._file.get_tensor(pmap.name)
         if sha256_of(tensor) != entry["sha256"]:
-            raise QKGuardError(
+            raise WrongReferenceError(
                 f"the reference of {pmap.name} in {self.folder} has changed since it was taken (sha256 differs); "
                 f"{self._ways}"
             )
         return tensor
 
     def describe(self) -> dict[str, Any]:
-        return {k: v for k, v in self.manifest.items() if k != "tensors"} | {"reference": str(self.folder)}
+        """What the manifest of a restored checkpoint says of the reference."""
+        return {
+            **self.manifest["base"],
+            "reference": str(self.folder / TENSORS),
+            "taken_with": self.manifest["versions"],
+        }
 
 
 def compare_with_base(reference: ReferenceFile, base: Any, maps: Sequence[ParamMap]) -> list[str]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from torch import Tensor
 
+from qkguard.errors import QKGuardError
 from qkguard.safetensors_io import bytes_of, write_header
 
 DTYPE_NAMES = {
@@ -29,33 +29,37 @@ DTYPE_NAMES = {
 
 
 class SafetensorsWriter:
-    """Context manager: the header of name -> (dtype, shape) is written first, the tensors then in that order.
+    """The header of name -> (dtype, shape) is written first, the tensors then in that order, `close` makes it durable.
 
-    A file left before every tensor was written is removed, so that nothing half-written looks whole.
+    A write that fails (no space) is remembered and raised by `close`, which then removes the file: in between the
+    caller's ranks may be gathering the next tensors together and must not be left by one of them.
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
         self.path, self._pending = path, list(tensors.items())
-        self._file = open(path, "wb")  # noqa: SIM115 - closed in __exit__
+        self._failure: OSError | None = None
+        self._file = open(path, "wb")  # noqa: SIM115 - closed in `close`
         write_header(self._file, {name: (DTYPE_NAMES[dtype], shape) for name, (dtype, shape) in tensors.items()})
 
     def write(self, tensor: Tensor) -> None:
         """The next tensor, on any device."""
         name, expected = self._pending.pop(0)
         assert (tensor.dtype, tuple(tensor.shape)) == expected, (name, expected, tensor.dtype, tensor.shape)
-        self._file.write(bytes_of(tensor.detach().cpu().contiguous()))
+        if self._failure is None:
+            try:
+                self._file.write(bytes_of(tensor.detach().cpu().contiguous()))
+            except OSError as error:
+                self._failure = error
 
-    def __enter__(self) -> SafetensorsWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        whole = kind is None and not self._pending
-        if whole:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        self._file.close()
-        if not whole:
+    def close(self) -> None:
+        """Finish the file; QKGuardError, and no file, where a write failed."""
+        assert not self._pending, f"{self.path}: {self._pending[0][0]} was never written"
+        try:
+            with self._file:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        except OSError as error:
+            self._failure = self._failure or error
+        if self._failure is not None:
             self.path.unlink(missing_ok=True)
-            assert kind is not None, f"{self.path}: {self._pending[0][0]} was never written"
+            raise QKGuardError(f"cannot write {self.path}: {self._failure.strerror}; free some space and try again")

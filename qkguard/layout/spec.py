@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -139,18 +139,17 @@ class ParamMap:
             for block, mask in inside.items():
                 by_role[block.role] = by_role.get(block.role, torch.zeros_like(mask)) | mask
             return [Run(role, mask.nonzero()[:, 0], position[mask]) for role, mask in by_role.items() if mask.any()]
-        runs: list[Run] = []
+        joined: list[list[Any]] = []  # [role, flat start, flat stop, compact start, compact stop]
         for block, lo, _ in self.compact_blocks():
             a, b = max(block.start * inner, start), min(block.stop * inner, stop)
             if a >= b:
                 continue
             shift = (lo - block.start) * inner - origin  # flat position -> position in this shard's compact piece
-            last = runs[-1] if runs else None
-            if last and last.role == block.role and last.flat.stop == a - start:
-                runs[-1] = Run(block.role, slice(last.flat.start, b - start), slice(last.compact.start, b + shift))
+            if joined and joined[-1][0] == block.role and joined[-1][2] == a - start:
+                joined[-1][2], joined[-1][4] = b - start, b + shift
             else:
-                runs.append(Run(block.role, slice(a - start, b - start), slice(a + shift, b + shift)))
-        return runs
+                joined.append([block.role, a - start, b - start, a + shift, b + shift])
+        return [Run(role, slice(a, b), slice(c, d)) for role, a, b, c, d in joined]
 
     def flat_runs(self, start: int, stop: int) -> list[tuple[int, int]]:
         """`runs` without roles, as half-open runs relative to `start` in the order of the compact tensor."""

@@ -1,0 +1,128 @@
+"""`QKGuardCallback`: trainer events to the parts that do the work."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from qkguard import ranks, sharding
+from qkguard.config import QKGuardConfig
+from qkguard.errors import QKGuardError, WrongReferenceError
+from qkguard.session import Session, run_folder
+
+logger = logging.getLogger(__name__)
+
+
+class QKGuardCallback(TrainerCallback):
+    """Guards the queries and keys of a CoT-SFT run on TRL's SFTTrainer or transformers' Trainer.
+
+    Keeps the pre-SFT W_Q and W_K of every softmax-attention layer, logs how far they drift, and writes a QK-restored
+    model beside every raw checkpoint. Training itself is left alone: losses, weights and random streams are bit for
+    bit those of a run without the callback.
+
+        trainer = SFTTrainer(model=..., args=..., train_dataset=..., callbacks=[QKGuardCallback()])
+
+    Args:
+        config: settings; `overrides` replace single fields, so `QKGuardCallback(restore_on="end")` works alone.
+
+    Raises:
+        QKGuardError: on a bad setting; and from `train()`, on all ranks, when the layout or the reference cannot be
+            established. Later only a changed reference stops a run, unless `strict`.
+    """
+
+    def __init__(self, config: QKGuardConfig | None = None, **overrides: Any) -> None:
+        try:
+            self.config = replace(config or QKGuardConfig(), **overrides)
+        except TypeError as error:
+            raise QKGuardError(f"QKGuardCallback: {error}; the settings are the fields of QKGuardConfig") from None
+        self.session: Session | None = None
+        _show_log_lines()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        session, model = self.session, kwargs["model"]
+        if session and session.model is sharding.unwrap(model) and session.folder == run_folder(self.config, args):
+            session.begin(args, state)  # a second train() goes on from moved weights: the first reference stays
+        else:
+            self.session = Session(self.config, args, state, model)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        routing = self.config.due("routing_drift_steps", state.global_step, control.should_log)
+        if self.session and (routing or self.config.due("drift_steps", state.global_step, control.should_log)):
+            self.session.measure(state.global_step, routing=routing)
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        best = self.config.restore_on == "best" and state.best_global_step == state.global_step
+        if self.session and (best or self.config.restore_on == "save"):
+            folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+            session = self.session
+            self._attempt(
+                f"restoring {folder}", lambda: session.restore_checkpoint(folder, state.global_step, processing_class)
+            )
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        session = self.session
+        if session is None:
+            return
+        if self.config.drift_steps != "0":
+            session.measure(state.global_step, routing=self.config.routing_drift_steps != "0")
+        if self.config.final_export and self.config.restore_on != "never":
+            self._attempt("the final export", lambda: session.final_export(state, args, processing_class))
+
+    def save(self, trainer: Any, output_dir: str | Path) -> None:
+        """`trainer.save_model(output_dir)` and the restored model in `output_dir/qk_restored`; ALL ranks.
+
+        For scripts that save by hand, which fires no event.
+        """
+        if self.session is None:
+            raise QKGuardError("nothing to restore from: the guard's reference is taken when train() begins")
+        trainer.save_model(str(output_dir))
+        self.session.restore_checkpoint(Path(output_dir), trainer.state.global_step, trainer.processing_class)
+
+    def _attempt(self, what: str, work: Callable[[], None]) -> None:
+        """Let training go on when a restored write fails: the raw checkpoint is safe and can be restored offline."""
+        try:
+            work()
+        except (QKGuardError, OSError) as error:
+            if self.config.strict or isinstance(error, WrongReferenceError):
+                raise
+            if ranks.rank() == 0:
+                logger.error(
+                    "%s failed: %s. Training goes on; `qkguard restore` makes the restored model from a checkpoint "
+                    "later, strict=True stops instead",
+                    what,
+                    error,
+                )
+
+
+def _show_log_lines() -> None:
+    """Show qkguard's own lines where the script has set up no logging; the root logger is left alone."""
+    package = logging.getLogger("qkguard")
+    if not package.handlers and not logging.getLogger().handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("[qkguard] %(levelname)s %(message)s"))
+        package.addHandler(handler)
+        package.setLevel(logging.INFO)
+        package.propagate = False

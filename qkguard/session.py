@@ -1,0 +1,260 @@
+"""One guarded training: what it starts from, what it measures on the way, what it writes at its saves.
+
+The callback calls these methods on ALL ranks; files are the writers' work: rank 0, or one rank per node under
+`save_on_each_node`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerState, TrainingArguments
+
+from qkguard import ranks, sharding
+from qkguard.checkpoint import RestoredWrite
+from qkguard.config import QKGuardConfig
+from qkguard.drift import DriftTracker
+from qkguard.errors import QKGuardError
+from qkguard.export import export_model, holds_weights, link_checkpoint
+from qkguard.layout import disk_names, find_attention, select
+from qkguard.reference import ReferenceFile
+from qkguard.start import RUN_FOLDER, establish_reference, retire_later_checkpoints, warnings_at_start
+from qkguard.tracking import Tracking
+from qkguard.weights import open_weights
+
+logger = logging.getLogger(__name__)
+
+RESTORED = "qk_restored"
+
+
+class Session:
+    """Everything that belongs to one training: the reference, its drift, the files of the run folder.
+
+    Raises:
+        QKGuardError: on all ranks, when the model's layout, its sharding or its reference cannot be established.
+    """
+
+    def __init__(self, config: QKGuardConfig, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
+        started = time.perf_counter()
+        self.config, self.output_dir = config, Path(str(args.output_dir))
+        self.folder = run_folder(config, args)
+        self.model: Any = sharding.unwrap(model)
+        if hasattr(self.model, "peft_config"):
+            raise QKGuardError(
+                "the model carries PEFT adapters, which this version does not guard; train all parameters, or leave "
+                "the callback out"
+            )
+        self.writes, self.each_node = bool(args.should_save), bool(args.save_on_each_node)
+        flags = ranks.all_gather_table(torch.tensor([int(self.writes)])).flatten().tolist()
+        writers = [rank for rank, flag in enumerate(flags) if flag] or [0]
+        if not any(flags):
+            self.writes = ranks.rank() == 0
+
+        self.specs = ranks.together(
+            "finding the attention layers", lambda: find_attention(self.model, spec=config.spec)
+        )[ranks.rank()]
+        self.selection = select(self.specs, **config.selection_options)  # type: ignore[arg-type]
+        if not self.selection:
+            raise QKGuardError("no query or key rows are selected; check layers, parts and include_sliding_window")
+        self.reference, self.origin = establish_reference(
+            self.model, self.selection, self.folder, config, resumed=state.global_step > 0, writers=writers
+        )
+        self.tracker = DriftTracker(self.reference, self.selection)
+        self.drift: dict[str, float] = {}
+        self._shared_disk: bool | None = None
+        self.tracking: Tracking | None = None
+        self.begin(args, state)
+        if ranks.rank() == 0:
+            logger.info("%s", self._describe(args, time.perf_counter() - started))
+            for warning in warnings_at_start(self.model, args):
+                logger.warning("%s", warning)
+
+    def begin(self, args: TrainingArguments, state: TrainerState) -> None:
+        """(Re)open the run folder's metrics; on resume, set restored folders of a branch that was left aside."""
+
+        def work() -> None:
+            self.tracking = Tracking(self.folder, list(args.report_to or []), self.output_dir, state.global_step)
+            if state.global_step:
+                for moved in retire_later_checkpoints(self.output_dir, self.folder, state.global_step):
+                    logger.warning("a restored checkpoint of a later step than the resumed one was moved to %s", moved)
+
+        ranks.on_rank_zero("opening the run folder", work)
+
+    # -- measuring ---------------------------------------------------------------------------------------------------
+
+    def measure(self, step: int, *, routing: bool) -> None:
+        """Drift now, to every tracker."""
+        started = time.perf_counter()
+        details: dict[str, Any] = {}
+        metrics = self.tracker.measure(self.model)
+        if routing:
+            extra, heads = self.tracker.measure_routing(self.model)
+            metrics |= extra
+            details["routing_rel_per_head"] = heads
+        if any(value != value for value in metrics.values()) and ranks.rank() == 0:
+            logger.warning("drift is not a number at step %d: the queries or keys hold NaN or Inf", step)
+        self.drift = self.drift | metrics | {"step": step}
+        metrics["qkguard/overhead/drift_seconds"] = time.perf_counter() - started
+        self.publish(metrics, step, details)
+
+    def publish(self, metrics: dict[str, float], step: int, details: dict[str, Any] | None = None) -> None:
+        """One row of metrics from rank 0; a failing tracker never stops training unless `strict`."""
+        if self.tracking is None:
+            return
+        try:
+            self.tracking.log(metrics, step, details)
+        except Exception as error:
+            if self.config.strict:
+                raise
+            logger.error("logging drift at step %d failed (%s); training goes on", step, error)
+
+    # -- writing -----------------------------------------------------------------------------------------------------
+
+    def restore_checkpoint(self, checkpoint: Path, step: int, processing_class: Any) -> None:
+        """`qk_restored/` inside a checkpoint that Trainer has just written, and `raw/` where it holds no weights."""
+        started = time.perf_counter()
+        raw = self._raw_of(checkpoint, processing_class)
+        self._write_restored(raw, checkpoint / RESTORED, step)
+        self.publish({"qkguard/overhead/save_seconds": time.perf_counter() - started}, step)
+        if ranks.rank() == 0:
+            logger.info("wrote %s (%.1f s)", checkpoint / RESTORED, time.perf_counter() - started)
+
+    def final_export(self, state: TrainerState, args: TrainingArguments, processing_class: Any) -> None:
+        """`final/raw` and `final/qk_restored`, linked from the checkpoint of the final weights where there is one."""
+        started = time.perf_counter()
+        final = self.folder / "final"
+        best = args.load_best_model_at_end and state.best_model_checkpoint
+        checkpoint = Path(best) if best else self.output_dir / f"checkpoint-{state.global_step}"
+
+        def link() -> bool:
+            source = next((c for c in (checkpoint, checkpoint / "raw") if holds_weights(c)), None)
+            if source is None:
+                return False
+            if self.writes:
+                link_checkpoint(source, final / "raw")
+            return True
+
+        linked = ranks.together("linking the final checkpoint", lambda: link() if self.writes else True)
+        if not all(linked):
+            export_model(self.model, final / "raw", processing_class)
+        self._write_restored(final / "raw", final / RESTORED, state.global_step)
+        self.publish({"qkguard/overhead/save_seconds": time.perf_counter() - started}, state.global_step)
+        if ranks.rank() == 0:
+            logger.info("wrote %s (%.1f s)", final / "{raw,qk_restored}", time.perf_counter() - started)
+
+    def _raw_of(self, checkpoint: Path, processing_class: Any) -> Path:
+        """Where a checkpoint's raw weights are, after every rank has finished writing it."""
+        held = ranks.together("waiting for the checkpoint", lambda: holds_weights(checkpoint) if self.writes else True)
+        if all(held):
+            return checkpoint
+        export_model(self.model, checkpoint / "raw", processing_class)
+        return checkpoint / "raw"
+
+    def _write_restored(self, raw: Path, out: Path, step: int) -> None:
+        def build() -> RestoredWrite:
+            shapes = open_weights(raw).shapes()
+            maps = [pmap for _, pmaps in self.selection for pmap in pmaps]
+            names = disk_names(maps, shapes, self.model.config)
+            return RestoredWrite(
+                raw,
+                out,
+                self.selection,
+                names,
+                ReferenceFile(self.folder),
+                method=self.config.method,
+                options=vars(self.config),
+                staging=self.folder,
+                overwrite=True,
+            )
+
+        extra = {"step": step, "drift": self.drift}
+        what = f"writing {out}"
+        if self.each_node:  # every node has its own disk and its own copy of the raw files
+            ranks.together(what, lambda: _alone(build(), extra) if self.writes else None)
+            return
+
+        def prepared() -> RestoredWrite:
+            write = build()
+            write.prepare()
+            return write
+
+        write = ranks.held_by(0, what, prepared)
+        try:
+            size, me = (ranks.world_size() if self._disk_is_shared() else 1), ranks.rank()
+            results = ranks.together(what, lambda: (write or build()).run(me, size) if me < size else [])
+            records = [record for part in results for record in part]
+            ranks.on_rank_zero(what, lambda: bool(write and write.commit(records, extra)))
+        except BaseException:
+            if write:
+                write.abort()
+            raise
+
+    def _disk_is_shared(self) -> bool:
+        """Whether every rank sees what rank 0 writes to the run folder; asked once."""
+        if self._shared_disk is None:
+
+            def leave_token() -> Path:
+                token = self.folder / f"_{uuid.uuid4().hex}"
+                token.touch()
+                return token
+
+            token = ranks.on_rank_zero("looking for a shared disk", leave_token)
+            self._shared_disk = all(ranks.together("looking for a shared disk", token.exists))
+            ranks.on_rank_zero("looking for a shared disk", token.unlink)
+        return self._shared_disk
+
+    def _describe(self, args: TrainingArguments, seconds: float) -> str:
+        layers = [str(spec.layer) for spec, _ in self.selection]
+        total = getattr(self.model.config, "num_hidden_layers", None)
+        maps = self.reference.maps.values()
+        kept = sum(m.numel * self.reference.pieces[m.name].element_size() for m in maps)
+        share = "" if ranks.world_size() == 1 else f", {_megabytes(self.reference.nbytes)} of it on this rank"
+        config = self.config
+        when = {
+            "save": f"checkpoint-N/{RESTORED} at every save",
+            "best": f"checkpoint-N/{RESTORED} at every best save",
+            "end": "none before the end",
+            "never": "none",
+        }[config.restore_on]
+        final = (
+            f", final models in {self.folder / 'final'}"
+            if config.final_export and config.restore_on != "never"
+            else ""
+        )
+        return (
+            f"guarding the queries and keys of {len(layers)} softmax-attention layers"
+            + (f" of {total} layers" if total else "")
+            + f" ({', '.join(layers)}): {sum(m.numel for m in maps):,} elements in {len(maps)} parameters, "
+            f"{_megabytes(kept)} kept in CPU memory{share}. Reference {self.folder / 'reference.safetensors'}: "
+            f"{self.origin} ({seconds:.1f} s). Drift every {_steps(config.drift_steps)}, routing drift every "
+            f"{_steps(config.routing_drift_steps)}, to {', '.join(['metrics.jsonl', *(args.report_to or [])])}. "
+            f"Restored checkpoints ({config.method}): {when}{final}."
+        )
+
+
+def run_folder(config: QKGuardConfig, args: TrainingArguments) -> Path:
+    """Where a run's reference, metrics and final models go."""
+    return Path(config.output_dir) if config.output_dir else Path(str(args.output_dir)) / RUN_FOLDER
+
+
+def _alone(write: RestoredWrite, extra: dict[str, Any]) -> None:
+    try:
+        write.prepare()
+        write.commit(write.run(), extra)
+    except BaseException:
+        write.abort()
+        raise
+
+
+def _steps(value: str) -> str:
+    return {"logging": "logging step", "0": "0 steps (never)"}.get(value, f"{value} steps")
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
