@@ -132,14 +132,7 @@ class RestoredWrite:
 
     def prepare(self) -> None:
         """Rank 0: clear what killed processes left, check the space, make the temporary folder."""
-        out = self.out.resolve()
-        if out == self.raw.resolve() or out in self.raw.resolve().parents:
-            raise QKGuardError(f"{self.out} is or contains the folder it is made from; choose another one")
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            if not self.overwrite:
-                raise QKGuardError(f"{self.out} exists; remove it, choose another folder or allow overwriting")
-            if not (self.out / MANIFEST).is_file():
-                raise QKGuardError(f"{self.out} exists and was not written by qkguard; remove it yourself")
+        check_target(self.raw, self.out, self.overwrite)
         with readable_errors(self.out):
             self.staging.create()
             self._check_space()
@@ -301,6 +294,17 @@ def write_restored(
     except BaseException:
         write.abort()
         raise
+
+
+def check_target(source: Path, out: Path, overwrite: bool) -> None:
+    """Refuse a target folder that is taken, or that is or holds what it is made from."""
+    if out.resolve() in (source.resolve(), *source.resolve().parents):
+        raise QKGuardError(f"{out} is or contains the folder it is made from; choose another one")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not overwrite:
+            raise QKGuardError(f"{out} exists; remove it, choose another folder, or overwrite it (--overwrite)")
+        if not (out / MANIFEST).is_file():
+            raise QKGuardError(f"{out} exists and was not written by qkguard; remove it yourself")
 
 
 def round_to(rows: Tensor, dtype: torch.dtype, name: str) -> Tensor:

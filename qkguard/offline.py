@@ -1,0 +1,197 @@
+"""Two checkpoints that exist already: what `qkguard restore` does, through the same files code as the callback."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qkguard.checkpoint import Progress, Selection, check_target, write_restored
+from qkguard.errors import QKGuardError
+from qkguard.layout.spec import AttentionSpec, ParamMap, select
+from qkguard.sources import FolderSource
+from qkguard.weights import WeightFolder, open_weights, resolve_folder
+
+GEOMETRY = (
+    *("hidden_size", "n_embd", "d_model", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head"),
+    *("num_key_value_heads", "head_dim", "q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "layer_types"),
+)
+POSITIONS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "sliding_window")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A base and a tuned checkpoint of one model, opened and checked against each other."""
+
+    tuned: Path
+    weights: WeightFolder
+    specs: list[AttentionSpec]
+    selection: Selection
+    names: Mapping[str, str]
+    source: FolderSource
+    warnings: list[str]
+
+
+def open_pair(
+    base: str | os.PathLike[str],
+    tuned: str | os.PathLike[str],
+    *,
+    parts: Sequence[str] = ("q", "k"),
+    layers: Sequence[int] | None = None,
+    include_norms: bool = False,
+    include_sliding_window: bool = True,
+    entangled: str = "keep",
+    spec: Any = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+) -> Pair:
+    """Find the queries and keys of the tuned checkpoint and where the base keeps the same rows.
+
+    Raises:
+        QKGuardError: not two checkpoints of one architecture and shape, or anything of `open_weights`,
+            `find_attention`, `select` and `disk_names`.
+    """
+    base_folder = resolve_folder(base, allow_pickle=allow_pickle)
+    folder = resolve_folder(tuned, allow_pickle=allow_pickle)
+    if base_folder.resolve() == folder.resolve():
+        raise QKGuardError(f"base and tuned are the same folder ({folder}); give the checkpoint before SFT as base")
+    weights = open_weights(folder, allow_pickle=allow_pickle)
+    base_weights = open_weights(base_folder, allow_pickle=allow_pickle)
+    warnings = compare_configs(read_config(base_folder), read_config(folder))
+
+    from qkguard.layout import find_attention  # imports transformers: after everything that can fail in no time
+
+    specs = find_attention(folder, spec=spec, trust_remote_code=trust_remote_code)
+    selection = select(
+        specs,
+        parts=parts,
+        layers=layers,
+        include_norms=include_norms,
+        include_sliding_window=include_sliding_window,
+        entangled=entangled,
+    )
+    if layers is not None and (unknown := sorted(set(layers) - {s.layer for s in specs if s.layer is not None})):
+        known = ", ".join(str(s.layer) for s in specs)
+        raise QKGuardError(f"layers {unknown} have no softmax attention; those that have it: {known}")
+    params = [param for _, maps in selection for param in maps]
+    names = tensor_names(params, weights, by_hand=spec is not None)
+    if base_weights.shapes() == weights.shapes():
+        base_names = names
+    else:
+        base_names = tensor_names(params, base_weights, by_hand=spec is not None)
+    source = FolderSource(base_weights, base_names, model_id=os.fspath(base))
+    source.check(params)
+    return Pair(folder, weights, specs, selection, names, source, warnings)
+
+
+def restore_checkpoint(
+    base: str | os.PathLike[str],
+    tuned: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    method: str = "restore",
+    ridge: float = 1.0,
+    gram: str = "head",
+    alpha: float = 1.0,
+    parts: Sequence[str] = ("q", "k"),
+    layers: Sequence[int] | None = None,
+    include_norms: bool = False,
+    include_sliding_window: bool = True,
+    entangled: str = "keep",
+    spec: Any = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write the tuned checkpoint with the base's queries and keys to a new folder, in bounded memory.
+
+    Args:
+        base, tuned: folders, or hub ids whose safetensors the hub or its cache has.
+        out: the folder to write; it must not exist, or with `overwrite` be an earlier restored one.
+        method, ridge, gram, alpha: the restore method and the options of those that have some (METHODS).
+        parts, layers, include_norms, include_sliding_window, entangled: which rows (`layout.select`).
+        spec: a layout by hand, for models that cannot be probed.
+        allow_pickle: also read `pytorch_model*.bin`, weights-only.
+        trust_remote_code: allow the checkpoints' own model code to be imported.
+        progress: called with (bytes done, bytes in all).
+
+    Returns:
+        The manifest, as written to `out/qkguard.json`.
+
+    Raises:
+        QKGuardError: bad input or a full disk; nothing is left behind.
+    """
+    target = Path(out)
+    for folder in (base, tuned):
+        if os.path.isdir(folder):
+            check_target(Path(folder), target, overwrite)
+    chosen: dict[str, Any] = {"parts": list(parts), "layers": None if layers is None else list(layers)}
+    chosen |= {"include_norms": include_norms, "include_sliding_window": include_sliding_window}
+    chosen |= {"entangled": entangled}
+    pair = open_pair(base, tuned, **chosen, spec=spec, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    return write_restored(
+        pair.tuned,
+        target,
+        pair.selection,
+        pair.names,
+        pair.source,
+        method=method,
+        options={"ridge": ridge, "gram": gram, "alpha": alpha},
+        selected=chosen,
+        overwrite=overwrite,
+        allow_pickle=allow_pickle,
+        scan=True,
+        extra={"warnings": pair.warnings},
+        progress=progress,
+    )
+
+
+def tensor_names(params: Sequence[ParamMap], weights: WeightFolder, *, by_hand: bool) -> dict[str, str]:
+    """Names in the files; those of a layout given by hand are taken as they are where the files have them."""
+    shapes = weights.shapes()
+    if by_hand and all(shapes.get(param.name) == param.shape for param in params):
+        return {param.name: param.name for param in params}
+    from qkguard.layout import disk_names
+
+    return disk_names(params, shapes, weights.folder)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a checkpoint, of the language model where it is nested."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return config | config.get("text_config", {})
+    except FileNotFoundError:
+        raise QKGuardError(f"{folder} has no config.json; expected a checkpoint with its configuration") from None
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise QKGuardError(f"{folder / 'config.json'} cannot be read ({error}); save it again") from None
+
+
+def compare_configs(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> list[str]:
+    """Warnings about differences in how positions are encoded.
+
+    Raises:
+        QKGuardError: another architecture, or other head counts and sizes.
+    """
+    kinds = [str(c.get("model_type")).removesuffix("_text") for c in (base, tuned)]
+    if kinds[0] != kinds[1]:
+        raise QKGuardError(
+            f"the base is a {base.get('model_type')} model, the tuned one {tuned.get('model_type')}; "
+            "expected the checkpoint that the tuned model started from"
+        )
+    for key in GEOMETRY:
+        if key in base and key in tuned and base[key] != tuned[key]:
+            raise QKGuardError(
+                f"{key} is {base[key]} in the base and {tuned[key]} in the tuned model; "
+                "expected the checkpoint that the tuned model started from"
+            )
+    return [
+        f"{key} is {base[key]} in the base but {tuned[key]} in the tuned model: the base's queries and keys were "
+        "trained for other positions"
+        for key in POSITIONS
+        if key in base and key in tuned and base[key] != tuned[key]
+    ]
