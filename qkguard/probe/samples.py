@@ -172,25 +172,31 @@ class _Fitter:
 
     def _last_words(self, units: list[str], sizes: list[int]) -> tuple[list[str], list[int]]:
         """Cut the last unit, which is too much, to words and fillers that hit the length."""
-        *whole, last = units
-        words = last.split()
-        sizes = sizes[:-1]
+        for drop in range(min(3, len(units))):  # a filler may fit after the unit before, where it does not by itself
+            end = len(units) - drop - 1
+            found = self._cut(units[:end], sizes[:end], units[end].split())
+            if found is not None:
+                return found
+        raise self._unreachable()
 
-        def ended(count: int, filler: str = "") -> tuple[list[str], list[int]]:
-            piece = " ".join(words[:count]) + filler
-            return ([*whole, piece], [*sizes, self.encoder.size(self.separator + piece)]) if piece else (whole, sizes)
+    def _cut(self, units: list[str], sizes: list[int], words: list[str]) -> tuple[list[str], list[int]] | None:
+        """`units` and a piece of the first of `words` and fillers, exactly as long as there is room; or None."""
 
-        most = _last_true(len(words), lambda n: self._count(*ended(n)) <= self.room)
+        def ended(piece: str) -> tuple[list[str], list[int]]:
+            return ([*units, piece], [*sizes, self.encoder.size(self.separator + piece)]) if piece else (units, sizes)
+
+        most = _last_true(len(words), lambda n: self._count(*ended(" ".join(words[:n]))) <= self.room)
         for count in range(most, max(-1, most - 8), -1):
-            missing = self.room - self._count(*ended(count))
+            piece = " ".join(words[:count])
+            missing = self.room - self._count(*ended(piece))
             if missing == 0:
-                return ended(count)
+                return ended(piece)
             for filler in _FILLERS:
                 for times in range(missing, 0, -1):
-                    tried = ended(count, filler * times if count else (filler * times).strip())
+                    tried = ended((piece + filler * times).lstrip())
                     if self._count(*tried) == self.room:
                         return tried
-        raise self._unreachable()
+        return None
 
     def _unreachable(self) -> QKGuardError:
         return QKGuardError(

@@ -1,0 +1,276 @@
+"""Where the answer positions look: attention mass on the needle and on the most recent tokens, per layer and head."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from qkguard.errors import QKGuardError
+
+_CHUNK = 1 << 24  # probabilities held at a time (64 MiB in float32)
+
+
+def attention_rows(
+    query: Tensor,
+    key: Tensor,
+    allowed: Tensor | None,
+    *,
+    scaling: float,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Softmax attention probabilities of a few query rows, in float32.
+
+    Args:
+        query: (heads, rows, head size), after rotary embedding and normalisation.
+        key: (key-value heads, keys, head size); query heads share key heads in order, as in `repeat_kv`.
+        allowed: bool (rows, keys) or (1 or heads, rows, keys); None where every row sees every key.
+        scaling: of the scores.
+        bias: added to the scaled scores, broadcastable to (heads, rows, keys).
+        softcap: Gemma's bound on scores, before masking.
+        sinks: (heads,) GPT-OSS's extra logits, which take probability without being keys.
+
+    Returns:
+        (heads, rows, keys); rows sum to 1 (to less with sinks).
+    """
+    groups = query.shape[0] // key.shape[0]
+    grouped = query.float().reshape(key.shape[0], groups * query.shape[1], -1)
+    scores = torch.matmul(grouped, key.float().transpose(1, 2)).reshape(query.shape[0], query.shape[1], -1) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias.float()
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, -torch.inf)
+    if sinks is not None:
+        sink = sinks.float()[:, None, None].expand(-1, scores.shape[1], 1)
+        return torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
+    return scores.softmax(-1)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What to measure in one batch: for every row of the batch, absolute query positions and needle key ranges.
+
+    `weights` of 0 leave a row out of the sums (it still runs: padding that keeps ranks in step).
+    """
+
+    rows: tuple[tuple[int, ...], ...]
+    needles: tuple[tuple[tuple[int, int], ...], ...]
+    weights: tuple[float, ...]
+    group: int = 0
+
+
+@dataclass
+class HeadSums:
+    """Running sums over samples for one layer; every entry of `needle` and `local` has shape (heads,)."""
+
+    heads: int
+    needle: dict[int, Tensor] = field(default_factory=dict)
+    local: dict[int, Tensor] = field(default_factory=dict)
+
+
+class AttentionRecorder:
+    """Context manager that watches a model's softmax attention through transformers' `AttentionInterface`.
+
+    The model's own function still computes the outputs; beside it the probabilities of the answer rows alone are
+    computed again from the same queries and keys, so memory is linear in the context. The function is wrapped under
+    its own name in the registries that the model's modules read: neither the configuration nor the masks, which
+    transformers chooses by that name, change. Everything is taken back on leaving, also after an exception.
+
+    Sums per group (`Target.group`; probes use the context length) and layer are in `sums`, keyed by module name.
+    Models that do not go through the interface (Bloom, MPT, remote code with its own kernels) leave it empty.
+
+    Args:
+        model: the model whose calls count; calls by other models pass through.
+        window: how many most recent tokens, the current one included, count as local.
+    """
+
+    def __init__(self, model: nn.Module, window: int) -> None:
+        self.window = window
+        self.sums: dict[str, HeadSums] = {}
+        self._model = model
+        self._names = {id(module): name for name, module in model.named_modules()}
+        self._target: Target | None = None
+        self._stop = 0
+        self._undo: list[Callable[[], None]] = []
+
+    def __enter__(self) -> AttentionRecorder:
+        try:
+            for registry in self._registries():
+                for name in self._implementations():
+                    if name == "eager" or name in registry:
+                        self._wrap(registry, name)
+        except BaseException:
+            self._restore()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def expect(self, target: Target | None) -> None:
+        """Set what the next forward passes are to be measured for; None to pass through."""
+        self._target = target
+
+    def reached(self, stop: int) -> None:
+        """The next forward pass ends with position `stop - 1` (contexts read in chunks end there piece by piece)."""
+        self._stop = stop
+
+    def _registries(self) -> list[AttentionInterface]:
+        """The registries in the source files of the model's modules: the shared one, and local ones."""
+        names = {type(m).__module__ for m in self._model.modules()}
+        files = [vars(sys.modules[name]) for name in names if name in sys.modules]
+        found = {id(v): v for file in files for v in file.values() if isinstance(v, AttentionInterface)}
+        return list(found.values())
+
+    def _implementations(self) -> set[str]:
+        configs = (getattr(m, "config", None) for m in self._model.modules())
+        names = {getattr(c, "_attn_implementation", None) for c in configs}
+        return {n for n in names if isinstance(n, str)}
+
+    def _wrap(self, registry: AttentionInterface, name: str) -> None:
+        inner = registry.get(name)  # None for "eager": that function belongs to each model's source file
+        local = registry._local_mapping
+        had, before = name in local, local.get(name)
+
+        def undo() -> None:
+            if had:
+                local[name] = before
+            else:
+                local.pop(name, None)
+
+        self._undo.append(undo)
+        registry[name] = partial(self._call, inner)
+
+    def _restore(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+        self._target = None
+
+    def _call(
+        self,
+        inner: Callable[..., Any] | None,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        eager = inner is None
+        if inner is None:
+            inner = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+            if inner is None:
+                raise QKGuardError(
+                    f"{type(module).__name__} has no eager attention function that can be watched; "
+                    "switch attention mass off for this model"
+                )
+        name = self._names.get(id(module))
+        if name is not None and self._target is not None:
+            sums = self.sums.setdefault(name, HeadSums(query.shape[1]))
+            self._measure(self._target, sums, _Call(module, query, key, attention_mask, eager, kwargs))
+        return inner(module, query, key, value, attention_mask, *args, **kwargs)
+
+    def _measure(self, target: Target, sums: HeadSums, call: _Call) -> None:
+        device = call.key.device
+        first_query = self._stop - call.query.shape[2]
+        first_key = self._stop - call.key.shape[2]  # a sliding-window cache holds the latest keys only
+        keys = torch.arange(first_key, self._stop, device=device)
+        for item, (rows, needles, weight) in enumerate(zip(target.rows, target.needles, target.weights, strict=True)):
+            here = [r for r in rows if first_query <= r < self._stop]
+            if not here or not weight:
+                continue
+            positions = torch.tensor(here, device=device)
+            on_needle = torch.zeros(len(keys), dtype=torch.bool, device=device)
+            for start, stop in needles:
+                on_needle |= (keys >= start) & (keys < stop)
+            recent = (keys <= positions[:, None]) & (keys > positions[:, None] - self.window)
+            needle, local = [], []
+            for heads in _head_chunks(sums.heads, call.key.shape[1], len(here) * len(keys)):
+                probabilities = call.probabilities(item, heads, positions, positions - first_query, keys)
+                needle.append(probabilities[..., on_needle].sum(-1).sum(1))
+                local.append((probabilities * recent).sum(-1).sum(1))
+            share = weight / len(rows)
+            for where, parts in ((sums.needle, needle), (sums.local, local)):
+                total = where.setdefault(target.group, torch.zeros(sums.heads, dtype=torch.float64))
+                total += torch.cat(parts).double().cpu() * share
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of a module's attention function; `query` and `key` are (batch, heads, positions, head size)."""
+
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    mask: Any
+    eager: bool
+    options: dict[str, Any]
+
+    def probabilities(self, item: int, heads: range, positions: Tensor, at: Tensor, keys: Tensor) -> Tensor:
+        """(heads, rows, keys) of one batch item, under the mask that the model's own function applies.
+
+        `positions` are the absolute positions of the rows `at` of `query`, `keys` those of all keys.
+        """
+        groups = self.query.shape[1] // self.key.shape[1]
+        bias, allowed = None, None
+        if isinstance(self.mask, Tensor) and self.mask.dim() == 4:
+            rows = _pick(self.mask, item, heads)[:, at, : len(keys)]
+            bias, allowed = (None, rows) if rows.dtype == torch.bool else (rows, None)
+        elif callable(getattr(self.mask, "mask_mod", None)):  # flex attention's BlockMask
+            zero = torch.zeros((), dtype=torch.long, device=keys.device)
+            allowed = self.mask.mask_mod(zero + item, zero, positions[:, None], keys[None])
+        elif not self.eager and self._causal():
+            allowed = keys <= positions[:, None]
+            if (width := self.options.get("sliding_window")) is not None:
+                allowed = allowed & (keys > positions[:, None] - width)
+        if (position_bias := self.options.get("position_bias")) is not None:
+            extra = _pick(position_bias, item, heads)[:, at]
+            bias = extra if bias is None else bias + extra
+        scaling, sinks = self.options.get("scaling"), self.options.get("s_aux")
+        return attention_rows(
+            self.query[item, heads.start : heads.stop, at],
+            self.key[item, heads.start // groups : -(-heads.stop // groups)],
+            allowed,
+            scaling=float(self.query.shape[-1] ** -0.5 if scaling is None else scaling),
+            bias=bias,
+            softcap=self.options.get("softcap"),
+            sinks=None if sinks is None else sinks.reshape(-1)[heads.start : heads.stop],
+        )
+
+    def _causal(self) -> bool:
+        said = self.options.get("is_causal")
+        return bool(getattr(self.module, "is_causal", True) if said is None else said)
+
+
+def layer_number(name: str) -> int | None:
+    """The layer a module name speaks of: its first whole number ("model.layers.3.self_attn" -> 3)."""
+    match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+    return int(match.group(1)) if match else None
+
+
+def _pick(per_head: Tensor, item: int, heads: range) -> Tensor:
+    """(1 or heads, rows, keys) of one batch item from a 4-D tensor whose batch and head dimensions may be 1."""
+    one = per_head[item if per_head.shape[0] > 1 else 0]
+    return one[heads.start : heads.stop] if one.shape[0] > 1 else one
+
+
+def _head_chunks(heads: int, key_heads: int, cells: int) -> Sequence[range]:
+    """Ranges of query heads, whole key-value groups each, with at most `_CHUNK` probabilities where possible."""
+    groups = heads // key_heads
+    step = max(1, _CHUNK // max(1, cells * groups)) * groups
+    return [range(start, min(start + step, heads)) for start in range(0, heads, step)]

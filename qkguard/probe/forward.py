@@ -1,0 +1,115 @@
+"""One forward pass that returns the logits of the last positions only, whole or in chunks."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qkguard.errors import QKGuardError
+from qkguard.sharding import unwrap
+
+Progress = Callable[[int], None]
+
+
+class LastLogits:
+    """Calls a causal language model for the logits of its last positions.
+
+    `chunk` bounds the memory of activations for long contexts: the prompt then goes through the model's own cache in
+    pieces of that many tokens (the cache itself remains). Without it there is no cache.
+    """
+
+    def __init__(self, model: nn.Module, chunk: int | None = None) -> None:
+        self.model = model
+        self.chunk = chunk
+        self.cuts = _cuts_logits(model)
+
+    def __call__(self, ids: Tensor, keep: int, progress: Progress | None = None) -> Tensor:
+        """Logits (batch, keep, vocabulary) of the last `keep` positions of `ids` (batch, length).
+
+        `progress(n)` is called before every forward pass whose last token is the n-th.
+        """
+        if self.chunk is not None and ids.shape[1] > self.chunk:
+            return self._chunked(ids, keep, progress)
+        if progress is not None:
+            progress(ids.shape[1])
+        return self._last(self.model(input_ids=ids, use_cache=False, **self._keeping(keep)), keep)
+
+    def _chunked(self, ids: Tensor, keep: int, progress: Progress | None) -> Tensor:
+        assert self.chunk is not None
+        length = ids.shape[1]
+        tail = max(keep, (length - 1) % self.chunk + 1)  # the last piece holds every position that is asked for
+        starts = [*range(0, length - tail, self.chunk), length - tail]
+        cache = None
+        for start, stop in zip(starts, [*starts[1:], length], strict=True):
+            if progress is not None:
+                progress(stop)
+            out = self.model(
+                input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True, **self._keeping(keep)
+            )
+            cache = getattr(out, "past_key_values", None)
+            if cache is None and stop < length:
+                raise QKGuardError(
+                    f"{type(self.model).__name__} returned no cache, so its context cannot be read in chunks; "
+                    "probe without chunks"
+                )
+        return self._last(out, keep)
+
+    def _keeping(self, keep: int) -> dict[str, int]:
+        return {"logits_to_keep": keep} if self.cuts else {}
+
+    def _last(self, out: Any, keep: int) -> Tensor:
+        logits = out.logits if hasattr(out, "logits") else out[0]
+        return logits[:, -keep:]
+
+
+def check_chunks(model: nn.Module, ids: Tensor, chunk: int) -> float:
+    """Largest difference in log-probability at the last position between chunked and whole reading of `ids`.
+
+    Linear-attention layers differ in whether they can go on from a cache with more than one token: where they
+    cannot, this is large, and chunks must not be used.
+    """
+    whole = LastLogits(model)(ids, 1).float().log_softmax(-1)
+    parts = LastLogits(model, chunk)(ids, 1).float().log_softmax(-1)
+    return float((whole - parts).abs().max())
+
+
+def greedy(forward: LastLogits, prompts: list[Tensor], steps: int, width: int) -> Tensor:
+    """Greedy continuations (len(prompts), steps), int64, on the CPU, by forward passes without a cache.
+
+    All passes have the shape (len(prompts), width + steps): every rank of a sharded model runs the same ones, which
+    `generate`, stopping where it likes, does not promise. Positions after a row's end hold token 0; under causal
+    attention they change nothing before them.
+    """
+    ends = torch.tensor([len(p) for p in prompts])
+    if int(ends.max()) > width:
+        raise ValueError(f"a prompt of {int(ends.max())} tokens does not fit into {width}")
+    device = input_device(forward.model)
+    ids = torch.zeros(len(prompts), width + steps, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = prompt
+    rows = torch.arange(len(prompts))
+    keep = width + steps - int(ends.min()) + 1
+    for step in range(steps):
+        logits = forward(ids.to(device), keep)
+        last = ends + step - 1 - (width + steps - keep)
+        ids[rows, ends + step] = logits[rows.to(logits.device), last.to(logits.device)].argmax(-1).cpu()
+    return torch.stack([ids[row, end : end + steps] for row, end in enumerate(ends.tolist())])
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where the model wants its token ids."""
+    device = getattr(model, "device", None)
+    return device if isinstance(device, torch.device) else next(model.parameters()).device
+
+
+def _cuts_logits(model: nn.Module) -> bool:
+    """Whether the model, inside its wrappers, takes `logits_to_keep`."""
+    inner = unwrap(model)
+    base = getattr(inner, "get_base_model", None)
+    if callable(base):  # PEFT hands keywords through
+        inner = base()
+    return "logits_to_keep" in inspect.signature(type(inner).forward).parameters

@@ -1,0 +1,211 @@
+"""What a probe found: per sample, per group, with intervals, to and from JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from random import Random
+from typing import Any
+
+from qkguard.errors import QKGuardError
+from qkguard.probe.samples import Cell
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Group:
+    """Samples that share a task, a length, a depth, or several of these."""
+
+    count: int
+    hits: int
+    answer_logprob: float
+
+    @property
+    def recall(self) -> float:
+        return self.hits / self.count
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return wilson(self.hits, self.count)
+
+
+@dataclass(frozen=True)
+class AttentionMass:
+    """Mean attention probability of the answer positions, per context length, softmax layer and query head.
+
+    `needle[length][layer][head]` falls on the asked needles' tokens, `local[...]` on the `window` most recent
+    tokens. `layers` holds the layer numbers of the outer lists.
+    """
+
+    window: int
+    layers: tuple[int, ...]
+    needle: dict[int, list[list[float]]]
+    local: dict[int, list[list[float]]]
+
+    def mean(self, kind: str) -> float:
+        """Mean over lengths, layers and heads of "needle" or "local"."""
+        values = [v for grid in getattr(self, kind).values() for row in grid for v in row]
+        return sum(values) / len(values)
+
+    def strongest(self, kind: str = "needle") -> float:
+        """Largest head's mass, mean over lengths: retrieval is the work of few heads."""
+        grids = list(getattr(self, kind).values())
+        heads = zip(*([v for row in grid for v in row] for grid in grids), strict=True)
+        return max(sum(values) / len(values) for values in heads)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> AttentionMass:
+        grids = {k: {int(n): g for n, g in data[k].items()} for k in ("needle", "local")}
+        return cls(data["window"], tuple(data["layers"]), **grids)
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Fall of recall between two probes of the same samples.
+
+    `low` and `high` bound the drop at 95% (bootstrap over samples, paired). `p_value`: one-sided exact sign test of
+    "no drop" on the samples whose verdict changed (McNemar).
+    """
+
+    before: float
+    now: float
+    low: float
+    high: float
+    p_value: float
+
+    @property
+    def drop(self) -> float:
+        return self.before - self.now
+
+    def is_alarming(self, threshold: float) -> bool:
+        """A drop of at least `threshold` that noise does not explain."""
+        return self.drop >= threshold and self.low > 0 and self.p_value < 0.05
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """Verdicts of one probe.
+
+    `correct[i]`: every answer token of `cells[i]` is the model's first choice given the true tokens before it.
+    `logprob[i]`: mean log-probability (nats) of its answer tokens; nan where the model's output is not finite.
+    `settings` records everything that decides the samples, among them `mode`, `forms` and `digest`: results with
+    equal digests are of the same samples. `generated` holds RULER's own metric where generation was asked for.
+    """
+
+    cells: tuple[Cell, ...]
+    correct: tuple[bool, ...]
+    logprob: tuple[float, ...]
+    settings: dict[str, Any]
+    attention: AttentionMass | None = None
+    seconds: float = 0.0
+    generated: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def total(self) -> Group:
+        return self._group(range(len(self.cells)))
+
+    @property
+    def recall(self) -> float:
+        return self.total.recall
+
+    @property
+    def answer_logprob(self) -> float:
+        return self.total.answer_logprob
+
+    @property
+    def not_finite(self) -> int:
+        """Samples on which the model returned NaN or infinity."""
+        return sum(not math.isfinite(v) for v in self.logprob)
+
+    def by(self, *names: str) -> dict[tuple[Any, ...], Group]:
+        """Groups by any of "task", "length", "depth", in that order; keys sorted."""
+        members: dict[tuple[Any, ...], list[int]] = {}
+        for i, cell in enumerate(self.cells):
+            members.setdefault(tuple(getattr(cell, n) for n in names), []).append(i)
+        return {key: self._group(members[key]) for key in sorted(members)}
+
+    def drop_since(self, earlier: ProbeResult, **only: Any) -> Drop:
+        """Paired drop of recall since an earlier probe, over all samples or those with e.g. `length=4096`.
+
+        Raises:
+            QKGuardError: the two probed different samples.
+        """
+        if self.cells != earlier.cells or self.settings.get("digest") != earlier.settings.get("digest"):
+            raise QKGuardError("two probes of different samples cannot be compared; probe both with the same settings")
+        chosen = [i for i, c in enumerate(self.cells) if all(getattr(c, k) == v for k, v in only.items())]
+        if not chosen:
+            raise QKGuardError(f"no probe samples with {only}")
+        return _drop([earlier.correct[i] for i in chosen], [self.correct[i] for i in chosen])
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts; `from_json` gives an equal result (nan becomes null and back)."""
+        low, high = self.total.interval
+        groups = [
+            {"task": t, "length": n, "count": g.count, "recall": g.recall, "answer_logprob": _plain(g.answer_logprob)}
+            for (t, n), g in self.by("task", "length").items()
+        ]
+        samples = [
+            [*(c.task, c.length, c.depth, c.index), v, _plain(p)]
+            for c, v, p in zip(self.cells, self.correct, self.logprob, strict=True)
+        ]
+        return {
+            "version": VERSION,
+            "recall": self.recall,
+            "interval": [low, high],
+            "answer_logprob": _plain(self.answer_logprob),
+            "groups": groups,
+            "samples": samples,
+            "attention": None if self.attention is None else asdict(self.attention),
+            "generated": self.generated,
+            "settings": self.settings,
+            "seconds": self.seconds,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ProbeResult:
+        if data.get("version") != VERSION:
+            raise QKGuardError(f"probe result of version {data.get('version')}, expected {VERSION}; probe again")
+        rows: Sequence[Any] = data["samples"]
+        return cls(
+            cells=tuple(Cell(n, t, d, i) for t, n, d, i, _, _ in rows),
+            correct=tuple(bool(r[4]) for r in rows),
+            logprob=tuple(math.nan if r[5] is None else r[5] for r in rows),
+            settings=data["settings"],
+            attention=None if data["attention"] is None else AttentionMass.from_json(data["attention"]),
+            seconds=data["seconds"],
+            generated=data["generated"],
+        )
+
+    def _group(self, members: Iterable[int]) -> Group:
+        chosen = list(members)
+        return Group(
+            len(chosen), sum(self.correct[i] for i in chosen), sum(self.logprob[i] for i in chosen) / len(chosen)
+        )
+
+
+def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's interval of a proportion (95% by default)."""
+    if count == 0:
+        return 0.0, 1.0
+    share, spread = hits / count, z * z / count
+    centre = (share + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(share * (1 - share) / count + spread / count / 4)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _drop(before: Sequence[bool], now: Sequence[bool], resamples: int = 2000) -> Drop:
+    count = len(before)
+    differences = [int(b) - int(n) for b, n in zip(before, now, strict=True)]
+    lost, gained = differences.count(1), differences.count(-1)
+    rng = Random(0)
+    means = sorted(sum(rng.choices(differences, k=count)) / count for _ in range(resamples))
+    changed = lost + gained
+    p_value = sum(math.comb(changed, k) for k in range(lost, changed + 1)) / 2**changed
+    low, high = means[round(0.025 * (resamples - 1))], means[round(0.975 * (resamples - 1))]
+    return Drop(sum(before) / count, sum(now) / count, low, high, p_value)
+
+
+def _plain(value: float) -> float | None:
+    return value if math.isfinite(value) else None
