@@ -93,9 +93,6 @@ def restore_checkpoint(
     out: str | os.PathLike[str],
     *,
     method: str = "restore",
-    ridge: float = 1.0,
-    gram: str = "head",
-    alpha: float = 1.0,
     parts: Sequence[str] = ("q", "k"),
     layers: Sequence[int] | None = None,
     include_norms: bool = False,
@@ -112,7 +109,7 @@ def restore_checkpoint(
     Args:
         base, tuned: folders, or hub ids whose safetensors the hub or its cache has.
         out: the folder to write; it must not exist, or with `overwrite` be an earlier restored one.
-        method, ridge, gram, alpha: the restore method and the options of those that have some (METHODS).
+        method: a restore method (`qkguard.restore.METHODS`).
         parts, layers, include_norms, include_sliding_window, entangled: which rows (`layout.select`).
         spec: a layout by hand, for models that cannot be probed.
         allow_pickle: also read `pytorch_model*.bin`, weights-only.
@@ -140,7 +137,6 @@ def restore_checkpoint(
         pair.names,
         pair.source,
         method=method,
-        options={"ridge": ridge, "gram": gram, "alpha": alpha},
         selected=chosen,
         overwrite=overwrite,
         allow_pickle=allow_pickle,

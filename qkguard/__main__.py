@@ -1,0 +1,5 @@
+"""`python -m qkguard`."""
+
+from qkguard.cli import main
+
+main()

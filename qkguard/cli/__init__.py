@@ -1,0 +1,63 @@
+"""The command line: `qkguard ...`. One small module per command, each a thin layer over a documented function."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from qkguard.cli import drift, inspect, restore, verify
+from qkguard.errors import QKGuardError
+
+app = typer.Typer(
+    name="qkguard",
+    help="Keep long-range recall through chain-of-thought SFT: track how far queries and keys drift, and write "
+    "checkpoints in which they are as before.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+CHECKPOINTS = "Checkpoints on disk"
+app.command("inspect", rich_help_panel=CHECKPOINTS)(inspect.inspect)
+app.command("restore", rich_help_panel=CHECKPOINTS)(restore.restore)
+app.command("drift", rich_help_panel=CHECKPOINTS)(drift.drift)
+app.command("verify", rich_help_panel=CHECKPOINTS)(verify.verify)
+
+
+@app.callback(invoke_without_command=True)
+def root(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
+    if version:
+        from qkguard import __version__
+
+        print(f"qkguard {__version__}")
+        raise typer.Exit()
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 done and whole, 2 bad input (one line on stderr), 130 interrupted."""
+    try:
+        code = app(standalone_mode=False)
+    except QKGuardError as error:
+        code = fail(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:  # `qkguard ... | head`
+        sys.stderr.close()
+        code = 0
+    except OSError as error:
+        code = fail(f"{error.strerror or error} ({error.filename})" if error.filename else str(error))
+    except Exception as error:
+        # Usage errors have no public base class that is the same in all supported versions of typer.
+        if not hasattr(error, "format_message"):
+            raise
+        command = getattr(getattr(error, "ctx", None), "command_path", "qkguard")
+        code = fail(f"{error.format_message()} (see {command} --help)")
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def fail(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2

@@ -1,0 +1,79 @@
+"""`qkguard drift`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from qkguard.cli import options as opt
+from qkguard.cli.output import number, print_json, print_table, progress_bar, say, warn
+
+COLUMNS = ("q_rel", "k_rel", "q_1mcos", "k_1mcos", "routing_rel", "q_top_sv", "k_top_sv")
+
+
+def drift(
+    base: opt.Base,
+    tuned: opt.Tuned,
+    parts: opt.Parts = "q,k",
+    layers: opt.Layers = None,
+    include_norms: opt.Norms = False,
+    sliding_window: opt.Sliding = True,
+    entangled: opt.Entangled = "keep",
+    routing: Annotated[
+        bool, typer.Option("--routing/--no-routing", help="Also routing drift and top singular values (slower).")
+    ] = True,
+    heads: Annotated[bool, typer.Option("--heads", help="Also a table of routing drift per head.")] = False,
+    spec: opt.Spec = None,
+    allow_pickle: opt.AllowPickle = False,
+    trust_remote_code: opt.RemoteCode = False,
+    as_json: opt.Json = False,
+) -> None:
+    """Measure how far SFT moved the queries and keys, layer by layer.
+
+    q_rel and k_rel are |W - W0| / |W0|; 1mcos is 1 - cosine; routing_rel is the same ratio for W_Q^T W_K, averaged
+    over heads: what retrieval feels, and what a mere rotation of queries and keys leaves at 0; top_sv is the largest
+    singular value of W - W0. JSON has the numbers per tensor and head too.
+    """
+    chosen: dict[str, Any] = {"parts": opt.parse_parts(parts), "layers": opt.parse_layers(layers)}
+    opt.parse_choice("--entangled", entangled, opt.ENTANGLED)
+    from qkguard.drift_report import drift_report
+
+    with progress_bar("comparing", total_is_bytes=False) as progress:
+        report = drift_report(
+            base,
+            tuned,
+            **chosen,
+            routing=routing,
+            include_norms=include_norms,
+            include_sliding_window=sliding_window,
+            entangled=entangled,
+            spec=spec,
+            allow_pickle=allow_pickle,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    if as_json:
+        print_json(report)
+        return
+    warn(report["warnings"])
+    columns = [c for c in COLUMNS if c in report["mean"]]
+    rows = [
+        (str(layer["layer"]), layer["kind"], *(number(layer["drift"].get(c)) for c in columns))
+        for layer in report["layers"]
+    ]
+    rows += [(name, "", *(number(report[name][c]) for c in columns)) for name in ("mean", "max")]
+    print_table(["layer", "<kind", *columns], rows)
+    if heads:
+        _print_heads(report["layers"])
+
+
+def _print_heads(layers: list[dict[str, Any]]) -> None:
+    with_heads = [layer for layer in layers if layer.get("routing_per_head")]
+    if not with_heads:
+        say("routing drift per head: not defined for these layers")
+        return
+    count = max(len(layer["routing_per_head"]) for layer in with_heads)
+    rows = [(str(layer["layer"]), *(number(v) for v in layer["routing_per_head"])) for layer in with_heads]
+    say("")
+    print_table(["layer", *(f"head {h}" for h in range(count))], rows, title="routing drift per head")

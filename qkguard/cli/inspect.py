@@ -1,0 +1,57 @@
+"""`qkguard inspect`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from qkguard.cli import options as opt
+from qkguard.cli.output import human_bytes, print_json, print_table, say, warn
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(help="A checkpoint folder, a hub id or the path of a config.json.")],
+    spec: opt.Spec = None,
+    trust_remote_code: opt.RemoteCode = False,
+    as_json: opt.Json = False,
+) -> None:
+    """Show which layers have softmax attention and which rows of which tensors make their queries and keys.
+
+    Found by what the model's code does on an empty copy; no weights are needed. Rows that are neither query nor key
+    (values, output gates) are not listed and never touched.
+    """
+    from qkguard.layout_report import layout_report
+
+    report = layout_report(model, spec=spec, trust_remote_code=trust_remote_code)
+    if as_json:
+        print_json(report)
+        return
+    warn(report["warnings"])
+    _print(report)
+
+
+def _print(report: dict[str, Any]) -> None:
+    kinds = ", ".join(f"{count} {kind}" for kind, count in report["layer_kinds"].items())
+    say(f"{report['model']} ({report['model_type']}): {kinds}")
+    rows = []
+    for layer in report["layers"]:
+        heads = f"{layer['num_heads']}/{layer['num_kv_heads']} x {layer['head_dim']}"
+        for i, param in enumerate(layer["params"]):
+            first = (str(layer["layer"]), layer["kind"], heads) if i == 0 else ("", "", "")
+            where = "; ".join(f"{role} {show_ranges(ranges)}" for role, ranges in param["rows"].items())
+            shape = "x".join(map(str, param["shape"]))
+            rows.append((*first, param["name"], shape, f"{'columns' if param['dim'] else 'rows'} {where}"))
+    print_table(["layer", "<kind", "<heads q/kv x size", "<parameter", "<shape", "<queries and keys"], rows)
+    parameters = report["parameters"]
+    share = f" ({parameters['share']:.1%} of the model)" if parameters["share"] is not None else ""
+    say(
+        f"{report['softmax_layers']} softmax-attention layers; queries and keys: {parameters['query_key']:,} "
+        f"parameters{share}, {human_bytes(report['bytes'])} in {report['dtype']}"
+    )
+
+
+def show_ranges(ranges: list[list[int]], most: int = 3) -> str:
+    """[[0, 16], [32, 48], ...] -> "0:16, 32:48, 64:80, ... (4 ranges)"."""
+    text = ", ".join(f"{lo}:{hi}" for lo, hi in ranges[:most])
+    return text if len(ranges) <= most else f"{text}, ... ({len(ranges)} ranges)"

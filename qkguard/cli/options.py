@@ -1,0 +1,70 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qkguard.errors import QKGuardError
+
+Base = Annotated[str, typer.Option("--base", "-b", help="Checkpoint before SFT: a folder or a hub id.")]
+Tuned = Annotated[str, typer.Option("--tuned", "-t", help="Checkpoint after SFT: a folder or a hub id.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")]
+Parts = Annotated[str, typer.Option(help="Which projections: q, k or q,k.")]
+Layers = Annotated[
+    str | None, typer.Option(help="Decoder layers, counted from 0: 3,7,11 or 0-15. Default: every softmax layer.")
+]
+Norms = Annotated[bool, typer.Option("--include-norms", help="Also the gains of q/k normalisation.")]
+Sliding = Annotated[
+    bool,
+    typer.Option("--sliding-window/--no-sliding-window", help="Sliding-window layers count as softmax attention."),
+]
+Entangled = Annotated[
+    str,
+    typer.Option(help="Rows that feed keys and values alike (MLA): keep (leave them tuned), restore or refuse."),
+]
+Spec = Annotated[
+    Path | None,
+    typer.Option("--spec", help="Attention layout by hand (YAML), for models that cannot be probed.", dir_okay=False),
+]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Also read pytorch_model*.bin, with torch's weights-only unpickler.")
+]
+RemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Allow the checkpoint's own model code to be imported.")
+]
+
+
+def parse_parts(text: str) -> list[str]:
+    """ "q,k" -> ["q", "k"]."""
+    parts = [part for part in text.replace(",", " ").split() if part]
+    if not parts or set(parts) - {"q", "k"}:
+        raise QKGuardError(f"--parts {text!r} is not known; expected q, k or q,k")
+    return sorted(set(parts), reverse=True)
+
+
+def parse_layers(text: str | None) -> list[int] | None:
+    """ "3,7,11-13" -> [3, 7, 11, 12, 13]."""
+    if text is None:
+        return None
+    try:
+        layers: set[int] = set()
+        for item in text.replace(",", " ").split():
+            first, _, last = item.partition("-")
+            layers |= set(range(int(first), int(last or first) + 1))
+    except ValueError:
+        layers = set()
+    if not layers:
+        raise QKGuardError(f"--layers {text!r} is not a list of layer numbers such as 3,7,11 or 0-15")
+    return sorted(layers)
+
+
+def parse_choice(option: str, value: str, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise QKGuardError(f"{option} {value!r} is not known; expected one of: {', '.join(choices)}")
+    return value
+
+
+ENTANGLED = ("keep", "restore", "refuse")

@@ -1,0 +1,82 @@
+"""Printing: tables and sentences on stdout, JSON instead where asked for, progress bars on a terminal only."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_json(data: Any) -> None:
+    """JSON on stdout, nothing else; NaN and Inf become null."""
+    from qkguard.manifest import dump
+
+    sys.stdout.write(dump(data))
+
+
+def say(text: str) -> None:
+    """One sentence or more on stdout, never wrapped inside a path when piped."""
+    Console(highlight=False, soft_wrap=True).print(text, markup=False)
+
+
+def warn(warnings: Iterable[str]) -> None:
+    """Each warning as one line on stderr."""
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str | None = None) -> None:
+    """A table on stdout; the first column is text, a leading "<" makes another one text, the others are numbers."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for i, name in enumerate(columns):
+        left = i == 0 or name.startswith("<")
+        table.add_column(name.removeprefix("<"), justify="left" if left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    console.print(table)
+
+
+@contextmanager
+def progress_bar(label: str, *, total_is_bytes: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """A function (done, total) that draws a bar on stderr after a second; silent where that is not a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    import time
+
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    count = DownloadColumn() if total_is_bytes else MofNCompleteColumn()
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn(), console=Console(stderr=True)
+    )
+    began, task = time.monotonic(), bar.add_task(label, total=None)
+
+    def update(done: int, total: int) -> None:
+        if not bar.live.is_started and time.monotonic() - began > 1:
+            bar.start()
+        bar.update(task, completed=done, total=total)
+
+    try:
+        yield update
+    finally:
+        bar.stop()
+
+
+def human_bytes(count: float) -> str:
+    """1234567 -> "1.2 MB"."""
+    for unit in ("B", "KB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def number(value: float | None) -> str:
+    """Three significant digits, "-" where there is none."""
+    return "-" if value is None else f"{value:.3g}"

@@ -1,0 +1,74 @@
+"""`qkguard restore`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qkguard.cli import options as opt
+from qkguard.cli.output import human_bytes, number, print_json, progress_bar, say, warn
+
+
+def restore(
+    base: opt.Base,
+    tuned: opt.Tuned,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
+    method: Annotated[str, typer.Option(help="Restore method.")] = "restore",
+    parts: opt.Parts = "q,k",
+    layers: opt.Layers = None,
+    include_norms: opt.Norms = False,
+    sliding_window: opt.Sliding = True,
+    entangled: opt.Entangled = "keep",
+    spec: opt.Spec = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier restored folder at OUT.")] = False,
+    allow_pickle: opt.AllowPickle = False,
+    trust_remote_code: opt.RemoteCode = False,
+    as_json: opt.Json = False,
+) -> None:
+    """Write the tuned checkpoint with the base's queries and keys.
+
+    Only the query and key rows of softmax-attention layers change; every other byte stays as tuned. Shards without
+    such rows are hard-linked, the others copied and patched, so memory stays small whatever the model's size.
+    OUT appears complete or not at all, and loads with from_pretrained.
+
+    Example: qkguard restore --base Qwen/Qwen3-8B --tuned runs/sft/checkpoint-900 --out qwen3-8b-cot-restored
+    """
+    chosen = opt.parse_parts(parts), opt.parse_layers(layers)
+    opt.parse_choice("--entangled", entangled, opt.ENTANGLED)
+    from qkguard.offline import restore_checkpoint
+
+    with progress_bar("writing") as progress:
+        manifest = restore_checkpoint(
+            base,
+            tuned,
+            out,
+            method=method,
+            parts=chosen[0],
+            layers=chosen[1],
+            include_norms=include_norms,
+            include_sliding_window=sliding_window,
+            entangled=entangled,
+            spec=spec,
+            allow_pickle=allow_pickle,
+            trust_remote_code=trust_remote_code,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    warn(manifest["warnings"])
+    if as_json:
+        print_json({"out": str(out), **manifest})
+        return
+    restored, made = manifest["layers"], [file["made"] for file in manifest["files"].values()]
+    size = sum(file["size"] for file in manifest["files"].values())
+    say(
+        f"{out}: {len(manifest['tensors'])} tensors of {len(restored)} softmax-attention layers restored; "
+        f"{len(made)} weight files ({human_bytes(size)}, {made.count('linked')} linked)"
+    )
+    for role, name in (("q_rel", "queries"), ("k_rel", "keys")):
+        values = [layer["drift"][role] for layer in restored if layer["drift"].get(role) is not None]
+        if values:
+            mean, top = sum(values) / len(values), max(values)
+            say(f"drift taken back, {name}: mean {number(mean)}, largest {number(top)} of the norm before SFT")
+    say(f"next: qkguard verify {out}")

@@ -1,0 +1,40 @@
+"""`qkguard verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qkguard.cli import options as opt
+from qkguard.cli.output import human_bytes, print_json, say, warn
+
+
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A restored checkpoint (with its qkguard.json).")],
+    raw: Annotated[
+        bool, typer.Option("--raw/--no-raw", help="Also check the raw checkpoint it came from.")
+    ] = True,
+    full: Annotated[
+        bool, typer.Option("--full", help="Compare every byte outside the restored rows with the raw files.")
+    ] = False,
+    as_json: opt.Json = False,
+) -> None:
+    """Check that a restored checkpoint is whole and what its manifest says.
+
+    Recomputes the hashes of all restored rows, file sizes, headers and sampled bytes, here and in the raw checkpoint,
+    where that is still in its place. Exit code 0 only if everything agrees.
+    """
+    from qkguard.verify import verify as check
+
+    report = check(folder, raw=raw, full=full)
+    if as_json:
+        print_json(report)
+        return
+    warn(report["warnings"])
+    say(
+        f"{folder}: whole; {report['tensors']} tensors of {report['layers']} layers "
+        f"({human_bytes(report['restored_bytes'])}) as recorded, method {report['method']}, base {report['base']}"
+    )
+    say(f"raw checkpoint: {report['raw']}; compared: {report['compared']}")

@@ -1,0 +1,123 @@
+"""What `qkguard inspect` shows: where queries and keys are, how many bytes they take, what to look out for."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qkguard.errors import QKGuardError
+from qkguard.layout import AttentionSpec, ParamMap, build, find_attention, geometry
+from qkguard.layout.spec import join_ranges
+from qkguard.weights import open_weights
+
+
+def layout_report(model: Any, *, spec: Any = None, trust_remote_code: bool = False) -> dict[str, Any]:
+    """The attention layout of a model as JSON values.
+
+    Args:
+        model: whatever `find_attention` takes: a folder, a hub id, the path of a config.json, a config, a live model.
+        spec: a layout by hand.
+        trust_remote_code: allow the model's own code to be imported.
+
+    Returns:
+        {"model", "model_type", "layer_kinds" {kind: count}, "layers" [...], "parameters" {total, query_key, share},
+        "bytes" of the query and key rows, "dtype", "warnings"}.
+
+    Raises:
+        QKGuardError: the layout cannot be established; the message says what was seen.
+    """
+    specs = find_attention(model, spec=spec, trust_remote_code=trust_remote_code)
+    source = build.resolve(model, trust_remote_code=trust_remote_code)
+    types = geometry.layer_types(source.config)
+    counts = Counter(types if types else [s.kind for s in specs])
+    total, itemsize, dtype = _size(model, source)
+    seen: set[str] = set()
+    layers = [_layer(s, seen, itemsize) for s in specs]
+    pure = sum(layer["query_key_parameters"] for layer in layers)
+    return {
+        "model": os.fspath(model) if isinstance(model, str | os.PathLike) else type(model).__name__,
+        "model_type": source.config.model_type,
+        "layer_kinds": dict(counts),
+        "softmax_layers": len({s.layer for s in specs}),
+        "layers": layers,
+        "parameters": {"total": total, "query_key": pure, "share": pure / total if total else None},
+        "bytes": pure * itemsize,
+        "dtype": dtype,
+        "warnings": _warnings(specs),
+    }
+
+
+def _layer(spec: AttentionSpec, seen: set[str], itemsize: int) -> dict[str, Any]:
+    """One layer; parameters that an earlier layer owns are listed but not counted again."""
+    params, numel = [], 0
+    for param in spec.params:
+        pure = param.only(lambda block: not block.entangled)
+        if param.name not in seen and param.kind != "norm":
+            numel += pure.numel if pure.blocks else 0
+        seen.add(param.name)
+        params.append(
+            {"name": param.name, "kind": param.kind, "shape": list(param.shape), "dim": param.dim}
+            | {"rows": {role: _rows(param, role) for role in sorted({b.role for b in param.blocks})}}
+        )
+    return {
+        "layer": spec.layer,
+        "module": spec.module,
+        "kind": spec.kind,
+        "num_heads": spec.num_heads,
+        "num_kv_heads": spec.num_kv_heads,
+        "head_dim": spec.head_dim,
+        "rotary": spec.rotary,
+        "rotary_dim": spec.rotary_dim,
+        "params": params,
+        "query_key_parameters": numel,
+        "query_key_bytes": numel * itemsize,
+        "notes": list(spec.notes),
+    }
+
+
+def _rows(param: ParamMap, role: str) -> list[list[int]]:
+    return [list(r) for r in join_ranges((b.start, b.stop) for b in param.blocks if b.role == role)]
+
+
+def _size(model: Any, source: build.Source) -> tuple[int, int, str]:
+    """(parameters of the model, bytes of a query/key element, dtype): from the files where there are some."""
+    if isinstance(model, str | os.PathLike) and Path(model).is_dir():
+        try:
+            weights = open_weights(Path(model))
+        except QKGuardError:
+            weights = None  # a folder with a config alone
+        if weights is not None:
+            from math import prod
+
+            shapes = weights.shapes()
+            largest = max(shapes, key=lambda name: prod(shapes[name]))
+            try:
+                dtype = weights.dtype(largest)
+                return sum(map(prod, shapes.values())), dtype.itemsize, str(dtype).removeprefix("torch.")
+            except QKGuardError:
+                pass  # quantised: the size below is that of the unquantised model
+    import torch
+
+    with build.undisturbed():
+        meta = build.build_meta(source)
+    dtype = getattr(source.config, "dtype", None) or torch.bfloat16
+    return sum(p.numel() for p in meta.parameters()), dtype.itemsize, str(dtype).removeprefix("torch.")
+
+
+def _warnings(specs: Sequence[AttentionSpec]) -> list[str]:
+    out = []
+    entangled = sorted({p.name for s in specs for p in s.params if any(b.entangled for b in p.blocks)})
+    if entangled:
+        out.append(
+            f"{len(entangled)} parameters have rows that feed keys and values alike ({entangled[0]}, ...): they are "
+            "left tuned by default (entangled=keep), so a restore is partial"
+        )
+    owners: dict[str, int] = Counter(p.name for s in specs for p in s.params)
+    shared = sorted(name for name, count in owners.items() if count > 1)
+    if shared:
+        out.append(f"{len(shared)} parameters serve several layers ({shared[0]}, ...); each is restored once")
+    out += sorted({note for s in specs for note in s.notes})
+    return out
