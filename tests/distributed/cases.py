@@ -1,0 +1,391 @@
+"""What runs on real ranks. Every case gets an empty folder and raises on failure; all ranks run it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from qkguard import QKGuardCallback, QKGuardError, sharding
+from tests.distributed import judge
+from tests.models import noised, tiny_model
+from tests.tokens import tiny_tokenizer
+
+STEPS = 3
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def reset() -> None:
+    """Forget the previous case's accelerator and DeepSpeed settings."""
+    from accelerate.state import AcceleratorState, GradientState
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    unset_hf_deepspeed_config()
+    for name in [n for n in os.environ if n.startswith(("ACCELERATE_", "FSDP_"))]:
+        del os.environ[name]
+    logging.getLogger("qkguard").handlers[:] = [logging.NullHandler()]
+
+
+def rank() -> int:
+    return dist.get_rank()
+
+
+def base_model(folder: Path, name: str = "minimax", **options: Any) -> Path:
+    """A base checkpoint with tokenizer, written once by rank 0."""
+    base = folder / "base"
+    if rank() == 0:
+        model = tiny_model(name, **options)
+        model.save_pretrained(base)
+        tiny_tokenizer().save_pretrained(base)
+    dist.barrier()
+    return base
+
+
+def rows(count: int = 48) -> Dataset:
+    generator = random.Random(0)
+    return Dataset.from_list(
+        [{"input_ids": [generator.randrange(3, 256) for _ in range(12 + i % 9)]} for i in range(count)]
+    )
+
+
+def deepspeed_config(stage: int, tight: bool = True, offload: bool = False, gather: bool = True) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": stage}
+    if stage == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = gather
+        if tight:  # hides faults: nothing stays gathered (DeepSpeed's defaults keep small parameters whole)
+            zero |= {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0}
+            zero |= {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+    if offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+        if stage == 3:
+            zero["offload_param"] = {"device": "cpu"}
+    return {
+        "zero_optimization": zero,
+        "train_micro_batch_size_per_gpu": "auto",
+        "train_batch_size": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def arguments(folder: Path, cls: type = SFTConfig, **options: Any) -> Any:
+    settings: dict[str, Any] = {
+        "output_dir": str(folder / "run"),
+        "max_steps": STEPS,
+        "save_steps": STEPS,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "report_to": [],
+        "use_cpu": True,
+        "bf16": False,
+        "optim": "adamw_torch",
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "seed": 3,
+    }
+    return cls(**settings | options)
+
+
+class Recorder(TrainerCallback):
+    """Losses and gradient norms as logged."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[float, float]] = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            self.rows.append((logs["loss"], logs["grad_norm"]))
+
+
+def train(base: Path, args: Any, guard: Any = None, resume: bool = False, model: Any = None) -> Any:
+    recorder = Recorder()
+    callbacks = [recorder] + ([guard] if guard else [])
+    model = model if model is not None else str(base)
+    if isinstance(args, SFTConfig):
+        trainer: Any = SFTTrainer(
+            model=model, args=args, train_dataset=rows(), processing_class=tiny_tokenizer(), callbacks=callbacks
+        )
+    else:
+        data = rows().map(lambda r: {"input_ids": r["input_ids"][:12], "labels": r["input_ids"][:12]})
+        trainer = Trainer(model=model, args=args, train_dataset=data, callbacks=callbacks)
+    trainer.recorder = recorder
+    trainer.train(resume_from_checkpoint=resume or None)
+    return trainer
+
+
+def single_process_reference(folder: Path, base: Path, dtype: torch.dtype) -> str:
+    """sha256 of the reference file that one process makes of the same base."""
+    from qkguard import ranks
+    from qkguard.layout import find_attention, select
+    from qkguard.reference import Reference
+
+    kept = (ranks.rank, ranks.world_size)
+    ranks.rank, ranks.world_size = (lambda: 0), (lambda: 1)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+        Reference.take(model, select(find_attention(model))).write(folder / "single", {"base": {}, "versions": {}})
+    finally:
+        ranks.rank, ranks.world_size = kept
+    return judge.file_sha256(folder / "single" / "reference.safetensors")
+
+
+def check_run(folder: Path, base: Path, name: str, dtype: torch.dtype, step: int = STEPS, raw: str = "") -> None:
+    """Rank 0: reference, drift and checkpoints of a finished run against independent computations."""
+    reset()  # else loading a model would partition it, which one rank cannot do alone
+    run = folder / "run"
+    checkpoint, guard = run / f"checkpoint-{step}", run / "_qkguard"
+    assert judge.file_sha256(guard / "reference.safetensors") == single_process_reference(folder, base, dtype)
+    judge.judge_restored(name, base, checkpoint / raw, checkpoint / "qk_restored", dtype)
+    judge.judge_restored(name, base, guard / "final/raw", guard / "final/qk_restored", dtype)
+    last = [row for row in judge.metrics_rows(run) if row["step"] == step and "qkguard/drift/q_rel" in row][-1]
+    for part in "qk":
+        wanted = judge.drift_by_layer(name, part, base, checkpoint / raw, dtype)
+        for layer, want in wanted.items():
+            got = last[f"qkguard/drift/layer_{layer}/{part}_rel"]
+            assert abs(got / want - 1) < 1e-6, (layer, part, got, want)
+        mean = sum(wanted.values()) / len(wanted)
+        assert abs(last[f"qkguard/drift/{part}_rel"] / mean - 1) < 1e-6
+        assert abs(last[f"qkguard/drift/{part}_rel/max"] / max(wanted.values()) - 1) < 1e-6
+    for folder_ in (checkpoint / "qk_restored", guard / "final" / "raw", guard / "final" / "qk_restored"):
+        _, info = AutoModelForCausalLM.from_pretrained(folder_, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"], info
+    left = [p.name for p in guard.iterdir() if p.name.startswith("_")]
+    assert not left, left
+
+
+def check_share(guard: QKGuardCallback) -> None:
+    """The ranks' shares of the reference add up to Q and K once, and are about even."""
+    reference = guard.session.reference
+    sizes = torch.zeros(dist.get_world_size())
+    sizes[rank()] = reference.nbytes
+    dist.all_reduce(sizes)
+    total = sum(m.numel * reference.pieces[m.name].element_size() for m in reference.maps.values())
+    assert sizes.sum() == total, (sizes, total)
+    assert sizes.max() <= 1.2 * total / len(sizes) + 64 * len(reference.maps)
+
+
+# -- cases: what the tests run, by name ----------------------------------------------------------
+
+
+def guarded(folder: Path, backend: str, dtype: str = "fp32", name: str = "minimax", *flags: str) -> None:
+    """One guarded training: `backend` is ddp, zero1, zero2 or zero3; flags: default, offload, nogather, trainer."""
+    base = base_model(folder, name)
+    options: dict[str, Any] = {"bf16": dtype == "bf16"}
+    if backend.startswith("zero"):
+        options["deepspeed"] = deepspeed_config(
+            int(backend[-1]), "default" not in flags, "offload" in flags, "nogather" not in flags
+        )
+    guard = QKGuardCallback(routing_drift_steps=2, strict=True)
+    args = arguments(folder, TrainingArguments if "trainer" in flags else SFTConfig, **options)
+    model = AutoModelForCausalLM.from_pretrained(base) if "trainer" in flags else None
+    train(base, args, guard, model=model)
+    check_share(guard)
+    assert sharding.backend(guard.session.model) == ("zero3" if backend == "zero3" else "replicated")
+    held = DTYPES[dtype] if backend.startswith("zero") else torch.float32  # DeepSpeed's bf16 holds the weights in it
+    if rank() == 0:
+        check_run(folder, base, name, held, raw="raw" if "nogather" in flags else "")
+        described = json.loads((folder / "run/_qkguard/reference.json").read_text())
+        assert {t["dtype"] for t in described["tensors"].values()} == {str(held).removeprefix("torch.")}
+    dist.barrier()
+
+
+def neutral(folder: Path, backend: str, *flags: str) -> None:
+    """With and without the guard: losses, gradient norms, weights and random streams are bit-identical."""
+    base = base_model(folder, "qwen3_next")
+    outcomes = []
+    for guarded_run in (False, True):
+        reset()
+        options: dict[str, Any] = {"gradient_checkpointing": "checkpointing" in flags}
+        if backend.startswith("zero"):
+            options["deepspeed"] = deepspeed_config(int(backend[-1]), tight="default" not in flags)
+        part = folder / str(guarded_run)
+        model = AutoModelForCausalLM.from_pretrained(base, attention_dropout=0.2)
+        guard = QKGuardCallback(routing_drift_steps=1, strict=True) if guarded_run else None
+        trainer = train(base, arguments(part, **options), guard, model=model)
+        weights = judge.weights_in_bits(part / "run" / f"checkpoint-{STEPS}")
+        streams = (torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate())
+        outcomes.append((trainer.recorder.rows, weights, streams))
+    (losses, weights, streams), (losses2, weights2, streams2) = outcomes
+    assert len(losses) == STEPS and losses == losses2, (losses, losses2)
+    assert weights == weights2
+    assert torch.equal(streams[0], streams2[0]) and streams[1:] == streams2[1:]
+    assert weights != judge.weights_in_bits(base), "training moved nothing"
+
+
+def resumed(folder: Path, backend: str, *flags: str) -> None:
+    """A resumed run keeps the first reference; without it, it stops on all ranks and names the ways out."""
+    base = base_model(folder)
+    options: dict[str, Any] = {"save_steps": 2}
+    if backend.startswith("zero"):
+        options["deepspeed"] = deepspeed_config(int(backend[-1]), tight="default" not in flags)
+    train(base, arguments(folder, **options | {"max_steps": 2}), QKGuardCallback(strict=True))
+    digest = judge.file_sha256(folder / "run/_qkguard/reference.safetensors")
+    dist.barrier()
+    reset()
+    guard = QKGuardCallback(strict=True)
+    train(base, arguments(folder, **options | {"max_steps": 4}), guard, resume=True)
+    assert "resumed" in guard.session.origin
+    if rank() == 0:
+        assert judge.file_sha256(folder / "run/_qkguard/reference.safetensors") == digest
+        check_run(folder, base, "minimax", torch.float32, step=4)
+        steps = [r["step"] for r in judge.metrics_rows(folder / "run") if "qkguard/drift/q_rel" in r]
+        assert sorted(set(steps)) == [1, 2, 3, 4], steps
+    dist.barrier()
+    damage_and_resume(folder, base, options)
+
+
+def damage_and_resume(folder: Path, base: Path, options: dict[str, Any]) -> None:
+    file = folder / "run/_qkguard/reference.safetensors"
+    for damage, message in (("flip", "has changed since"), ("remove", "is missing")):
+        if rank() == 0:
+            data = bytearray(file.read_bytes())
+            data[-1] ^= 1
+            file.write_bytes(data) if damage == "flip" else file.unlink()
+        dist.barrier()
+        reset()
+        try:
+            train(base, arguments(folder, **options | {"max_steps": 6}), QKGuardCallback(), resume=True)
+        except QKGuardError as error:
+            assert message in str(error) and "base_model=" in str(error), error
+        else:
+            raise AssertionError("a run was resumed on a wrong reference")
+    reset()
+    guard = QKGuardCallback(base_model=str(base), strict=True)
+    train(base, arguments(folder, **options | {"max_steps": 6}), guard, resume=True)
+    if rank() == 0:
+        check_run(folder, base, "minimax", torch.float32, step=6)
+    dist.barrier()
+
+
+def continued_elsewhere(folder: Path, source: str) -> None:
+    """Resume on this number of ranks a plain run that another number of ranks began."""
+    other = folder.parent / source
+    if rank() == 0:
+        shutil.copytree(other, folder)
+        for state in (folder / "run").glob("checkpoint-*/rng_state*"):
+            state.unlink()
+    dist.barrier()
+    guard = QKGuardCallback(strict=True)
+    train(folder / "base", arguments(folder, max_steps=STEPS + 2, save_steps=STEPS + 2), guard, resume=True)
+    if rank() == 0:
+        check_run(folder, folder / "base", "minimax", torch.float32, step=STEPS + 2)
+    dist.barrier()
+
+
+def fsdp2(folder: Path) -> None:
+    """FSDP2 through transformers' own distributed loading."""
+    from transformers.distributed import DistributedConfig
+
+    base = base_model(folder, "llama")
+    model = AutoModelForCausalLM.from_pretrained(
+        base, distributed_config=DistributedConfig(fsdp_size=dist.get_world_size())
+    )
+    guard = QKGuardCallback(routing_drift_steps=2, strict=True)
+    train(base, arguments(folder, TrainingArguments, save_only_model=True), guard, model=model)
+    check_share(guard)
+    assert sharding.backend(guard.session.model) == "fsdp2"
+    if rank() == 0:
+        check_run(folder, base, "llama", torch.float32)
+    dist.barrier()
+
+
+def wrong_start(folder: Path) -> None:
+    """A reference of other weights stops all ranks at step 0; equal weights go on with the one that is there."""
+    base = base_model(folder)
+    train(base, arguments(folder), QKGuardCallback(strict=True))
+    reset()
+    again = QKGuardCallback(strict=True)
+    train(base, arguments(folder), again)
+    assert "bit-equal" in again.session.origin
+    reset()
+    moved = noised(AutoModelForCausalLM.from_pretrained(base), seed=5)
+    moved.config._name_or_path = ""
+    try:
+        train(base, arguments(folder), QKGuardCallback(), model=moved)
+    except QKGuardError as error:
+        assert "reference of another run" in str(error), error
+    else:
+        raise AssertionError("trained on another run's reference")
+
+
+def failing_write(folder: Path) -> None:
+    """A write that fails on one rank: training goes on everywhere, and with `strict` it ends on all ranks alike."""
+    from qkguard.checkpoint import RestoredWrite
+
+    base = base_model(folder)
+    original = RestoredWrite.run
+
+    def broken(self, *args, **kwargs):
+        if rank() == dist.get_world_size() - 1:
+            raise OSError(28, "No space left on device")
+        return original(self, *args, **kwargs)
+
+    RestoredWrite.run = broken
+    try:
+        train(base, arguments(folder), QKGuardCallback())
+        assert not (folder / f"run/checkpoint-{STEPS}/qk_restored").exists()
+        assert not list((folder / "run/_qkguard").glob("_*")), "a temporary folder was left"
+        reset()
+        try:
+            train(base, arguments(folder / "strict"), QKGuardCallback(strict=True))
+        except QKGuardError as error:
+            assert f"rank {dist.get_world_size() - 1}" in str(error) and "No space left" in str(error), error
+        else:
+            raise AssertionError("strict went on")
+    finally:
+        RestoredWrite.run = original
+
+
+def together_agrees(folder: Path) -> None:
+    """One rank's error is everybody's; results arrive in rank order; a rank without a heartbeat is given up."""
+    import time
+
+    from qkguard import ranks
+    from qkguard.errors import WrongReferenceError
+
+    last = dist.get_world_size() - 1
+    assert ranks.together("counting", lambda: rank() * 10) == [10 * r for r in range(last + 1)]
+
+    def fail() -> None:
+        if rank() == last:
+            raise WrongReferenceError("gone")
+
+    try:
+        ranks.together("failing", fail)
+    except WrongReferenceError as error:
+        assert str(error) == f"failing failed on rank {last}: gone"
+    else:
+        raise AssertionError("nobody heard of it")
+    time.sleep(0.05 * rank())
+    assert ranks.on_rank_zero("deciding", lambda: {"a": [1, 2]}) == {"a": [1, 2]}
+
+    beat = ranks.HEARTBEAT_SECONDS
+    ranks.HEARTBEAT_SECONDS = 0.2
+    try:  # a long job with a heartbeat outlives the patience of the others
+        assert ranks.together("copying", lambda: time.sleep(1.5) if rank() == 0 else None, patience=0.7)
+        ranks.HEARTBEAT_SECONDS = 60.0
+        try:
+            ranks.together("hanging", lambda: time.sleep(2.0) if rank() == last else None, patience=0.5)
+        except QKGuardError as error:
+            assert rank() != last and "no sign of life" in str(error), error
+        else:
+            assert rank() == last
+    finally:
+        ranks.HEARTBEAT_SECONDS = beat

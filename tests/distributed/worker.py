@@ -1,0 +1,53 @@
+"""Runs a list of named cases on every rank of one torchrun launch; a launch costs more than most cases.
+
+    torchrun --nproc_per_node 2 -m tests.distributed.worker OUT CASE [CASE ...]
+
+Every rank writes OUT/<case>.<rank>.json: "ok" or the traceback. A case that fails or hangs ends the launch: the other
+ranks may be anywhere.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+CASE_SECONDS = 150
+
+
+def main() -> None:
+    out, names = Path(sys.argv[1]), sys.argv[2:]
+    import deepspeed
+    import torch.distributed as dist
+
+    from tests.distributed import cases
+
+    rank = int(os.environ["RANK"])
+    deepspeed.init_distributed("gloo", verbose=False)  # torch's process group, known to DeepSpeed as well
+    for name in names:
+        faulthandler.dump_traceback_later(CASE_SECONDS, exit=True)
+        started = time.perf_counter()
+        case, _, options = name.partition("@")
+        try:
+            cases.reset()
+            getattr(cases, case)(out / name, *[o for o in options.split(",") if o])
+            result = {"ok": True}
+        except BaseException:
+            result = {"ok": False, "traceback": traceback.format_exc()}
+        faulthandler.cancel_dump_traceback_later()
+        (out / f"{name}.{rank}.json").write_text(json.dumps(result | {"seconds": time.perf_counter() - started}))
+        if not result["ok"]:
+            print(f"rank {rank}: {name} failed\n{result['traceback']}", file=sys.stderr, flush=True)
+            time.sleep(1)  # the others may be about to report the same failure
+            os._exit(1)
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
