@@ -160,6 +160,8 @@ class Staging:
 
     def _unlock(self) -> None:
         if self._lock is not None:
+            with suppress(OSError):  # a forked child (a data loader's worker) may hold the descriptor too
+                fcntl.flock(self._lock, fcntl.LOCK_UN)
             os.close(self._lock)
             self._lock = None
 

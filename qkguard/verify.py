@@ -53,18 +53,18 @@ def _verify(path: Path, manifest: Mapping[str, Any], *, raw: bool, full: bool) -
     _check_rows(weights, manifest["tensors"], "after", "restore it again")
 
     found = path / manifest["raw"]["path"]
-    state = "not checked" if not raw else "not found"
-    if raw and found.is_dir():
-        what = "the raw checkpoint has changed since; restore it again"
+    readable = (found / SINGLE).is_file() or (found / INDEX).is_file()
+    state = "not found" if raw else "not checked"
+    if raw and any((found / name).is_file() for name in manifest["raw"]["files"]):
+        what = "the raw checkpoint has changed since; restore it again, or leave it out (--no-raw) if it may"
         _check_files(found, manifest["raw"]["files"], what)
-        if _is_safetensors(found):
-            before = open_weights(found)
-            _check_rows(before, manifest["tensors"], "before", what)
-            if full:
-                _compare_whole(found, path, manifest)
+        if readable:  # rows of a pickle are not read without leave
+            _check_rows(open_weights(found), manifest["tensors"], "before", what)
         state = "unchanged"
-    if full and state != "unchanged":
-        raise QKGuardError(f"{found} is not there to compare with; run without the full comparison")
+    if full:
+        if state != "unchanged" or not readable:
+            raise QKGuardError(f"no safetensors files of the raw checkpoint are at {found} to compare every byte with")
+        _compare_whole(found, path, manifest)
     return {
         "folder": str(path),
         "base": manifest["base"].get("id"),
@@ -78,10 +78,6 @@ def _verify(path: Path, manifest: Mapping[str, Any], *, raw: bool, full: bool) -
         "partial": manifest["partial"],
         "warnings": manifest["warnings"],
     }
-
-
-def _is_safetensors(folder: Path) -> bool:
-    return (folder / SINGLE).is_file() or (folder / INDEX).is_file()
 
 
 def _check_files(folder: Path, files: Mapping[str, Mapping[str, Any]], advice: str) -> None:

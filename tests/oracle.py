@@ -1,4 +1,4 @@
-"""Where queries and keys are in the tiny checkpoints, written down by hand, and a byte-level check of restored folders.
+"""Where queries and keys are in the tiny checkpoints, written down by hand, and what a restore must give.
 
 Shares nothing with qkguard but the safetensors library: row ranges are those of the architectures' papers and code.
 """

@@ -121,7 +121,7 @@ def test_pickles_only_when_allowed(tmp_path: Path) -> None:
     for folder in (base, tuned):
         torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
         (folder / "model.safetensors").unlink()
-    with pytest.raises(QKGuardError, match="pickles.*--allow-pickle"):
+    with pytest.raises(QKGuardError, match=r"pickles.*--allow-pickle"):
         restore_checkpoint(base, tuned, tmp_path / "out")
     restore_checkpoint(base, tuned, tmp_path / "out", allow_pickle=True)
     assert differences(load_folder(tmp_path / "out"), wanted) == []
