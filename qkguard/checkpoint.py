@@ -132,7 +132,7 @@ class RestoredWrite:
 
     def prepare(self) -> None:
         """Rank 0: clear what killed processes left, check the space, make the temporary folder."""
-        check_target(self.raw, self.out, self.overwrite)
+        check_target([self.raw], self.out, self.overwrite)
         with readable_errors(self.out):
             self.staging.create()
             self._check_space()
@@ -296,10 +296,11 @@ def write_restored(
         raise
 
 
-def check_target(source: Path, out: Path, overwrite: bool) -> None:
+def check_target(sources: Sequence[Path], out: Path, overwrite: bool) -> None:
     """Refuse a target folder that is taken, or that is or holds what it is made from."""
-    if out.resolve() in (source.resolve(), *source.resolve().parents):
-        raise QKGuardError(f"{out} is or contains the folder it is made from; choose another one")
+    for source in sources:
+        if out.resolve() in (source.resolve(), *source.resolve().parents):
+            raise QKGuardError(f"{out} is or contains a folder it is made from ({source}); choose another one")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not overwrite:
             raise QKGuardError(f"{out} exists; remove it, choose another folder, or overwrite it (--overwrite)")

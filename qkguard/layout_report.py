@@ -53,14 +53,14 @@ def layout_report(model: Any, *, spec: Any = None, trust_remote_code: bool = Fal
 def _layer(spec: AttentionSpec, seen: set[str], itemsize: int) -> dict[str, Any]:
     """One layer; parameters that an earlier layer owns are listed but not counted again."""
     params, numel = [], 0
-    for param in spec.params:
+    for param in sorted(spec.params, key=_reading_order):
         pure = param.only(lambda block: not block.entangled)
         if param.name not in seen and param.kind != "norm":
             numel += pure.numel if pure.blocks else 0
         seen.add(param.name)
         params.append(
             {"name": param.name, "kind": param.kind, "shape": list(param.shape), "dim": param.dim}
-            | {"rows": {role: _rows(param, role) for role in sorted({b.role for b in param.blocks})}}
+            | {"rows": {role: _rows(param, role) for role in _roles(param)}}
         )
     return {
         "layer": spec.layer,
@@ -76,6 +76,16 @@ def _layer(spec: AttentionSpec, seen: set[str], itemsize: int) -> dict[str, Any]
         "query_key_bytes": numel * itemsize,
         "notes": list(spec.notes),
     }
+
+
+def _roles(param: ParamMap) -> list[str]:
+    """Roles in the order of "qkv"."""
+    return sorted({b.role for b in param.blocks}, key=lambda role: ["qkv".index(letter) for letter in role])
+
+
+def _reading_order(param: ParamMap) -> tuple[int, bool, str]:
+    """Weights, biases, norms; in each, queries first."""
+    return ("weight", "bias", "norm").index(param.kind), "q" not in "".join(_roles(param)), param.name
 
 
 def _rows(param: ParamMap, role: str) -> list[list[int]]:

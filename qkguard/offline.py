@@ -123,9 +123,7 @@ def restore_checkpoint(
         QKGuardError: bad input or a full disk; nothing is left behind.
     """
     target = Path(out)
-    for folder in (base, tuned):
-        if os.path.isdir(folder):
-            check_target(Path(folder), target, overwrite)
+    check_target([Path(folder) for folder in (base, tuned) if os.path.isdir(folder)], target, overwrite)
     chosen: dict[str, Any] = {"parts": list(parts), "layers": None if layers is None else list(layers)}
     chosen |= {"include_norms": include_norms, "include_sliding_window": include_sliding_window}
     chosen |= {"entangled": entangled}

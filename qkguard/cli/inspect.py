@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from qkguard.cli import options as opt
-from qkguard.cli.output import human_bytes, print_json, print_table, say, warn
+from qkguard.cli.output import human_bytes, print_json, print_table, quiet_transformers, say, warn
 
 
 def inspect(
@@ -21,6 +21,7 @@ def inspect(
     Found by what the model's code does on an empty copy; no weights are needed. Rows that are neither query nor key
     (values, output gates) are not listed and never touched.
     """
+    quiet_transformers()
     from qkguard.layout_report import layout_report
 
     report = layout_report(model, spec=spec, trust_remote_code=trust_remote_code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,6 +10,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+
+def quiet_transformers() -> None:
+    """Keep the library's remarks about configs out of a command's output; the user's own setting wins."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 def print_json(data: Any) -> None:

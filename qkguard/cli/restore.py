@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from qkguard.cli import options as opt
-from qkguard.cli.output import human_bytes, number, print_json, progress_bar, say, warn
+from qkguard.cli.output import human_bytes, number, print_json, progress_bar, quiet_transformers, say, warn
 
 
 def restore(
@@ -37,6 +37,7 @@ def restore(
     """
     chosen = opt.parse_parts(parts), opt.parse_layers(layers)
     opt.parse_choice("--entangled", entangled, opt.ENTANGLED)
+    quiet_transformers()
     from qkguard.offline import restore_checkpoint
 
     with progress_bar("writing") as progress:

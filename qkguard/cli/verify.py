@@ -13,9 +13,7 @@ from qkguard.cli.output import human_bytes, print_json, say, warn
 
 def verify(
     folder: Annotated[Path, typer.Argument(help="A restored checkpoint (with its qkguard.json).")],
-    raw: Annotated[
-        bool, typer.Option("--raw/--no-raw", help="Also check the raw checkpoint it came from.")
-    ] = True,
+    raw: Annotated[bool, typer.Option("--raw/--no-raw", help="Also check the raw checkpoint it came from.")] = True,
     full: Annotated[
         bool, typer.Option("--full", help="Compare every byte outside the restored rows with the raw files.")
     ] = False,
