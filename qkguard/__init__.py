@@ -10,8 +10,11 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from qkguard.callback import QKGuardCallback
     from qkguard.config import QKGuardConfig
+    from qkguard.drift_offline import drift_report
     from qkguard.errors import QKGuardError
     from qkguard.layout import AttentionSpec, find_attention
+    from qkguard.offline import restore_checkpoint
+    from qkguard.verification import verify
 
 # public name -> module, imported on first use: the command line must start faster than torch and transformers import
 _WHERE = {
@@ -19,10 +22,23 @@ _WHERE = {
     "QKGuardCallback": "callback",
     "QKGuardConfig": "config",
     "QKGuardError": "errors",
+    "drift_report": "drift_offline",
     "find_attention": "layout",
+    "restore_checkpoint": "offline",
+    "verify": "verification",
 }
 
-__all__ = ["AttentionSpec", "QKGuardCallback", "QKGuardConfig", "QKGuardError", "__version__", "find_attention"]
+__all__ = [
+    "AttentionSpec",
+    "QKGuardCallback",
+    "QKGuardConfig",
+    "QKGuardError",
+    "__version__",
+    "drift_report",
+    "find_attention",
+    "restore_checkpoint",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from qkguard.card import model_card, read_card
 from qkguard.companions import companions
-from qkguard.drift_report import projection_drift
+from qkguard.drift_offline import projection_drift
 from qkguard.errors import QKGuardError
 from qkguard.files import CREATE, Staging, can_clone, copy_bytes, copy_file, link_or_copy, write_text
 from qkguard.layout.spec import AttentionSpec, ParamMap
@@ -30,7 +31,7 @@ from qkguard.manifest import MANIFEST, build_manifest, describe_file, dump
 from qkguard.pickles import PickleFolder
 from qkguard.restore import get_method
 from qkguard.safetensors_io import TensorEntry, sha256_of, write_rows
-from qkguard.scan import has_nonfinite, nonfinite_tensors
+from qkguard.scan import has_nonfinite
 from qkguard.sources import QKSource
 from qkguard.weights import INDEX, SafetensorsFolder, open_weights, opened
 
@@ -68,7 +69,6 @@ class RestoredWrite:
             background upload watches the folder around `out`.
         overwrite: replace an earlier restored folder at `out`.
         allow_pickle: also read `pytorch_model*.bin`; they are written as safetensors.
-        scan: look for NaN and Inf in every weight, not only in queries and keys (reads all files).
 
     Raises:
         QKGuardError: the raw folder is not a whole checkpoint, a parameter is missing, of another shape or quantised.
@@ -88,11 +88,10 @@ class RestoredWrite:
         staging: Path | None = None,
         overwrite: bool = False,
         allow_pickle: bool = False,
-        scan: bool = False,
     ) -> None:
         self.raw, self.out = Path(raw), Path(out)
         self.selection, self.names, self.source = list(selection), names, source
-        self.method, self.overwrite, self.scan = get_method(method), overwrite, scan
+        self.method, self.overwrite = get_method(method), overwrite
         self.selected = {"parts": ["q", "k"]} | dict(selected or {})
         self.options = {k: v for k, v in (options or {}).items() if k in self.method.options}
         self.weights = open_weights(self.raw, allow_pickle=allow_pickle)
@@ -153,24 +152,22 @@ class RestoredWrite:
         jobs = self.jobs[rank::world]
         total, done, results = sum(job.nbytes for job in jobs), 0, []
         mode = self.staging.path.stat().st_mode & 0o666
-        with readable_errors(self.out):
+        # Hashing leaves the interpreter's lock, so it runs beside the reading and the drift sums.
+        with readable_errors(self.out), ThreadPoolExecutor(1) as hashing:
             for job in jobs:
-                results.append(self._write_file(job, mode))
+                results.append(self._write_file(job, mode, hashing))
                 done += job.nbytes
                 if progress:
                     progress(done, total)
         return results
 
-    def _write_file(self, job: Job, mode: int) -> dict[str, Any]:
+    def _write_file(self, job: Job, mode: int, hashing: ThreadPoolExecutor) -> dict[str, Any]:
         source, target = self.raw / job.file, self.staging.path / job.target
         target.parent.mkdir(parents=True, exist_ok=True)
         record: dict[str, Any] = {"file": job.file, "target": job.target, "raw": describe_file(source)}
         record |= {"layers": [], "tensors": [], "nonfinite": []}
         if not job.layers and isinstance(self.weights, SafetensorsFolder):
             record["made"] = "linked" if link_or_copy(source, target, mode) else "copied"
-            if self.scan:
-                with opened(target) as fd:
-                    record["nonfinite"] = nonfinite_tensors(fd, self.weights.files[job.file].tensors.values())
             return record | {"restored": dict(record["raw"])}
         with os.fdopen(os.open(target, CREATE, 0o666), "r+b") as file:
             entries: Mapping[str, TensorEntry]
@@ -180,15 +177,19 @@ class RestoredWrite:
                 entries, record["made"] = self.weights.files[job.file].tensors, "patched"
                 with opened(source) as fd:
                     copy_bytes(fd, file.fileno())
-            if self.scan:
-                record["nonfinite"] = nonfinite_tensors(file.fileno(), entries.values())
             for index in job.layers:
-                self._write_layer(index, job, file.fileno(), entries, record)
+                self._write_layer(index, job, file.fileno(), entries, record, hashing)
             os.fsync(file.fileno())
         return record | {"restored": describe_file(target)}
 
     def _write_layer(
-        self, index: int, job: Job, fd: int, entries: Mapping[str, TensorEntry], record: dict[str, Any]
+        self,
+        index: int,
+        job: Job,
+        fd: int,
+        entries: Mapping[str, TensorEntry],
+        record: dict[str, Any],
+        hashing: ThreadPoolExecutor,
     ) -> None:
         """Patch one layer's rows as far as they lie in this file; the file of its first parameter reports on it."""
         spec, params = self.selection[index]
@@ -196,18 +197,21 @@ class RestoredWrite:
         for param in params:
             pre[param.name] = self._rows_before(param)
             post[param.name] = self.weights.read(self.names[param.name], param)
-            if has_nonfinite(post[param.name]) and self.names[param.name] not in record["nonfinite"]:
+            if has_nonfinite(post[param.name]):
                 record["nonfinite"].append(self.names[param.name])
         new = self.method.function(spec, params, pre, post, **self.options)
+        tensors = []
         for param in params:
             if self._file(param) == job.file:
                 entry = entries[self.names[param.name]]
                 rows = round_to(new.rows[param.name], entry.torch_dtype, param.name)
+                hashes = {"before": hashing.submit(sha256_of, post[param.name])}
+                hashes["after"] = hashing.submit(sha256_of, rows)
+                # `restore` in the dtype it was kept in writes these very rows
+                same = rows is pre[param.name]
+                hashes["base"] = hashes["after"] if same else hashing.submit(sha256_of, pre[param.name])
                 write_rows(fd, entry, param, rows)
-                hashes = {"before": post[param.name], "after": rows, "base": pre[param.name]}
-                record["tensors"].append(
-                    {"index": index, "file": job.target} | _describe(param, entry) | _hashes(hashes)
-                )
+                tensors.append(({"index": index, "file": job.target} | _describe(param, entry), hashes))
         if self._file(params[0]) == job.file:
             cast = {p.name: pre[p.name].to(post[p.name].dtype) for p in params}
             record["layers"].append(
@@ -215,6 +219,8 @@ class RestoredWrite:
                 | {"drift": projection_drift(params, cast, post)}
                 | new.report
             )
+        for tensor, hashes in tensors:
+            record["tensors"].append(tensor | {f"sha256_{which}": h.result() for which, h in hashes.items()})
 
     def _rows_before(self, param: ParamMap) -> Tensor:
         rows = self.source.get(param)
@@ -228,7 +234,11 @@ class RestoredWrite:
         return rows
 
     def commit(self, results: Sequence[Mapping[str, Any]], extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Rank 0: the other files, the manifest last, then one rename; returns the manifest."""
+        """Rank 0: the other files, the manifest last, then one rename; returns the manifest.
+
+        `extra` has further top-level keys for it (step, probe results); its "warnings" and "nonfinite" (names of
+        tensors with NaN or Inf) are added to those found while writing.
+        """
         if sorted(r["file"] for r in results) != sorted(job.file for job in self.jobs):
             raise QKGuardError(f"{self.out}: not every weight file was written; nothing is published")
         with readable_errors(self.out):
@@ -282,15 +292,19 @@ def write_restored(
     names: Mapping[str, str],
     source: QKSource,
     *,
-    extra: Mapping[str, Any] | None = None,
+    extra: Callable[[], Mapping[str, Any]] | Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """All steps of `RestoredWrite` in one process; `settings` are its keyword arguments. Returns the manifest."""
+    """All steps of `RestoredWrite` in one process; `settings` are its keyword arguments. Returns the manifest.
+
+    `extra` goes to `commit`; a function is called for it after the files are written.
+    """
     write = RestoredWrite(raw, out, selection, names, source, **settings)
     try:
         write.prepare()
-        return write.commit(write.run(progress=progress), extra)
+        results = write.run(progress=progress)
+        return write.commit(results, extra() if callable(extra) else extra)
     except BaseException:
         write.abort()
         raise
@@ -349,7 +363,3 @@ def _describe(param: ParamMap, entry: TensorEntry) -> dict[str, Any]:
         "dim": param.dim,
         "ranges": [list(r) for r in param.ranges],
     }
-
-
-def _hashes(rows: Mapping[str, Tensor]) -> dict[str, str]:
-    return {f"sha256_{name}": sha256_of(tensor) for name, tensor in rows.items()}

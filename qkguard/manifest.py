@@ -50,9 +50,9 @@ def build_manifest(
         companions, left_out: other files copied and not copied.
         partial: parameters with rows that feed keys and values alike and were left as tuned.
         warnings: sentences for people.
-        extra: further top-level keys (step, probe results); its "warnings" are added to the others.
+        extra: further top-level keys (step, probe results); its "warnings" and "nonfinite" are added to the others.
     """
-    nonfinite = sorted({name for r in results for name in r["nonfinite"]})
+    nonfinite = sorted({name for r in results for name in r["nonfinite"]} | set(extra.get("nonfinite", ())))
     sentences = [*warnings, *extra.get("warnings", ())]
     if nonfinite:
         sentences.append(
@@ -82,7 +82,7 @@ def build_manifest(
         "tensors": [t for layer in layers for t in _tensors_of(layer["index"], results)],
         "versions": versions(),
     }
-    extra = {k: v for k, v in extra.items() if k != "warnings"}
+    extra = {k: v for k, v in extra.items() if k not in ("warnings", "nonfinite")}
     if clash := sorted(set(extra) & set(manifest)):
         raise ValueError(f"extra manifest keys {clash} are taken")
     return manifest | extra

@@ -12,6 +12,7 @@ from typing import Any
 from qkguard.checkpoint import Progress, Selection, check_target, write_restored
 from qkguard.errors import QKGuardError
 from qkguard.layout.spec import AttentionSpec, ParamMap, select
+from qkguard.scan import BackgroundScan
 from qkguard.sources import FolderSource
 from qkguard.weights import WeightFolder, open_weights, resolve_folder
 
@@ -24,9 +25,8 @@ POSITIONS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_fa
 
 @dataclass(frozen=True)
 class Pair:
-    """A base and a tuned checkpoint of one model, opened and checked against each other."""
+    """What to restore in a tuned checkpoint, and from where."""
 
-    tuned: Path
     weights: WeightFolder
     specs: list[AttentionSpec]
     selection: Selection
@@ -35,24 +35,23 @@ class Pair:
     warnings: list[str]
 
 
-def open_pair(
-    base: str | os.PathLike[str],
-    tuned: str | os.PathLike[str],
-    *,
-    parts: Sequence[str] = ("q", "k"),
-    layers: Sequence[int] | None = None,
-    include_norms: bool = False,
-    include_sliding_window: bool = True,
-    entangled: str = "keep",
-    spec: Any = None,
-    allow_pickle: bool = False,
-    trust_remote_code: bool = False,
-) -> Pair:
-    """Find the queries and keys of the tuned checkpoint and where the base keeps the same rows.
+@dataclass(frozen=True)
+class Folders:
+    """Two checkpoints, headers read, configs compared; nothing of torch's model code was imported for it."""
+
+    base: WeightFolder
+    tuned: WeightFolder
+    base_id: str
+    warnings: list[str]
+
+
+def open_folders(
+    base: str | os.PathLike[str], tuned: str | os.PathLike[str], *, allow_pickle: bool = False
+) -> Folders:
+    """Open a base and a tuned checkpoint; folders, or hub ids.
 
     Raises:
-        QKGuardError: not two checkpoints of one architecture and shape, or anything of `open_weights`,
-            `find_attention`, `select` and `disk_names`.
+        QKGuardError: one is missing or broken, or they are of different architectures (`compare_configs`).
     """
     base_folder = resolve_folder(base, allow_pickle=allow_pickle)
     folder = resolve_folder(tuned, allow_pickle=allow_pickle)
@@ -61,10 +60,29 @@ def open_pair(
     weights = open_weights(folder, allow_pickle=allow_pickle)
     base_weights = open_weights(base_folder, allow_pickle=allow_pickle)
     warnings = compare_configs(read_config(base_folder), read_config(folder))
+    return Folders(base_weights, weights, os.fspath(base), warnings)
 
-    from qkguard.layout import find_attention  # imports transformers: after everything that can fail in no time
 
-    specs = find_attention(folder, spec=spec, trust_remote_code=trust_remote_code)
+def find_pair(
+    folders: Folders,
+    *,
+    parts: Sequence[str] = ("q", "k"),
+    layers: Sequence[int] | None = None,
+    include_norms: bool = False,
+    include_sliding_window: bool = True,
+    entangled: str = "keep",
+    spec: Any = None,
+    trust_remote_code: bool = False,
+) -> Pair:
+    """Find the queries and keys of the tuned checkpoint and where the base keeps the same rows.
+
+    Raises:
+        QKGuardError: whatever `find_attention`, `select` and `disk_names` refuse, or a base without those rows.
+    """
+    from qkguard.layout import find_attention  # imports transformers
+
+    base_weights, weights = folders.base, folders.tuned
+    specs = find_attention(weights.folder, spec=spec, trust_remote_code=trust_remote_code)
     selection = select(
         specs,
         parts=parts,
@@ -82,9 +100,9 @@ def open_pair(
         base_names = names
     else:
         base_names = tensor_names(params, base_weights, by_hand=spec is not None)
-    source = FolderSource(base_weights, base_names, model_id=os.fspath(base))
+    source = FolderSource(base_weights, base_names, model_id=folders.base_id)
     source.check(params)
-    return Pair(folder, weights, specs, selection, names, source, warnings)
+    return Pair(weights, specs, selection, names, source, folders.warnings)
 
 
 def restore_checkpoint(
@@ -127,21 +145,22 @@ def restore_checkpoint(
     chosen: dict[str, Any] = {"parts": list(parts), "layers": None if layers is None else list(layers)}
     chosen |= {"include_norms": include_norms, "include_sliding_window": include_sliding_window}
     chosen |= {"entangled": entangled}
-    pair = open_pair(base, tuned, **chosen, spec=spec, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
-    return write_restored(
-        pair.tuned,
-        target,
-        pair.selection,
-        pair.names,
-        pair.source,
-        method=method,
-        selected=chosen,
-        overwrite=overwrite,
-        allow_pickle=allow_pickle,
-        scan=True,
-        extra={"warnings": pair.warnings},
-        progress=progress,
-    )
+    folders = open_folders(base, tuned, allow_pickle=allow_pickle)
+    with BackgroundScan(folders.tuned) as scan:
+        pair = find_pair(folders, **chosen, spec=spec, trust_remote_code=trust_remote_code)
+        return write_restored(
+            pair.weights.folder,
+            target,
+            pair.selection,
+            pair.names,
+            pair.source,
+            method=method,
+            selected=chosen,
+            overwrite=overwrite,
+            allow_pickle=allow_pickle,
+            extra=lambda: {"warnings": pair.warnings, "nonfinite": scan.result()},
+            progress=progress,
+        )
 
 
 def tensor_names(params: Sequence[ParamMap], weights: WeightFolder, *, by_hand: bool) -> dict[str, str]:

@@ -1,13 +1,16 @@
-"""NaN and Inf in tensors and in whole files, at the speed of memory."""
+"""NaN and Inf in tensors and in whole checkpoints, at the speed of memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
-from qkguard.safetensors_io import FLOATS, TensorEntry, bytes_of, read_exactly
+from qkguard.safetensors_io import FLOATS, Header, bytes_of, read_exactly
+from qkguard.weights import WeightFolder, opened
 
 CHUNK = 4 << 20  # bytes: stays in the cache between the read and the sum
 
@@ -18,16 +21,45 @@ def has_nonfinite(tensor: Tensor) -> bool:
     return not bool(torch.isfinite(total)) and not bool(torch.isfinite(tensor).all())
 
 
-def nonfinite_tensors(fd: int, entries: Iterable[TensorEntry]) -> list[str]:
-    """Names of the tensors of a safetensors file that hold NaN or Inf; quantised and integer ones are skipped."""
-    buffer = torch.empty(CHUNK, dtype=torch.uint8)
-    found = []
-    for entry in entries:
-        if entry.dtype in FLOATS and entry.stop > entry.start:
-            for start in range(entry.start, entry.stop, CHUNK):
-                piece = buffer[: min(CHUNK, entry.stop - start)]
-                read_exactly(fd, bytes_of(piece), start, entry.name)
-                if has_nonfinite(piece.view(FLOATS[entry.dtype])):
-                    found.append(entry.name)
-                    break
-    return found
+class BackgroundScan:
+    """Looks through all weights of a folder on a thread of its own, while the main one imports, copies and patches.
+
+    Use as a context manager: leaving it stops the scan. Quantised and integer tensors are skipped.
+    """
+
+    def __init__(self, weights: WeightFolder) -> None:
+        self._weights, self._stop = weights, threading.Event()
+        self._pool = ThreadPoolExecutor(1)
+        self._future = self._pool.submit(lambda: list(self._found()))
+
+    def result(self) -> list[str]:
+        """Names of the tensors that hold NaN or Inf; waits for the scan to end."""
+        return self._future.result()
+
+    def __enter__(self) -> BackgroundScan:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._pool.shutdown()
+
+    def _found(self) -> Iterator[str]:
+        for file, content in self._weights.files.items():
+            if isinstance(content, Header):
+                with opened(self._weights.folder / file) as fd:
+                    yield from self._scan_file(fd, content)
+            else:
+                yield from (n for n, t in content.items() if t.is_floating_point() and has_nonfinite(t))
+
+    def _scan_file(self, fd: int, header: Header) -> Iterator[str]:
+        buffer = torch.empty(CHUNK, dtype=torch.uint8)
+        for entry in header.tensors.values():
+            if entry.dtype in FLOATS:
+                for start in range(entry.start, entry.stop, CHUNK):
+                    if self._stop.is_set():
+                        return
+                    piece = buffer[: min(CHUNK, entry.stop - start)]
+                    read_exactly(fd, bytes_of(piece), start, entry.name)
+                    if has_nonfinite(piece.view(FLOATS[entry.dtype])):
+                        yield entry.name
+                        break

@@ -38,7 +38,7 @@ def drift(
     chosen: dict[str, Any] = {"parts": opt.parse_parts(parts), "layers": opt.parse_layers(layers)}
     opt.parse_choice("--entangled", entangled, opt.ENTANGLED)
     quiet_transformers()
-    from qkguard.drift_report import drift_report
+    from qkguard.drift_offline import drift_report
 
     with progress_bar("comparing", total_is_bytes=False) as progress:
         report = drift_report(

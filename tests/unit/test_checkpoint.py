@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from qkguard.errors import QKGuardError
 from qkguard.offline import restore_checkpoint
-from qkguard.verify import verify
+from qkguard.verification import verify
 from tests.models import CONFIGS, noised, save_pair, tiny_model
 from tests.oracle import differences, expected, load_folder
 

@@ -22,8 +22,9 @@ from qkguard.checkpoint import RestoredWrite, write_restored
 from qkguard.errors import QKGuardError
 from qkguard.layout import Block, ParamMap
 from qkguard.layout.spec import AttentionSpec
+from qkguard.offline import restore_checkpoint
 from qkguard.sources import FolderSource
-from qkguard.verify import verify
+from qkguard.verification import verify
 from qkguard.weights import open_weights
 from tests.models import save_pair
 from tests.oracle import differences, expected, load_folder
@@ -316,7 +317,7 @@ def test_nan_in_tuned_weights_is_reported(parts: Parts, tmp_path: Path) -> None:
         save_file(tensors, parts.raw / index[name], metadata={"format": "pt"})
     rows_only = parts.write_all(tmp_path / "a")
     assert rows_only["nonfinite"] == [names[1]]
-    manifest = parts.write_all(tmp_path / "b", scan=True)
+    manifest = restore_checkpoint(parts.base, parts.raw, tmp_path / "b")
     assert manifest["nonfinite"] == sorted(names)
     assert "NaN or Inf in 2 tensor(s)" in manifest["warnings"][0]
     assert "NaN or Inf" in (tmp_path / "b" / "README.md").read_text()

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from qkguard.errors import QKGuardError
 from qkguard.offline import restore_checkpoint
 from qkguard.safetensors_io import read_header
-from qkguard.verify import verify
+from qkguard.verification import verify
 from tests.models import save_pair
 
 INDEX = "model.safetensors.index.json"

@@ -77,9 +77,10 @@ def drift_report(
     Raises:
         QKGuardError: as `restore_checkpoint`.
     """
-    from qkguard.offline import open_pair
+    from qkguard.offline import find_pair, open_folders
 
-    pair = open_pair(base, tuned, **options)
+    folders = open_folders(base, tuned, allow_pickle=bool(options.pop("allow_pickle", False)))
+    pair = find_pair(folders, **options)
     layers = []
     for done, (spec, params) in enumerate(pair.selection, 1):
         post = {p.name: pair.weights.read(pair.names[p.name], p) for p in params}

@@ -1,0 +1,115 @@
+"""`qkguard restore` against `cp -r` of the same folder: wall time and peak memory.
+
+    python -m pytest -m benchmark -s tests/benchmarks/bench_restore.py
+    python tests/benchmarks/bench_restore.py [GIGABYTES] [SHARD]      e.g. 1.9 500MB
+
+Target: 1.5 x cp plus a fixed start under 6 s, under 1 GB of memory whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from math import prod
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+LAYERS = 24
+
+
+def build(folder: Path, gigabytes: float, shard: str) -> tuple[Path, Path]:
+    """A base and a tuned bf16 llama of about that size each, from one block of random numbers."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    hidden = round((gigabytes * 1e9 / 2 / (LAYERS * 12.5)) ** 0.5 / 64) * 64
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=int(hidden * 3.5) // 64 * 64,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 64,
+        vocab_size=8192,
+        tie_word_embeddings=True,
+    )
+    block = torch.randn(1 << 22, dtype=torch.bfloat16)
+    with torch.device("meta"):
+        meta = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    for name in ("base", "tuned"):
+        block = block.roll(1)
+        for module in meta.modules():
+            for key, param in list(module.named_parameters(recurse=False)):
+                count = prod(param.shape)
+                filled = block.repeat(-(-count // block.numel()))[:count].view(param.shape)
+                setattr(module, key, nn.Parameter(filled, requires_grad=False))
+        meta.tie_weights()
+        meta.save_pretrained(folder / name, max_shard_size=shard)
+    return folder / "base", folder / "tuned"
+
+
+def timed(command: list[str]) -> tuple[float, float]:
+    """(seconds, peak resident memory in MB) of a command."""
+    started = time.perf_counter()
+    pid = os.posix_spawnp(command[0], command, os.environ)
+    _, status, usage = os.wait4(pid, 0)
+    if status:
+        raise RuntimeError(f"{command} failed")
+    return time.perf_counter() - started, usage.ru_maxrss / 1000
+
+
+def compare(gigabytes: float = 1.9, shard: str = "50GB", repeats: int = 3) -> dict[str, float]:
+    """Best of `repeats` for both, alternating, page cache warm, everything written back in between."""
+    command = [sys.executable, "-m", "qkguard"]
+    with tempfile.TemporaryDirectory(dir=os.environ.get("QKGUARD_BENCH_DIR")) as name:
+        folder = Path(name)
+        # In its own process: the builder's memory is not the benchmark's.
+        subprocess.run([sys.executable, __file__, "--build", name, str(gigabytes), shard], check=True)
+        base, tuned = folder / "base", folder / "tuned"
+        size = sum(file.stat().st_size for file in tuned.iterdir())
+        copies, restores, memory = [], [], []
+        for _ in range(repeats):
+            for target in ("copy", "out"):
+                shutil.rmtree(folder / target, ignore_errors=True)
+            os.sync()
+            copies.append(timed(["cp", "-r", str(tuned), str(folder / "copy")])[0])
+            os.sync()
+            args = ["restore", "-b", str(base), "-t", str(tuned), "-o", str(folder / "out"), "--json"]
+            seconds, peak = timed(["sh", "-c", '"$@" > /dev/null', "sh", *command, *args])
+            restores.append(seconds)
+            memory.append(peak)
+        start = min(
+            timed([sys.executable, "-c", "import transformers.models.llama.modeling_llama"])[0] for _ in range(2)
+        )
+    cp, restore = min(copies), min(restores)
+    return {
+        "gigabytes": size / 1e9,
+        "cp_seconds": cp,
+        "restore_seconds": restore,
+        "imports_seconds": start,
+        "target_seconds": 1.5 * cp + 6,
+        "beyond_imports_over_cp": (restore - start) / cp,
+        "peak_megabytes": max(memory),
+    }
+
+
+@pytest.mark.benchmark
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("shard", ["50GB", "300MB"])
+def test_restore_against_cp(shard: str) -> None:
+    for key, value in compare(shard=shard).items():
+        print(f"{key:>24} {value:8.2f}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--build"]:
+        build(Path(sys.argv[2]), float(sys.argv[3]), sys.argv[4])
+    else:
+        sizes = sys.argv[1:] or ["1.9"]
+        for key, value in compare(float(sizes[0]), *sizes[1:2]).items():
+            print(f"{key:>24} {value:8.2f}")
