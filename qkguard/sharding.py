@@ -84,7 +84,7 @@ def _unsupported(param: Param) -> str | None:
                 f"partitioned over {param.ds_zero_partition_world_size} of {ranks.world_size()} ranks (MiCS or expert "
                 "parallelism)"
             )
-        if str(getattr(param.ds_tensor, "final_location", "")).endswith("nvme"):
+        if getattr(param.ds_tensor, "final_location", None) == "nvme":  # "not-nvme" is DeepSpeed's word for the CPU
             return "offloaded to NVMe"
         if hasattr(param.ds_tensor, "ds_quant_scale"):
             return "held quantised by ZeRO++"

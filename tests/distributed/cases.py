@@ -274,9 +274,9 @@ def damage_and_resume(folder: Path, base: Path, options: dict[str, Any]) -> None
     dist.barrier()
 
 
-def continued_elsewhere(folder: Path, source: str) -> None:
-    """Resume on this number of ranks a plain run that another number of ranks began."""
-    other = folder.parent / source
+def continued_elsewhere(folder: Path, ranks: str) -> None:
+    """Resume on this number of ranks a DDP run that another number of ranks began."""
+    other = folder.parent.parent / ranks / "guarded@ddp,fp32,minimax"
     if rank() == 0:
         shutil.copytree(other, folder)
         for state in (folder / "run").glob("checkpoint-*/rng_state*"):
@@ -340,6 +340,7 @@ def failing_write(folder: Path) -> None:
     RestoredWrite.run = broken
     try:
         train(base, arguments(folder), QKGuardCallback())
+        dist.barrier()  # rank 0 clears up after the others have heard of the failure
         assert not (folder / f"run/checkpoint-{STEPS}/qk_restored").exists()
         assert not list((folder / "run/_qkguard").glob("_*")), "a temporary folder was left"
         reset()

@@ -1,0 +1,84 @@
+"""Real processes: two launches, each running a list of cases (`worker.py`), one test per case."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LAUNCH_SECONDS = 900
+
+CASES = {
+    2: [
+        "together_agrees",
+        "guarded@ddp,fp32,minimax",
+        "guarded@ddp,bf16,qwen3_next",
+        "guarded@zero1,fp32,minimax",
+        "guarded@zero2,bf16,qwen3_next,default",
+        "guarded@zero2,fp32,qwen3_next,trainer,offload",
+        "guarded@zero3,fp32,minimax",
+        "guarded@zero3,bf16,qwen3_next,default",
+        "guarded@zero3,fp32,minimax,offload",
+        "guarded@zero3,fp32,minimax,nogather,default",
+        "fsdp2",
+        "neutral@ddp,checkpointing",
+        "neutral@zero2,default",
+        "neutral@zero3,default,checkpointing",
+        "resumed@ddp",
+        "resumed@zero3,default",
+        "wrong_start",
+        "failing_write",
+    ],
+    3: [
+        "guarded@ddp,fp32,minimax",
+        "continued_elsewhere@2",
+        "guarded@zero3,fp32,qwen3_next",
+        "guarded@zero3,bf16,qwen3_next,default",
+        "fsdp2",
+        "failing_write",
+    ],
+}
+
+
+@pytest.fixture(scope="session")
+def launches(tmp_path_factory):
+    root = tmp_path_factory.mktemp("ranks")
+    logs = {}
+    for size, names in CASES.items():
+        out = root / str(size)
+        out.mkdir()
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(size)]
+        command += ["-m", "tests.distributed.worker", str(out), *names]
+        log = root / f"{size}.log"
+        with open(log, "w") as file:
+            process = subprocess.Popen(
+                command,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                cwd=Path(__file__).parents[2],
+                start_new_session=True,
+            )
+            try:
+                process.wait(LAUNCH_SECONDS)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, 9)
+                process.wait()
+        logs[size] = log
+    return root, logs
+
+
+@pytest.mark.timeout(2 * LAUNCH_SECONDS)
+@pytest.mark.parametrize(("size", "name"), [(size, name) for size, names in CASES.items() for name in names])
+def test_on_real_ranks(launches, size, name):
+    root, logs = launches
+    for rank in range(size):
+        file = root / str(size) / f"{name}.{rank}.json"
+        assert file.exists(), f"rank {rank} never finished it:\n{logs[size].read_text()[-4000:]}"
+        result = json.loads(file.read_text())
+        assert result["ok"], f"rank {rank}: {result['traceback']}"
