@@ -50,6 +50,16 @@ class Job:
     nbytes: int
 
 
+@dataclass(frozen=True)
+class _OpenFile:
+    """A weight file being patched: where its tensors are, and what will be said of it."""
+
+    job: Job
+    fd: int
+    entries: Mapping[str, TensorEntry]
+    record: dict[str, Any]
+
+
 class RestoredWrite:
     """One restored folder in the making.
 
@@ -150,47 +160,45 @@ class RestoredWrite:
     def run(self, rank: int = 0, world: int = 1, progress: Progress | None = None) -> list[dict[str, Any]]:
         """Write every `world`-th weight file, from `rank` on; the records (JSON values) are for `commit`."""
         jobs = self.jobs[rank::world]
-        total, done, results = sum(job.nbytes for job in jobs), 0, []
+        total, done = sum(job.nbytes for job in jobs), 0
+
+        def tick(count: int) -> None:
+            nonlocal done
+            done += count
+            if progress:
+                progress(done, total)
+
         mode = self.staging.path.stat().st_mode & 0o666
         # Hashing leaves the interpreter's lock, so it runs beside the reading and the drift sums.
         with readable_errors(self.out), ThreadPoolExecutor(1) as hashing:
-            for job in jobs:
-                results.append(self._write_file(job, mode, hashing))
-                done += job.nbytes
-                if progress:
-                    progress(done, total)
-        return results
+            return [self._write_file(job, mode, hashing, tick) for job in jobs]
 
-    def _write_file(self, job: Job, mode: int, hashing: ThreadPoolExecutor) -> dict[str, Any]:
+    def _write_file(
+        self, job: Job, mode: int, hashing: ThreadPoolExecutor, tick: Callable[[int], None]
+    ) -> dict[str, Any]:
         source, target = self.raw / job.file, self.staging.path / job.target
         target.parent.mkdir(parents=True, exist_ok=True)
         record: dict[str, Any] = {"file": job.file, "target": job.target, "raw": describe_file(source)}
         record |= {"layers": [], "tensors": [], "nonfinite": []}
         if not job.layers and isinstance(self.weights, SafetensorsFolder):
             record["made"] = "linked" if link_or_copy(source, target, mode) else "copied"
+            tick(job.nbytes)
             return record | {"restored": dict(record["raw"])}
         with os.fdopen(os.open(target, CREATE, 0o666), "r+b") as file:
             entries: Mapping[str, TensorEntry]
             if isinstance(self.weights, PickleFolder):
                 entries, record["made"] = self.weights.convert(job.file, file), "converted"
+                tick(job.nbytes)
             else:
                 entries, record["made"] = self.weights.files[job.file].tensors, "patched"
                 with opened(source) as fd:
-                    copy_bytes(fd, file.fileno())
+                    copy_bytes(fd, file.fileno(), tick)
             for index in job.layers:
-                self._write_layer(index, job, file.fileno(), entries, record, hashing)
+                self._write_layer(_OpenFile(job, file.fileno(), entries, record), index, hashing)
             os.fsync(file.fileno())
         return record | {"restored": describe_file(target)}
 
-    def _write_layer(
-        self,
-        index: int,
-        job: Job,
-        fd: int,
-        entries: Mapping[str, TensorEntry],
-        record: dict[str, Any],
-        hashing: ThreadPoolExecutor,
-    ) -> None:
+    def _write_layer(self, file: _OpenFile, index: int, hashing: ThreadPoolExecutor) -> None:
         """Patch one layer's rows as far as they lie in this file; the file of its first parameter reports on it."""
         spec, params = self.selection[index]
         pre, post = {}, {}
@@ -198,29 +206,29 @@ class RestoredWrite:
             pre[param.name] = self._rows_before(param)
             post[param.name] = self.weights.read(self.names[param.name], param)
             if has_nonfinite(post[param.name]):
-                record["nonfinite"].append(self.names[param.name])
+                file.record["nonfinite"].append(self.names[param.name])
         new = self.method.function(spec, params, pre, post, **self.options)
         tensors = []
         for param in params:
-            if self._file(param) == job.file:
-                entry = entries[self.names[param.name]]
+            if self._file(param) == file.job.file:
+                entry = file.entries[self.names[param.name]]
                 rows = round_to(new.rows[param.name], entry.torch_dtype, param.name)
                 hashes = {"before": hashing.submit(sha256_of, post[param.name])}
                 hashes["after"] = hashing.submit(sha256_of, rows)
                 # `restore` in the dtype it was kept in writes these very rows
                 same = rows is pre[param.name]
                 hashes["base"] = hashes["after"] if same else hashing.submit(sha256_of, pre[param.name])
-                write_rows(fd, entry, param, rows)
-                tensors.append(({"index": index, "file": job.target} | _describe(param, entry), hashes))
-        if self._file(params[0]) == job.file:
+                write_rows(file.fd, entry, param, rows)
+                tensors.append(({"index": index, "file": file.job.target} | _describe(param, entry), hashes))
+        if self._file(params[0]) == file.job.file:
             cast = {p.name: pre[p.name].to(post[p.name].dtype) for p in params}
-            record["layers"].append(
+            file.record["layers"].append(
                 {"index": index, "layer": spec.layer, "module": spec.module, "kind": spec.kind}
                 | {"drift": projection_drift(params, cast, post)}
                 | new.report
             )
         for tensor, hashes in tensors:
-            record["tensors"].append(tensor | {f"sha256_{which}": h.result() for which, h in hashes.items()})
+            file.record["tensors"].append(tensor | {f"sha256_{which}": h.result() for which, h in hashes.items()})
 
     def _rows_before(self, param: ParamMap) -> Tensor:
         rows = self.source.get(param)

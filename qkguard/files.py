@@ -7,6 +7,7 @@ import fcntl
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -35,18 +36,23 @@ def can_clone(source: Path, folder: Path) -> bool:
     return True
 
 
-def copy_bytes(src: int, dst: int) -> None:
-    """Copy all bytes between two open files: shared extents, else inside the kernel, else through a buffer."""
+def copy_bytes(src: int, dst: int, tick: Callable[[int], None] = lambda count: None) -> None:
+    """Copy all bytes between two open files: shared extents, else inside the kernel, else through a buffer.
+
+    `tick` is called with the number of bytes copied since the last call.
+    """
+    size, done = os.fstat(src).st_size, 0
     try:
         fcntl.ioctl(dst, FICLONE, src)
+        tick(size)
         return
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise
-    size, done = os.fstat(src).st_size, 0
     try:
         while done < size and (count := os.copy_file_range(src, dst, min(CHUNK, size - done), done, done)):
             done += count
+            tick(count)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
@@ -58,6 +64,7 @@ def copy_bytes(src: int, dst: int) -> None:
         while view:
             count = os.pwrite(dst, view, done)
             view, done = view[count:], done + count
+            tick(count)
 
 
 def link_or_copy(source: Path, target: Path, mode: int) -> bool:

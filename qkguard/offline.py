@@ -95,11 +95,12 @@ def find_pair(
         known = ", ".join(str(s.layer) for s in specs)
         raise QKGuardError(f"layers {unknown} have no softmax attention; those that have it: {known}")
     params = [param for _, maps in selection for param in maps]
-    names = tensor_names(params, weights, by_hand=spec is not None)
+    # Both through the tuned model's class, as when SFT loaded the base: its own class may differ (text-only or not).
+    names = tensor_names(params, weights, weights.folder, by_hand=spec is not None)
     if base_weights.shapes() == weights.shapes():
         base_names = names
     else:
-        base_names = tensor_names(params, base_weights, by_hand=spec is not None)
+        base_names = tensor_names(params, base_weights, weights.folder, by_hand=spec is not None)
     source = FolderSource(base_weights, base_names, model_id=folders.base_id)
     source.check(params)
     return Pair(weights, specs, selection, names, source, folders.warnings)
@@ -163,14 +164,14 @@ def restore_checkpoint(
         )
 
 
-def tensor_names(params: Sequence[ParamMap], weights: WeightFolder, *, by_hand: bool) -> dict[str, str]:
-    """Names in the files; those of a layout given by hand are taken as they are where the files have them."""
+def tensor_names(params: Sequence[ParamMap], weights: WeightFolder, model: Path, *, by_hand: bool) -> dict[str, str]:
+    """Names in the files, as the class of `model` (a folder with a config) loads them; those of a layout given by hand are taken as they are where the files have them."""
     shapes = weights.shapes()
     if by_hand and all(shapes.get(param.name) == param.shape for param in params):
         return {param.name: param.name for param in params}
     from qkguard.layout import disk_names
 
-    return disk_names(params, shapes, weights.folder)
+    return disk_names(params, shapes, model)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

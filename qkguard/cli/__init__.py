@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from types import FrameType
 
 import typer
 
@@ -37,6 +39,8 @@ def root(version: bool = typer.Option(False, "--version", help="Print the versio
 
 def main() -> None:
     """Run the command line. Exit codes: 0 done and whole, 2 bad input (one line on stderr), 130 interrupted."""
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as ctrl-C: what is half-written is removed on the way out
+        signal.signal(number, _interrupt)
     try:
         code = app(standalone_mode=False)
     except QKGuardError as error:
@@ -56,6 +60,10 @@ def main() -> None:
         command = getattr(getattr(error, "ctx", None), "command_path", "qkguard")
         code = fail(f"{error.format_message()} (see {command} --help)")
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def fail(message: str) -> int:

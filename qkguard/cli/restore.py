@@ -40,7 +40,7 @@ def restore(
     quiet_transformers()
     from qkguard.offline import restore_checkpoint
 
-    with progress_bar("writing") as progress:
+    with progress_bar("restoring") as progress:
         manifest = restore_checkpoint(
             base,
             tuned,

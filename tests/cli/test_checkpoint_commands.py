@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qkguard import cli
+from qkguard import cli, offline
 from tests.models import noised, save_pair, tiny_model
 from tests.oracle import differences, expected, load_folder
 
@@ -265,6 +266,16 @@ def test_warnings_go_to_stderr_and_into_the_manifest(tmp_path: Path, run: Run) -
     )
     assert code == 0 and err.startswith("warning: rope_parameters is")
     assert json.loads(out)["warnings"] == [err.removeprefix("warning: ").strip()]
+
+
+def test_a_terminated_command_says_so(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM and SIGHUP unwind like ctrl-C, so that half-written folders are removed."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number in handlers:
+        monkeypatch.setattr(offline, "restore_checkpoint", lambda *args, **kwargs: os.kill(os.getpid(), number))  # noqa: B023
+        assert run("restore", "-b", "x", "-t", "y", "-o", tmp_path / "out") == (130, "", "interrupted\n")
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def test_layers_without_softmax_attention_are_refused(pair: tuple[Path, Path], tmp_path: Path, run: Run) -> None:

@@ -154,3 +154,18 @@ def test_sharded_pickles_become_sharded_safetensors(tmp_path: Path) -> None:
     restore_checkpoint(base, tuned, tmp_path / "out", allow_pickle=True)
     assert differences(load_folder(tmp_path / "out"), wanted) == []
     verify(tmp_path / "out")
+
+
+def test_a_text_model_tuned_from_a_multimodal_base(tmp_path: Path) -> None:
+    """Names in the base's files are those that the tuned model's class loads from them."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
+    config = CONFIG_MAPPING["qwen3_5"](text_config=dict(CONFIGS["qwen3_5_text"]), vision_config=vision)
+    noised(AutoModelForImageTextToText.from_config(config), 1).save_pretrained(tmp_path / "base")
+    text = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    noised(text, 2).save_pretrained(tmp_path / "tuned")
+    restore_checkpoint(tmp_path / "base", tmp_path / "tuned", tmp_path / "out")
+    base, tuned = load_folder(tmp_path / "base"), load_folder(tmp_path / "tuned")
+    assert set(base) > set(tuned)
+    assert differences(load_folder(tmp_path / "out"), expected("qwen3_5_text", base, tuned)) == []
