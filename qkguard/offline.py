@@ -165,7 +165,10 @@ def restore_checkpoint(
 
 
 def tensor_names(params: Sequence[ParamMap], weights: WeightFolder, model: Path, *, by_hand: bool) -> dict[str, str]:
-    """Names in the files, as the class of `model` (a folder with a config) loads them; those of a layout given by hand are taken as they are where the files have them."""
+    """Parameter name -> name in the files, as the class of `model` (a folder with a config) loads them.
+
+    Names of a layout given by hand are taken as they are where the files have them.
+    """
     shapes = weights.shapes()
     if by_hand and all(shapes.get(param.name) == param.shape for param in params):
         return {param.name: param.name for param in params}

@@ -46,7 +46,6 @@ def main() -> None:
     except QKGuardError as error:
         code = fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
-        print("interrupted", file=sys.stderr)
         code = 130
     except BrokenPipeError:  # `qkguard ... | head`
         sys.stderr.close()
