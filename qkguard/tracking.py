@@ -29,7 +29,7 @@ class Tracking:
             self.path.write_text("".join(f"{line}\n" for line in rows) if resumed_at else "")
         self._sinks: list[Callable[[dict[str, float], int], None]] = []
         if "wandb" in report_to:
-            self._sinks.append(_log_wandb)
+            self._sinks.append(_WandB())
         if "tensorboard" in report_to:
             self._sinks.append(_TensorBoard(output_dir))
 
@@ -42,15 +42,21 @@ class Tracking:
             sink(scalars, step)
 
 
-def _log_wandb(metrics: dict[str, float], step: int) -> None:
-    import wandb
+class _WandB:
+    """Rows in the run that Trainer's own callback opened; it defines the step metric, ours are bound to it."""
 
-    if wandb.run is None:
-        return
-    if not getattr(wandb.run, "_qkguard_defined", False):
-        wandb.run.define_metric("qkguard/*", step_metric=STEP, step_sync=True)
-        wandb.run._qkguard_defined = True
-    wandb.log({**metrics, STEP: step})
+    def __init__(self) -> None:
+        self._defined: str | None = None  # the run whose metrics are defined: a script may open another one
+
+    def __call__(self, metrics: dict[str, float], step: int) -> None:
+        import wandb
+
+        if wandb.run is None:
+            return
+        if self._defined != wandb.run.id:
+            wandb.run.define_metric("qkguard/*", step_metric=STEP, step_sync=True)
+            self._defined = wandb.run.id
+        wandb.log({**metrics, STEP: step})
 
 
 class _TensorBoard:

@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from datasets import Dataset
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
-from trl import SFTConfig, SFTTrainer
+from transformers import AutoModelForCausalLM, TrainingArguments
+from trl import SFTConfig
 
 from qkguard import QKGuardCallback, QKGuardError, sharding
-from tests.distributed import judge
-from tests.models import noised, tiny_model
-from tests.tokens import tiny_tokenizer
+from tests import judge
+from tests.models import noised
+from tests.training import arguments, save_base, train
 
 STEPS = 3
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -47,18 +46,9 @@ def base_model(folder: Path, name: str = "minimax", **options: Any) -> Path:
     """A base checkpoint with tokenizer, written once by rank 0."""
     base = folder / "base"
     if rank() == 0:
-        model = tiny_model(name, **options)
-        model.save_pretrained(base)
-        tiny_tokenizer().save_pretrained(base)
+        save_base(base, name, **options)
     dist.barrier()
     return base
-
-
-def rows(count: int = 48) -> Dataset:
-    generator = random.Random(0)
-    return Dataset.from_list(
-        [{"input_ids": [generator.randrange(3, 256) for _ in range(12 + i % 9)]} for i in range(count)]
-    )
 
 
 def deepspeed_config(stage: int, tight: bool = True, offload: bool = False, gather: bool = True) -> dict[str, Any]:
@@ -82,52 +72,6 @@ def deepspeed_config(stage: int, tight: bool = True, offload: bool = False, gath
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-
-
-def arguments(folder: Path, cls: type = SFTConfig, **options: Any) -> Any:
-    settings: dict[str, Any] = {
-        "output_dir": str(folder / "run"),
-        "max_steps": STEPS,
-        "save_steps": STEPS,
-        "logging_steps": 1,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-2,
-        "report_to": [],
-        "use_cpu": True,
-        "bf16": False,
-        "optim": "adamw_torch",
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
-        "seed": 3,
-    }
-    return cls(**settings | options)
-
-
-class Recorder(TrainerCallback):
-    """Losses and gradient norms as logged."""
-
-    def __init__(self) -> None:
-        self.rows: list[tuple[float, float]] = []
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" in logs:
-            self.rows.append((logs["loss"], logs["grad_norm"]))
-
-
-def train(base: Path, args: Any, guard: Any = None, resume: bool = False, model: Any = None) -> Any:
-    recorder = Recorder()
-    callbacks = [recorder] + ([guard] if guard else [])
-    model = model if model is not None else str(base)
-    if isinstance(args, SFTConfig):
-        trainer: Any = SFTTrainer(
-            model=model, args=args, train_dataset=rows(), processing_class=tiny_tokenizer(), callbacks=callbacks
-        )
-    else:
-        data = rows().map(lambda r: {"input_ids": r["input_ids"][:12], "labels": r["input_ids"][:12]})
-        trainer = Trainer(model=model, args=args, train_dataset=data, callbacks=callbacks)
-    trainer.recorder = recorder
-    trainer.train(resume_from_checkpoint=resume or None)
-    return trainer
 
 
 def single_process_reference(folder: Path, base: Path, dtype: torch.dtype) -> str:
