@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -77,27 +77,42 @@ def check_chunks(model: nn.Module, ids: Tensor, chunk: int) -> float:
     return float((whole - parts).abs().max())
 
 
-def greedy(forward: LastLogits, prompts: list[Tensor], steps: int, width: int) -> Tensor:
-    """Greedy continuations (len(prompts), steps), int64, on the CPU, by forward passes without a cache.
+def greedy(
+    forward: LastLogits,
+    prompts: Sequence[Tensor],
+    propose: Callable[[int, list[int]], list[int]],
+    passes: int,
+    width: int,
+    go_on: Callable[[list[list[int]]], bool] = lambda done: True,
+) -> list[list[int]]:
+    """Beginnings of greedy continuations, by at most `passes` forward passes without a cache, while `go_on` says so.
 
-    All passes have the shape (len(prompts), width + steps): every rank of a sharded model runs the same ones, which
-    `generate`, stopping where it likes, does not promise. Positions after a row's end hold token 0; under causal
-    attention they change nothing before them.
+    Before each pass `propose(i, ids)` guesses how continuation i goes on after `ids`; the pass checks the guess, and
+    what the model itself would have said is kept, with its own next token: every pass gains a token, a right guess
+    many. All passes have the shape (len(prompts), `width`), beyond which nothing is continued: ranks of a sharded
+    model stay in step (where `go_on` says the same to all), which `generate` does not promise. Positions after a
+    row's end hold token 0; under causal attention they change nothing before them.
     """
-    ends = torch.tensor([len(p) for p in prompts])
-    if int(ends.max()) > width:
-        raise ValueError(f"a prompt of {int(ends.max())} tokens does not fit into {width}")
     device = input_device(forward.model)
-    ids = torch.zeros(len(prompts), width + steps, dtype=torch.long)
+    starts = [len(p) for p in prompts]
+    keep = width - min(starts) + 1
+    ids = torch.zeros(len(prompts), width, dtype=torch.long)
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = prompt
-    rows = torch.arange(len(prompts))
-    keep = width + steps - int(ends.min()) + 1
-    for step in range(steps):
-        logits = forward(ids.to(device), keep)
-        last = ends + step - 1 - (width + steps - keep)
-        ids[rows, ends + step] = logits[rows.to(logits.device), last.to(logits.device)].argmax(-1).cpu()
-    return torch.stack([ids[row, end : end + steps] for row, end in enumerate(ends.tolist())])
+    out: list[list[int]] = [[] for _ in prompts]
+    for _ in range(passes):
+        drafts = [propose(i, done)[: width - starts[i] - len(done)] for i, done in enumerate(out)]
+        for row, (start, done, draft) in enumerate(zip(starts, out, drafts, strict=True)):
+            ids[row, start : start + len(done) + len(draft)] = torch.tensor([*done, *draft], dtype=torch.long)
+        choices = forward(ids.to(device), keep).argmax(-1).cpu()
+        for row, (start, done, draft) in enumerate(zip(starts, out, drafts, strict=True)):
+            first = start + len(done) - 1 - (width - keep)  # the output that follows what is done
+            said = choices[row, first : first + len(draft) + 1].tolist()
+            right = next((i for i, (a, b) in enumerate(zip(said, draft, strict=False)) if a != b), len(draft))
+            out[row] = [*done, *said[: right + 1]][: width - start]
+        if not go_on(out):
+            break
+    return out
 
 
 def input_device(model: nn.Module) -> torch.device:

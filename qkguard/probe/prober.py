@@ -8,23 +8,24 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qkguard.errors import QKGuardError
 from qkguard.probe.attention import AttentionRecorder
-from qkguard.probe.forms import elect, read_form, steps_for
-from qkguard.probe.forward import LastLogits, greedy
+from qkguard.probe.forms import AllReduce, continuations, elect, read_continuation
+from qkguard.probe.forward import LastLogits
 from qkguard.probe.haystack import Prose, load_prose
 from qkguard.probe.prompt import AnswerForm, Encoder, make_frame
 from qkguard.probe.results import ProbeResult
 from qkguard.probe.samples import Cell, SampleMaker, plan
-from qkguard.probe.scoring import AllReduce, Tally, alone, divide, score_batch
+from qkguard.probe.scoring import Tally, alone, divide, score_batch
 from qkguard.probe.undisturbed import undisturbed
 
 TASKS = ("single_1", "single_2", "single_3")
 """The tasks of the paper's table: S1, S2, S3."""
 
-FORM_SAMPLES = 4  # continuations a task is given to show its answer form
+FORM_SAMPLES = 4  # continuations in which a task's answer form is looked for
+FORM_TOKENS = 256  # of them, at most
 Progress = Callable[[int, int], None]
 
 
@@ -94,17 +95,17 @@ class Prober:
         forward = LastLogits(model, None)
         with undisturbed(model):
             for batch in self._form_batches(rank, world):
-                samples = [self.maker.make(job.cell) for job in batch]
-                task, length = batch[0].cell.task, batch[0].cell.length
-                cells = self._form_cells(task)
-                # From every rank's view the same number of steps: by the longest answer any sample can have
-                steps = steps_for(samples[0].answers, 16 * len(samples[0].answers))
-                texts = torch.zeros(len(cells), steps, dtype=torch.float64)
-                continued = greedy(forward, [s.prompt for s in samples], steps, length)
+                cells = self._form_cells(batch[0].cell.task)
+                said = torch.zeros(len(cells), FORM_TOKENS, dtype=torch.float64)  # token + 1; 0 for none
+                continued = continuations(
+                    forward, self.maker.encoder, [self.maker.make(j.cell) for j in batch], all_reduce
+                )
                 for job, ids in zip(batch, continued, strict=True):
                     if job.place is not None:
-                        texts[job.place] = ids.double()
-                self._elect(task, cells, all_reduce(texts.flatten()).view(len(cells), steps).long())
+                        row = torch.tensor(ids[:FORM_TOKENS], dtype=torch.float64)
+                        said[job.place, : len(row)] = row + 1
+                everybodys = all_reduce(said.flatten()).view(len(cells), FORM_TOKENS)
+                self._elect(cells, [[int(t) - 1 for t in row if t > 0] for row in everybodys.tolist()])
         return dict(self.maker.forms)
 
     def run(
@@ -126,7 +127,7 @@ class Prober:
         """
         began = time.perf_counter()
         batches = divide(self.cells, rank, world, self.batch_tokens)
-        tally = Tally(self.cells)
+        tally = Tally(self.cells, self.maker)
         forward = LastLogits(model, self.chunk)
         with ExitStack() as stack:
             stack.enter_context(undisturbed(model))
@@ -138,9 +139,12 @@ class Prober:
                 tally.add(batch, score_batch(forward, [self.maker.make(j.cell) for j in batch], weights, recorder))
                 if progress is not None:
                     progress(done + 1, len(batches))
-        correct, logprob, attention = tally.reduce(recorder, all_reduce)
+            if recorder is not None:
+                recorder.expect(None)
+            tally.retry(forward, rank, world, all_reduce, self.batch_tokens)
+        correct, logprob, attention, other_forms = tally.reduce(recorder, all_reduce)
         seconds = time.perf_counter() - began
-        return ProbeResult(self.cells, correct, logprob, self.settings(), attention, seconds)
+        return ProbeResult(self.cells, correct, logprob, self.settings(), attention, seconds, other_forms)
 
     def settings(self) -> dict[str, Any]:
         """Everything that decides the samples, as JSON."""
@@ -188,16 +192,13 @@ class Prober:
         tasks = sorted({c.task for c in self.cells})
         return [b for task in tasks for b in divide(self._form_cells(task), rank, world, 1 << 40)]
 
-    def _elect(self, task: str, cells: Sequence[Cell], continued: Tensor) -> None:
-        readings = []
-        for cell, ids in zip(cells, continued.tolist(), strict=True):
-            sample = self.maker.make(cell)
-            before = sample.prompt[-8:].tolist()
-            decode = self.maker.encoder.decode
-            readings.append(read_form(decode([*before, *ids])[len(decode(before)) :], sample.answers))
-        form, count = elect(readings)
-        self.maker.forms[task] = form
-        self.forms_seen[task] = f"{count} of {len(cells)}"
+    def _elect(self, cells: Sequence[Cell], continued: Sequence[Sequence[int]]) -> None:
+        samples = [self.maker.make(cell) for cell in cells]
+        form, count = elect(
+            [read_continuation(self.maker.encoder, *pair) for pair in zip(samples, continued, strict=True)]
+        )
+        self.maker.forms[cells[0].task] = form
+        self.forms_seen[cells[0].task] = f"{count} of {len(cells)}"
 
 
 def probe(

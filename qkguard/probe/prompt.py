@@ -117,6 +117,12 @@ class Encoder:
             return whole[len(start) :]
         return self._raw(answer, False)  # the border is not a token border: the answer's own tokens
 
+    def answer_lead(self, prompt: str, before: str, value: str) -> int:
+        """How many tokens of the answer `before` + `value` hold nothing of the value."""
+        start = len(prompt) + len(before)
+        first, _ = self.token_spans(prompt + before + value, [(start, start + len(value))])[0]
+        return first - len(self.encode(prompt))
+
     def token_spans(self, text: str, spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         """Tokens `start:stop` of the encoded text that touch the characters `start:stop`."""
         if self._backend is None:

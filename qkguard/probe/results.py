@@ -89,7 +89,10 @@ class ProbeResult:
     """Verdicts of one probe.
 
     `correct[i]`: every answer token of `cells[i]` is the model's first choice given the true tokens before it.
-    `logprob[i]`: mean log-probability (nats) of its answer tokens; nan where the model's output is not finite.
+    The answer counts in any of the usual forms (" 123", ": 123"; `forms.py`), whichever the model follows;
+    `other_forms` says how many were right in another form than the one recorded in `settings`.
+    `logprob[i]`: mean log-probability (nats) of the values' tokens in the recorded form; nan where the model's output
+    is not finite.
     `settings` records everything that decides the samples, among them `mode`, `forms` and `digest`: results with
     equal digests are of the same samples. `generated` holds RULER's own metric where generation was asked for.
     """
@@ -100,6 +103,7 @@ class ProbeResult:
     settings: dict[str, Any]
     attention: AttentionMass | None = None
     seconds: float = 0.0
+    other_forms: int = 0
     generated: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -161,6 +165,7 @@ class ProbeResult:
             "generated": self.generated,
             "settings": self.settings,
             "seconds": self.seconds,
+            "other_forms": self.other_forms,
         }
 
     @classmethod
@@ -175,6 +180,7 @@ class ProbeResult:
             settings=data["settings"],
             attention=None if data["attention"] is None else AttentionMass.from_json(data["attention"]),
             seconds=data["seconds"],
+            other_forms=data["other_forms"],
             generated=data["generated"],
         )
 

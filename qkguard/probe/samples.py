@@ -32,15 +32,19 @@ class Cell:
 class Sample:
     """One question with its true answer.
 
-    `ids`: int32 (length,), the prompt followed by the answer's canonical tokens, the last `answer_size` ones.
-    `needles`: tokens `start:stop` of the needle sentences that are asked for. `answers`: the values as strings.
+    `ids`: int32 (length,), the prompt followed by the answer's canonical tokens in one `form`, the last `answer_size`
+    ones, of which the first `lead` come before the first value (": "). `needles`: tokens `start:stop` of the needle
+    sentences that are asked for. `answers`: the values. `prefix`: the last words of the prompt.
     """
 
     cell: Cell
+    form: AnswerForm
     ids: Tensor
     answer_size: int
+    lead: int
     needles: tuple[tuple[int, int], ...]
     answers: tuple[str, ...]
+    prefix: str
 
     @property
     def prompt(self) -> Tensor:
@@ -125,8 +129,8 @@ class _Fitter:
     def __init__(self, encoder: Encoder, puzzle: Puzzle, form: AnswerForm, cell: Cell) -> None:
         self.encoder, self.puzzle, self.cell = encoder, puzzle, cell
         self.separator = puzzle.task.separator
-        self.answer = form.render(puzzle.answers)
-        self.answer_ids = encoder.answer_ids(self._prompt([], [])[0], self.answer)
+        self.form = form
+        self.answer_ids = encoder.answer_ids(puzzle.answer_prefix, form.render(puzzle.answers))
         self.room = cell.length - len(self.answer_ids)  # for the prompt
 
     def fit(self, source: Iterator[str]) -> Sample:
@@ -143,7 +147,9 @@ class _Fitter:
         assert len(ids) == self.room
         spans = tuple(self.encoder.token_spans(text, needles[: self.puzzle.asked]))
         both = torch.tensor([*ids, *self.answer_ids], dtype=torch.int32)
-        return Sample(self.cell, both, len(self.answer_ids), spans, self.puzzle.answers)
+        prefix, answers = self.puzzle.answer_prefix, self.puzzle.answers
+        lead = self.encoder.answer_lead(prefix, self.form.before, answers[0])
+        return Sample(self.cell, self.form, both, len(self.answer_ids), lead, spans, answers, prefix)
 
     def _whole_units(self, source: Iterator[str], least: int) -> tuple[list[str], list[int]]:
         """The shortest list of whole units that is too long."""
