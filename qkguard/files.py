@@ -53,6 +53,8 @@ def copy_bytes(src: int, dst: int, tick: Callable[[int], None] = lambda count: N
         while done < size and (count := os.copy_file_range(src, dst, min(CHUNK, size - done), done, done)):
             done += count
             tick(count)
+    except AttributeError:  # macOS
+        pass
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
@@ -135,7 +137,7 @@ class Staging:
         if parent.stat().st_dev != self.out.parent.stat().st_dev:
             raise QKGuardError(f"{parent} and {self.out.parent} are on different file systems; choose a nearer one")
         for left in parent.glob(f"{TEMPORARY}*"):
-            if remove_stale(left) is False and left == self.path:
+            if not remove_stale(left, certain=left == self.path) and left == self.path:
                 raise QKGuardError(f"another process is writing {self.out} right now; wait for it to finish")
         self.path.mkdir()
         self._created = True
@@ -173,11 +175,16 @@ class Staging:
             self._lock = None
 
 
-def remove_stale(folder: Path) -> bool:
-    """Remove a temporary folder unless its maker is still alive; say whether it is gone."""
+def remove_stale(folder: Path, *, certain: bool) -> bool:
+    """Remove a temporary folder unless its maker is still alive; say whether it is gone.
+
+    On file systems without locks on folders that cannot be told, so there it stays unless the caller is `certain`.
+    """
     try:
         lock = _try_lock(folder)
     except BlockingIOError:
+        return False
+    if lock is None and not certain:
         return False
     shutil.rmtree(folder, ignore_errors=True)
     if lock is not None:

@@ -11,7 +11,7 @@ from qkguard.errors import QKGuardError
 from qkguard.layout.spec import Block, ParamMap
 from qkguard.manifest import MANIFEST, describe_file, load_manifest
 from qkguard.safetensors_io import read_exactly, sha256_of
-from qkguard.weights import INDEX, SINGLE, TEMPORARY, SafetensorsFolder, WeightFolder, open_weights, opened
+from qkguard.weights import TEMPORARY, SafetensorsFolder, WeightFolder, open_weights, opened, safetensors_entrance
 
 CHUNK = 8 << 20
 
@@ -53,7 +53,7 @@ def _verify(path: Path, manifest: Mapping[str, Any], *, raw: bool, full: bool) -
     _check_rows(weights, manifest["tensors"], "after", "restore it again")
 
     found = path / manifest["raw"]["path"]
-    readable = (found / SINGLE).is_file() or (found / INDEX).is_file()
+    readable = safetensors_entrance(found) is not None
     state = "not found" if raw else "not checked"
     if raw and any((found / name).is_file() for name in manifest["raw"]["files"]):
         what = "the raw checkpoint has changed since; restore it again, or leave it out (--no-raw) if it may"

@@ -100,18 +100,8 @@ def open_weights(folder: Path, *, allow_pickle: bool = False) -> WeightFolder:
         raise QKGuardError(f"no such folder: {folder}")
     if folder.name.startswith(TEMPORARY):
         raise QKGuardError(f"{folder} was left half-written by a killed process; delete it")
-    if (folder / SINGLE).is_file():
-        header = read_header(folder / SINGLE)
-        return SafetensorsFolder(folder, None, {SINGLE: header}, dict.fromkeys(header.tensors, SINGLE))
-    if (folder / INDEX).is_file():
-        where = read_index(folder / INDEX)
-        files = {name: read_header(folder / name) for name in sorted(set(where.values()))}
-        if lost := [name for name, file in where.items() if name not in files[file].tensors]:
-            raise QKGuardError(
-                f"{folder / where[lost[0]]} lacks {lost[0]}, which {INDEX} promises ({len(lost)} such tensors); "
-                "shards of two checkpoints were mixed or one was cut short: save or download it again"
-            )
-        return SafetensorsFolder(folder, INDEX, files, where)
+    if entrance := safetensors_entrance(folder):
+        return _open_safetensors(folder, entrance)
     if (folder / PICKLE_SINGLE).is_file() or (folder / PICKLE_INDEX).is_file():
         if not allow_pickle:
             raise QKGuardError(
@@ -124,6 +114,44 @@ def open_weights(folder: Path, *, allow_pickle: bool = False) -> WeightFolder:
     raise QKGuardError(_why_no_weights(folder))
 
 
+def safetensors_entrance(folder: Path) -> str | None:
+    """The file that `from_pretrained` starts from: one file of weights, or the index of several; None without any."""
+    try:
+        chosen = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("transformers_weights")
+    except (OSError, ValueError, AttributeError):
+        chosen = None
+    if chosen is not None:
+        check_inside(chosen, folder / "config.json")
+        if not (folder / chosen).is_file():
+            raise QKGuardError(f"{folder} lacks {chosen}, which its config names as transformers_weights")
+        return chosen if chosen.endswith((".safetensors", ".safetensors.index.json")) else None
+    return next((name for name in (SINGLE, INDEX) if (folder / name).is_file()), None)
+
+
+def _open_safetensors(folder: Path, entrance: str) -> SafetensorsFolder:
+    if not entrance.endswith(".json"):
+        header = read_header(folder / entrance)
+        return SafetensorsFolder(folder, None, {entrance: header}, dict.fromkeys(header.tensors, entrance))
+    where = read_index(folder / entrance)
+    files = {name: read_header(folder / name) for name in sorted(set(where.values()))}
+    if lost := [name for name, file in where.items() if name not in files[file].tensors]:
+        raise QKGuardError(
+            f"{folder / where[lost[0]]} lacks {lost[0]}, which {entrance} promises ({len(lost)} such tensors); "
+            "shards of two checkpoints were mixed or one was cut short: save or download it again"
+        )
+    return SafetensorsFolder(folder, entrance, files, where)
+
+
+def check_inside(file: str, named_in: Path) -> None:
+    """Refuse a file name that leads out of its folder.
+
+    Lexically, not resolved: the files of a hub snapshot are links into the cache's blobs folder.
+    """
+    parts = PurePosixPath(file).parts
+    if not parts or PurePosixPath(file).is_absolute() or ".." in parts or "\\" in file or "\0" in file:
+        raise QKGuardError(f"{named_in} points outside its folder ({file!r}); do not use this checkpoint")
+
+
 def read_index(path: Path) -> dict[str, str]:
     """The tensor -> file map of a sharded checkpoint; file names must stay inside the index's folder."""
     try:
@@ -133,10 +161,7 @@ def read_index(path: Path) -> dict[str, str]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise QKGuardError(f"{path} is not a readable weight index ({error}); download or save it again") from None
     for file in set(where.values()):
-        # Lexically, not resolved: the files of a hub snapshot are links into the cache's blobs folder.
-        parts = PurePosixPath(file).parts
-        if not parts or PurePosixPath(file).is_absolute() or ".." in parts or "\\" in file or "\0" in file:
-            raise QKGuardError(f"{path} points outside its folder ({file!r}); do not use this checkpoint")
+        check_inside(file, path)
     if missing := sorted({file for file in where.values() if not (path.parent / file).is_file()}):
         raise QKGuardError(
             f"{path.parent} lacks {missing[0]}"

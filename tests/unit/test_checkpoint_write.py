@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import signal
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,20 @@ def test_copies_where_links_and_kernel_copies_fail(parts: Parts, tmp_path: Path,
     assert {file["made"] for file in manifest["files"].values()} == {"copied", "patched"}
     assert all((tmp_path / "out" / name).stat().st_nlink == 1 for name in manifest["files"])
     assert differences(load_folder(tmp_path / "out"), parts.wanted) == []
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="no second file system at hand")
+def test_another_file_system(parts: Parts, tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        if os.stat(folder).st_dev == tmp_path.stat().st_dev:
+            pytest.skip("/dev/shm is no file system of its own")
+        manifest = parts.write_all(Path(folder) / "out")
+        assert {file["made"] for file in manifest["files"].values()} == {"copied", "patched"}
+        assert differences(load_folder(Path(folder) / "out"), parts.wanted) == []
+        with pytest.raises(QKGuardError, match="different file systems"):
+            parts.write_all(tmp_path / "out", staging=Path(folder))
+        assert os.listdir(folder) == ["out"]
+    verify_nothing_left(tmp_path)
 
 
 def test_a_kernel_copy_that_stops_half_way_is_finished(tmp_path: Path, monkeypatch: Any) -> None:

@@ -127,6 +127,24 @@ def test_wrong_indices_are_refused(case: str, tmp_path: Path) -> None:
         open_weights(tuned)
 
 
+def test_a_file_chosen_in_the_config_is_the_one_that_counts(tmp_path: Path) -> None:
+    """`transformers_weights` overrules the usual names in from_pretrained too."""
+    _, tuned = save_pair(tmp_path, "llama")
+    save_file({"w": torch.zeros(2)}, tuned / "model.v2.safetensors", metadata={"format": "pt"})
+    config = json.loads((tuned / "config.json").read_text())
+    for chosen, message in (
+        ("model.v2.safetensors", None),
+        ("../x.safetensors", "outside"),
+        ("no.safetensors", "lacks"),
+    ):
+        (tuned / "config.json").write_text(json.dumps(config | {"transformers_weights": chosen}))
+        if message is None:
+            assert open_weights(tuned).shapes() == {"w": (2,)}
+        else:
+            with pytest.raises(QKGuardError, match=message):
+                open_weights(tuned)
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
