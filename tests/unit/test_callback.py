@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from pathlib import Path
 
 import pytest
@@ -353,11 +354,15 @@ def _wandb_run(base, folder, monkeypatch, guard):
     train(base, arguments(folder, report_to=["wandb"], run_name="r"), guard)
     file = Path(wandb.run.settings.sync_file)
     wandb.finish()
-    return list(_history(file))
+    for _ in range(100):  # W&B's service may still be writing when finish() returns
+        if "exit" in [kind for kind, _ in _records(file)]:
+            break
+        time.sleep(0.1)
+    return [row for kind, row in _records(file) if kind == "history"]
 
 
-def _history(file: Path):
-    """History rows of an offline run file: LevelDB log framing (7-byte header, 32 KiB blocks) around protobufs."""
+def _records(file: Path):
+    """(kind, history row) of an offline run file: LevelDB log framing (7-byte header, 32 KiB blocks), protobufs."""
     from wandb.proto import wandb_internal_pb2
 
     data, position, parts = file.read_bytes(), 7, b""
@@ -373,8 +378,8 @@ def _history(file: Path):
             record = wandb_internal_pb2.Record()
             record.ParseFromString(parts)
             parts = b""
-            if record.HasField("history"):
-                yield {(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in record.history.item}
+            row = {(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in record.history.item}
+            yield record.WhichOneof("record_type"), row
 
 
 def test_temporary_names_never_survive(base, tmp_path):
