@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -129,18 +129,14 @@ class Prober:
         batches = divide(self.cells, rank, world, self.batch_tokens)
         tally = Tally(self.cells, self.maker)
         forward = LastLogits(model, self.chunk)
-        with ExitStack() as stack:
-            stack.enter_context(undisturbed(model))
-            recorder = AttentionRecorder(model, self.local_window) if self.attention else None
-            if recorder is not None:
-                stack.enter_context(recorder)
-            for done, batch in enumerate(batches):
-                weights = [float(job.place is not None) for job in batch]
-                tally.add(batch, score_batch(forward, [self.maker.make(j.cell) for j in batch], weights, recorder))
-                if progress is not None:
-                    progress(done + 1, len(batches))
-            if recorder is not None:
-                recorder.expect(None)
+        recorder = AttentionRecorder(model, self.local_window) if self.attention else None
+        with undisturbed(model):
+            with recorder or nullcontext():
+                for done, batch in enumerate(batches):
+                    weights = [float(job.place is not None) for job in batch]
+                    tally.add(batch, score_batch(forward, [self.maker.make(j.cell) for j in batch], weights, recorder))
+                    if progress is not None:
+                        progress(done + 1, len(batches))
             tally.retry(forward, rank, world, all_reduce, self.batch_tokens)
         correct, logprob, attention, other_forms = tally.reduce(recorder, all_reduce)
         seconds = time.perf_counter() - began

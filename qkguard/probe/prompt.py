@@ -92,6 +92,7 @@ class Encoder:
     def __init__(self, tokenizer: Any, frame: Frame):
         self._tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor holds its text tokenizer
         self.frame = frame
+        self.unknown_token: int | None = getattr(self._tokenizer, "unk_token_id", None)
         self._special = frame.mode == "plain"  # a chat template writes its own special tokens
         self._backend = None
         if getattr(self._tokenizer, "is_fast", False):
@@ -126,7 +127,7 @@ class Encoder:
     def token_spans(self, text: str, spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         """Tokens `start:stop` of the encoded text that touch the characters `start:stop`."""
         if self._backend is None:
-            return [(len(self.encode(text[:a])), len(self.encode(text[:b]))) for a, b in spans]
+            return [(len(self.encode(text[:a].rstrip())), len(self.encode(text[:b]))) for a, b in spans]
         offsets = self._backend.encode(text, add_special_tokens=self._special).offsets
         out = []
         for a, b in spans:

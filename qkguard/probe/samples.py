@@ -131,6 +131,10 @@ class _Fitter:
         self.separator = puzzle.task.separator
         self.form = form
         self.answer_ids = encoder.answer_ids(puzzle.answer_prefix, form.render(puzzle.answers))
+        if encoder.unknown_token in self.answer_ids:
+            raise QKGuardError(
+                f"the tokenizer cannot spell the answers of {cell.task} ({puzzle.answers[0]}); leave this task out"
+            )
         self.room = cell.length - len(self.answer_ids)  # for the prompt
 
     def fit(self, source: Iterator[str]) -> Sample:

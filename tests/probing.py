@@ -1,0 +1,107 @@
+"""For probe tests: small tokenizers made on the spot, and models that answer some samples and not others."""
+
+from __future__ import annotations
+
+from functools import cache
+from random import Random
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from qkguard.probe.prompt import AnswerForm
+from qkguard.probe.samples import Cell, Sample
+from qkguard.probe.tasks import TASKS, example
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+
+
+@cache
+def _trained() -> str:
+    """A byte-level BPE trained on the tasks' own text; digits are single tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    texts = [example(task, Random(i), 30)[0] for task in TASKS.values() for i in range(8)]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=700, special_tokens=SPECIAL, initial_alphabet=alphabet)
+    )
+    return tokenizer.to_str()
+
+
+def bpe_tokenizer(chat_template: str | None = None, closing: bool = False, merge_digits: bool = False) -> Any:
+    """`closing` adds <s> before and </s> after every text; `merge_digits` leaves no digit tokens to themselves."""
+    tokenizer = Tokenizer.from_str(_trained())
+    if merge_digits:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if closing:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+        )
+    return _wrap(tokenizer, chat_template)
+
+
+def byte_tokenizer() -> Any:
+    """Every byte is a token."""
+    tokenizer = Tokenizer.from_str(_trained())
+    vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    bare = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    bare.pre_tokenizer, bare.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizer.decoder
+    return PreTrainedTokenizerFast(tokenizer_object=bare)
+
+
+def word_tokenizer() -> Any:
+    """Words, digits and signs, each with the blank before it: a word-level tokenizer that decodes what it encoded."""
+    pattern = Regex(r" ?[A-Za-z]+| ?[0-9]|\n| ?[^A-Za-z0-9\s]| ")
+    split = pre_tokenizers.Split(pattern, "isolated")
+    words: set[str] = {"[UNK]"}
+    for task in TASKS.values():
+        for i in range(20):
+            prompt, answers = example(task, Random(i), 40)
+            words |= {piece for piece, _ in split.pre_tokenize_str(f"{prompt} {', and '.join(answers)}")}
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(sorted(words))}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = split, decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
+
+
+def _wrap(tokenizer: Tokenizer, chat_template: str | None) -> Any:
+    out = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=SPECIAL[3:],
+    )
+    if chat_template is not None:
+        out.chat_template = chat_template
+    return out
+
+
+def sample_of(prompt: list[int], answer: list[int], needle: tuple[int, int] = (0, 1), index: int = 0) -> Sample:
+    """A sample made of bare token ids."""
+    ids = torch.tensor([*prompt, *answer], dtype=torch.int32)
+    cell = Cell(len(ids), "single_1", 0.5, index)
+    return Sample(cell, AnswerForm(), ids, len(answer), 0, (needle,), ("1234567",), "is")
+
+
+def greedy_tokens(model: nn.Module, prompt: list[int], count: int) -> list[int]:
+    """The first tokens of transformers' own greedy generation, whatever they are."""
+    out = model.generate(  # type: ignore[operator]
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        max_new_tokens=count,
+        min_new_tokens=count,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return out[0, len(prompt) :].tolist()
