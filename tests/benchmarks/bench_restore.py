@@ -53,14 +53,14 @@ def build(folder: Path, gigabytes: float, shard: str) -> tuple[Path, Path]:
     return folder / "base", folder / "tuned"
 
 
-def timed(command: list[str]) -> tuple[float, float]:
-    """(seconds, peak resident memory in MB) of a command."""
+def timed(command: list[str]) -> tuple[float, float, float]:
+    """(seconds, seconds of CPU, peak resident memory in MB) of a command."""
     started = time.perf_counter()
     pid = os.posix_spawnp(command[0], command, os.environ)
     _, status, usage = os.wait4(pid, 0)
     if status:
         raise RuntimeError(f"{command} failed")
-    return time.perf_counter() - started, usage.ru_maxrss / 1000
+    return time.perf_counter() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1000
 
 
 def compare(gigabytes: float = 1.9, shard: str = "50GB", repeats: int = 3) -> dict[str, float]:
@@ -72,7 +72,7 @@ def compare(gigabytes: float = 1.9, shard: str = "50GB", repeats: int = 3) -> di
         subprocess.run([sys.executable, __file__, "--build", name, str(gigabytes), shard], check=True)
         base, tuned = folder / "base", folder / "tuned"
         size = sum(file.stat().st_size for file in tuned.iterdir())
-        copies, restores, memory = [], [], []
+        copies, restores, processor, memory = [], [], [], []
         for _ in range(repeats):
             for target in ("copy", "out"):
                 shutil.rmtree(folder / target, ignore_errors=True)
@@ -80,17 +80,18 @@ def compare(gigabytes: float = 1.9, shard: str = "50GB", repeats: int = 3) -> di
             copies.append(timed(["cp", "-r", str(tuned), str(folder / "copy")])[0])
             os.sync()
             args = ["restore", "-b", str(base), "-t", str(tuned), "-o", str(folder / "out"), "--json"]
-            seconds, peak = timed(["sh", "-c", '"$@" > /dev/null', "sh", *command, *args])
+            seconds, busy, peak = timed(["sh", "-c", 'exec "$@" > /dev/null', "sh", *command, *args])
             restores.append(seconds)
+            processor.append(busy)
             memory.append(peak)
-        start = min(
-            timed([sys.executable, "-c", "import transformers.models.llama.modeling_llama"])[0] for _ in range(2)
-        )
+        imports = [sys.executable, "-c", "import transformers.models.llama.modeling_llama"]
+        start = min(timed(imports)[0] for _ in range(repeats))
     cp, restore = min(copies), min(restores)
     return {
         "gigabytes": size / 1e9,
         "cp_seconds": cp,
         "restore_seconds": restore,
+        "restore_cpu_seconds": min(processor),
         "imports_seconds": start,
         "target_seconds": 1.5 * cp + 6,
         "beyond_imports_over_cp": (restore - start) / cp,
