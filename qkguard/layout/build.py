@@ -132,6 +132,7 @@ def build_meta(source: Source) -> nn.Module:
     """
     config = copy.deepcopy(source.config)
     config._attn_implementation = "eager"
+    config._experts_implementation = None  # the default runs without data; a chosen "eager" loops over the experts hit
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("meta"):
