@@ -7,65 +7,31 @@ runs them in one process; `qkguard.offline.restore_checkpoint` starts from two f
 
 from __future__ import annotations
 
-import errno
-import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qkguard.card import model_card, read_card
-from qkguard.companions import companions
 from qkguard.drift_offline import projection_drift
 from qkguard.errors import QKGuardError
-from qkguard.files import CREATE, Staging, can_clone, copy_bytes, copy_file, link_or_copy, write_text
 from qkguard.layout.spec import AttentionSpec, ParamMap
-from qkguard.manifest import MANIFEST, build_manifest, describe_file, dump
-from qkguard.pickles import PickleFolder
+from qkguard.manifest import build_manifest
+from qkguard.patched_folder import OpenFile, PatchedFolder, Progress
 from qkguard.restore import get_method
 from qkguard.safetensors_io import TensorEntry, sha256_of, write_rows
 from qkguard.scan import has_nonfinite
 from qkguard.sources import QKSource
-from qkguard.weights import INDEX, SafetensorsFolder, open_weights, opened
+from qkguard.weights import open_weights
 
 Selection = Sequence[tuple[AttentionSpec, tuple[ParamMap, ...]]]
-Progress = Callable[[int, int], None]
-"""Called with (bytes done, bytes in all)."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """One weight file: `layers` are the selected layers (indices) with rows in it; without any it is linked."""
-
-    file: str
-    target: str
-    layers: tuple[int, ...]
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class _OpenFile:
-    """A weight file being patched: where its tensors are, and what will be said of it."""
-
-    job: Job
-    fd: int
-    entries: Mapping[str, TensorEntry]
-    record: dict[str, Any]
-
-
-class RestoredWrite:
-    """One restored folder in the making.
-
-    Every rank that takes part builds the same object (only headers are read) and the ranks must see the same disk:
-    `prepare` on rank 0; then `run(rank, world)` anywhere; then `commit` with everybody's results on rank 0, or `abort`
-    there after any failure. The caller keeps the ranks in step between these.
+class RestoredWrite(PatchedFolder):
+    """One restored folder in the making (`PatchedFolder` says how the ranks share the work).
 
     Args:
         raw: the checkpoint just saved, never changed.
@@ -99,15 +65,17 @@ class RestoredWrite:
         overwrite: bool = False,
         allow_pickle: bool = False,
     ) -> None:
-        self.raw, self.out = Path(raw), Path(out)
+        super().__init__(open_weights(Path(raw), allow_pickle=allow_pickle), out, staging=staging, overwrite=overwrite)
         self.selection, self.names, self.source = list(selection), names, source
-        self.method, self.overwrite = get_method(method), overwrite
+        self.method = get_method(method)
         self.selected = {"parts": ["q", "k"]} | dict(selected or {})
         self.options = {k: v for k, v in (options or {}).items() if k in self.method.options}
-        self.weights = open_weights(self.raw, allow_pickle=allow_pickle)
         self._check_selection()
-        self.staging = Staging(self.out, staging)
-        self.jobs = self._plan()
+        layers: dict[str, set[int]] = {file: set() for file in self.weights.files}
+        for index, (_, params) in enumerate(self.selection):
+            for param in params:
+                layers[self._file(param)].add(index)
+        self.jobs = self.plan(layers)
 
     def _check_selection(self) -> None:
         if not self.selection:
@@ -124,81 +92,14 @@ class RestoredWrite:
                 )
             self.weights.dtype(name)
 
-    def _plan(self) -> list[Job]:
-        """Jobs in descending order of work, so that dealing them out over ranks balances it."""
-        layers: dict[str, set[int]] = {file: set() for file in self.weights.files}
-        for index, (_, params) in enumerate(self.selection):
-            for param in params:
-                layers[self._file(param)].add(index)
-        jobs = [
-            Job(file, _target(file), tuple(sorted(found)), (self.raw / file).stat().st_size)
-            for file, found in layers.items()
-        ]
-        return sorted(jobs, key=lambda job: (-job.nbytes * bool(job.layers), job.file))
-
     def _file(self, param: ParamMap) -> str:
         return self.weights.where[self.names[param.name]]
 
-    def prepare(self) -> None:
-        """Rank 0: clear what killed processes left, check the space, make the temporary folder."""
-        check_target([self.raw], self.out, self.overwrite)
-        with readable_errors(self.out):
-            self.staging.create()
-            self._check_space()
+    def patch(self, file: OpenFile, hashing: ThreadPoolExecutor) -> None:
+        for index in file.job.items:
+            self._write_layer(file, index, hashing)
 
-    def _check_space(self) -> None:
-        folder = self.staging.path
-        same_disk = folder.stat().st_dev == self.raw.stat().st_dev
-        need = sum(job.nbytes for job in self.jobs if job.layers or not same_disk)
-        free = shutil.disk_usage(folder).free
-        if need > free and not can_clone(self.raw / self.jobs[0].file, folder):
-            raise QKGuardError(
-                f"not enough space for {self.out}: {need / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free; "
-                "free some or choose another disk"
-            )
-
-    def run(self, rank: int = 0, world: int = 1, progress: Progress | None = None) -> list[dict[str, Any]]:
-        """Write every `world`-th weight file, from `rank` on; the records (JSON values) are for `commit`."""
-        jobs = self.jobs[rank::world]
-        total, done = sum(job.nbytes for job in jobs), 0
-
-        def tick(count: int) -> None:
-            nonlocal done
-            done += count
-            if progress:
-                progress(done, total)
-
-        mode = self.staging.path.stat().st_mode & 0o666
-        # Hashing leaves the interpreter's lock, so it runs beside the reading and the drift sums.
-        with readable_errors(self.out), ThreadPoolExecutor(1) as hashing:
-            return [self._write_file(job, mode, hashing, tick) for job in jobs]
-
-    def _write_file(
-        self, job: Job, mode: int, hashing: ThreadPoolExecutor, tick: Callable[[int], None]
-    ) -> dict[str, Any]:
-        source, target = self.raw / job.file, self.staging.path / job.target
-        target.parent.mkdir(parents=True, exist_ok=True)
-        record: dict[str, Any] = {"file": job.file, "target": job.target, "raw": describe_file(source)}
-        record |= {"layers": [], "tensors": [], "nonfinite": []}
-        if not job.layers and isinstance(self.weights, SafetensorsFolder):
-            record["made"] = "linked" if link_or_copy(source, target, mode) else "copied"
-            tick(job.nbytes)
-            return record | {"restored": dict(record["raw"])}
-        with os.fdopen(os.open(target, CREATE, 0o666), "r+b") as file:
-            entries: Mapping[str, TensorEntry]
-            if isinstance(self.weights, PickleFolder):
-                entries, record["made"] = self.weights.convert(job.file, file), "converted"
-                tick(job.nbytes)
-            else:
-                entries, record["made"] = self.weights.files[job.file].tensors, "patched"
-                with opened(source) as fd:
-                    copy_bytes(fd, file.fileno(), tick)
-            for index in job.layers:
-                self._write_layer(_OpenFile(job, file.fileno(), entries, record), index, hashing)
-            os.fsync(file.fileno())
-        return record | {"restored": describe_file(target)}
-
-    def _write_layer(self, file: _OpenFile, index: int, hashing: ThreadPoolExecutor) -> None:
+    def _write_layer(self, file: OpenFile, index: int, hashing: ThreadPoolExecutor) -> None:
         """Patch one layer's rows as far as they lie in this file; the file of its first parameter reports on it."""
         spec, params = self.selection[index]
         pre, post = {}, {}
@@ -219,7 +120,7 @@ class RestoredWrite:
                 same = rows is pre[param.name]
                 hashes["base"] = hashes["after"] if same else hashing.submit(sha256_of, pre[param.name])
                 write_rows(file.fd, entry, param, rows)
-                tensors.append(({"index": index, "file": file.job.target} | _describe(param, entry), hashes))
+                tensors.append(({"index": index, "file": file.job.target} | describe_rows(param, entry), hashes))
         if self._file(params[0]) == file.job.file:
             cast = {p.name: pre[p.name].to(post[p.name].dtype) for p in params}
             file.record["layers"].append(
@@ -241,56 +142,22 @@ class RestoredWrite:
             raise QKGuardError(f"{param.name} holds NaN or Inf before SFT: the base is damaged, replace it")
         return rows
 
-    def commit(self, results: Sequence[Mapping[str, Any]], extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Rank 0: the other files, the manifest last, then one rename; returns the manifest.
-
-        `extra` has further top-level keys for it (step, probe results); its "warnings" and "nonfinite" (names of
-        tensors with NaN or Inf) are added to those found while writing.
-        """
-        if sorted(r["file"] for r in results) != sorted(job.file for job in self.jobs):
-            raise QKGuardError(f"{self.out}: not every weight file was written; nothing is published")
-        with readable_errors(self.out):
-            taken, left = companions(self.raw)
-            for name in taken:
-                target = self.staging.path / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                copy_file(self.raw / name, target)
-            taken += self._write_index(results)
-            skipped = {e for spec, _ in self.selection for e in _entangled(spec)}
-            skipped -= {p.name for _, ps in self.selection for p in ps if any(b.entangled for b in p.blocks)}
-            manifest = build_manifest(
-                raw=os.path.relpath(self.raw.resolve(), self.out.resolve()),
-                base=self.source.describe(),
-                method={"name": self.method.name, **self.options, **self.selected},
-                results=sorted(results, key=lambda r: r["file"]),
-                companions=taken,
-                left_out=[name for name in left if name not in self.weights.files],
-                partial=sorted(skipped),
-                warnings=[],
-                extra=extra or {},
-            )
-            write_text(self.staging.path / "README.md", model_card(manifest, read_card(self.raw)))
-            write_text(self.staging.path / MANIFEST, dump(manifest))
-            self.staging.publish(replace=self.overwrite)
-        return json.loads(dump(manifest))
-
-    def _write_index(self, results: Sequence[Mapping[str, Any]]) -> list[str]:
-        """The index of a sharded checkpoint: the raw one's bytes, or a new one where pickles were converted."""
-        if isinstance(self.weights, SafetensorsFolder):
-            if self.weights.index:
-                copy_file(self.raw / self.weights.index, self.staging.path / self.weights.index)
-            return [self.weights.index] if self.weights.index else []
-        if len(self.jobs) == 1:
-            return []
-        where = {name: _target(file) for name, file in self.weights.where.items()}
-        size = sum(r["restored"]["size"] for r in results)
-        index = {"metadata": {"total_size": size}, "weight_map": where}
-        write_text(self.staging.path / INDEX, json.dumps(index, indent=2) + "\n")
-        return [INDEX]
-
-    def abort(self) -> None:
-        """Rank 0: remove the temporary folder."""
-        self.staging.discard()
+    def manifest(
+        self, results: Sequence[Mapping[str, Any]], taken: list[str], left: list[str], extra: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        skipped = {e for spec, _ in self.selection for e in _entangled(spec)}
+        skipped -= {p.name for _, ps in self.selection for p in ps if any(b.entangled for b in p.blocks)}
+        return build_manifest(
+            raw=os.path.relpath(self.raw.resolve(), self.out.resolve()),
+            base=self.source.describe(),
+            method={"name": self.method.name, **self.options, **self.selected},
+            results=results,
+            companions=taken,
+            left_out=left,
+            partial=sorted(skipped),
+            warnings=[],
+            extra=extra,
+        )
 
 
 def write_restored(
@@ -318,18 +185,6 @@ def write_restored(
         raise
 
 
-def check_target(sources: Sequence[Path], out: Path, overwrite: bool) -> None:
-    """Refuse a target folder that is taken, or that is or holds what it is made from."""
-    for source in sources:
-        if out.resolve() in (source.resolve(), *source.resolve().parents):
-            raise QKGuardError(f"{out} is or contains a folder it is made from ({source}); choose another one")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if not overwrite:
-            raise QKGuardError(f"{out} exists; remove it, choose another folder, or overwrite it (--overwrite)")
-        if not (out / MANIFEST).is_file():
-            raise QKGuardError(f"{out} exists and was not written by qkguard; remove it yourself")
-
-
 def round_to(rows: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """Rows in the file's dtype; QKGuardError where a value does not fit in it (bfloat16's range in float16)."""
     out = rows.to(dtype)
@@ -338,29 +193,11 @@ def round_to(rows: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     return out
 
 
-@contextmanager
-def readable_errors(out: Path) -> Iterator[None]:
-    """System errors as one sentence."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise QKGuardError(f"no space left for {out}; nothing was written; free some space") from error
-        raise QKGuardError(f"cannot write {out}: {error.strerror} ({error.filename or 'data'})") from error
-
-
-def _target(file: str) -> str:
-    """The name of a weight file in the restored folder: its own, but pickles become safetensors."""
-    if file.endswith(".safetensors"):
-        return file
-    return file.replace("pytorch_model", "model").removesuffix(".bin") + ".safetensors"
-
-
 def _entangled(spec: AttentionSpec) -> Iterator[str]:
     return (p.name for p in spec.params if any(b.entangled for b in p.blocks))
 
 
-def _describe(param: ParamMap, entry: TensorEntry) -> dict[str, Any]:
+def describe_rows(param: ParamMap, entry: TensorEntry) -> dict[str, Any]:
     return {
         "name": entry.name,
         "module": param.name,

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qkguard.checkpoint import Progress, Selection, check_target, write_restored
+from qkguard.checkpoint import Selection, write_restored
 from qkguard.errors import QKGuardError
 from qkguard.layout.spec import AttentionSpec, ParamMap, select
+from qkguard.patched_folder import Progress, check_target
 from qkguard.scan import BackgroundScan
 from qkguard.sources import FolderSource
 from qkguard.weights import WeightFolder, open_weights, resolve_folder

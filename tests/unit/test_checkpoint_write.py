@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qkguard import checkpoint, files
+from qkguard import files, patched_folder
 from qkguard.checkpoint import RestoredWrite, write_restored
 from qkguard.errors import QKGuardError
 from qkguard.layout import Block, ParamMap
@@ -275,7 +275,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(parts: Parts, tmp_path: 
         parts.write_all(tmp_path / "out")
     verify_nothing_left(tmp_path)
     monkeypatch.undo()
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    monkeypatch.setattr(patched_folder.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(QKGuardError, match=r"not enough space.* 0\.00 GB free"):
         parts.write_all(tmp_path / "out")
     verify_nothing_left(tmp_path)
@@ -292,8 +292,8 @@ def run_to(point: str, parts: Parts, out: Path, queue: Any) -> None:
     if point == "rows":
         parts.source = Failing(parts.source, lambda: hang(queue))
     elif point == "manifest":
-        real = checkpoint.write_text
-        checkpoint.write_text = lambda path, text: hang(queue) if path.name == "qkguard.json" else real(path, text)  # type: ignore[assignment]
+        real = patched_folder.write_text
+        patched_folder.write_text = lambda path, text: hang(queue) if path.name == "qkguard.json" else real(path, text)  # type: ignore[assignment]
     else:
         os.rename = lambda a, b: hang(queue)  # type: ignore[assignment]
     parts.write_all(out)
