@@ -127,7 +127,7 @@ class Encoder:
     def token_spans(self, text: str, spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         """Tokens `start:stop` of the encoded text that touch the characters `start:stop`."""
         if self._backend is None:
-            return [(len(self.encode(text[:a].rstrip())), len(self.encode(text[:b]))) for a, b in spans]
+            return [self._slow_span(text, a, b) for a, b in spans]
         offsets = self._backend.encode(text, add_special_tokens=self._special).offsets
         out = []
         for a, b in spans:
@@ -140,6 +140,13 @@ class Encoder:
         added = getattr(self._tokenizer, "added_tokens_decoder", {})
         named = getattr(self._tokenizer, "all_special_tokens", [])
         return sorted({str(t.content) for t in added.values() if t.special} | {str(t) for t in named})
+
+    def _slow_span(self, text: str, start: int, stop: int) -> tuple[int, int]:
+        """Without offsets: tokens that stay what they are when the text goes on end before its end."""
+        whole = self.encode(text)
+        head, upto = self.encode(text[:start]), self.encode(text[:stop])
+        shared, last = _common(head, whole), _common(upto, whole)
+        return shared, last + (last < len(upto))
 
     def _size(self, text: str) -> int:
         """Tokens of a piece of text by itself."""
@@ -157,3 +164,8 @@ class Encoder:
         bare, full = self._raw("a", False), self._raw("a", True)
         start = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
         return len(full) - start - len(bare)
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
