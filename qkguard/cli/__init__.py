@@ -8,7 +8,7 @@ from types import FrameType
 
 import typer
 
-from qkguard.cli import drift, inspect, restore, verify
+from qkguard.cli import demo, drift, inspect, restore, verify
 from qkguard.errors import QKGuardError
 
 app = typer.Typer(
@@ -20,6 +20,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.command("demo")(demo.demo)
 
 CHECKPOINTS = "Checkpoints on disk"
 app.command("inspect", rich_help_panel=CHECKPOINTS)(inspect.inspect)
