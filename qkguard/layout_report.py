@@ -30,8 +30,13 @@ def layout_report(model: Any, *, spec: Any = None, trust_remote_code: bool = Fal
         QKGuardError: the layout cannot be established; the message says what was seen.
     """
     specs = find_attention(model, spec=spec, trust_remote_code=trust_remote_code)
-    source = build.resolve(model, trust_remote_code=trust_remote_code)
-    types = geometry.layer_types(source.config)
+    source: build.Source | None = None
+    try:
+        source = build.resolve(model, trust_remote_code=trust_remote_code)
+    except QKGuardError:
+        if spec is None:
+            raise
+    types = geometry.layer_types(source.config) if source else None
     counts = Counter(types if types else [s.kind for s in specs])
     total, itemsize, dtype = _size(model, source)
     seen: set[str] = set()
@@ -39,7 +44,7 @@ def layout_report(model: Any, *, spec: Any = None, trust_remote_code: bool = Fal
     pure = sum(layer["query_key_parameters"] for layer in layers)
     return {
         "model": os.fspath(model) if isinstance(model, str | os.PathLike) else type(model).__name__,
-        "model_type": source.config.model_type,
+        "model_type": source.config.model_type if source else None,
         "layer_kinds": dict(counts),
         "softmax_layers": len({s.layer for s in specs}),
         "layers": layers,
@@ -92,7 +97,7 @@ def _rows(param: ParamMap, role: str) -> list[list[int]]:
     return [list(r) for r in join_ranges((b.start, b.stop) for b in param.blocks if b.role == role)]
 
 
-def _size(model: Any, source: build.Source) -> tuple[int, int, str]:
+def _size(model: Any, source: build.Source | None) -> tuple[int | None, int, str]:
     """(parameters of the model, bytes of a query/key element, dtype): from the files where there are some."""
     if isinstance(model, str | os.PathLike) and Path(model).is_dir():
         try:
@@ -111,6 +116,8 @@ def _size(model: Any, source: build.Source) -> tuple[int, int, str]:
                 pass  # quantised: the size below is that of the unquantised model
     import torch
 
+    if source is None:
+        return None, torch.bfloat16.itemsize, "bfloat16"
     with build.undisturbed():
         meta = build.build_meta(source)
     dtype = getattr(source.config, "dtype", None) or torch.bfloat16

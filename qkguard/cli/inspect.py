@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from qkguard.cli import options as opt
 from qkguard.cli.output import human_bytes, print_json, print_table, quiet_transformers, say, warn
+from qkguard.errors import QKGuardError
 
 
 def inspect(
     model: Annotated[str, typer.Argument(help="A checkpoint folder, a hub id or the path of a config.json.")],
     spec: opt.Spec = None,
     trust_remote_code: opt.RemoteCode = False,
+    write_spec: Annotated[
+        Path | None, typer.Option("--write-spec", help="Write the layout as YAML, to correct and use with --spec.")
+    ] = None,
     as_json: opt.Json = False,
 ) -> None:
     """Show which layers have softmax attention and which rows of which tensors make their queries and keys.
@@ -22,9 +27,16 @@ def inspect(
     (values, output gates) are not listed and never touched.
     """
     quiet_transformers()
+    from qkguard.layout import find_attention
+    from qkguard.layout.spec_file import dump_specs
     from qkguard.layout_report import layout_report
 
-    report = layout_report(model, spec=spec, trust_remote_code=trust_remote_code)
+    if write_spec is not None and write_spec.exists():
+        raise QKGuardError(f"{write_spec} exists; choose another file, your corrections may be in it")
+    specs = find_attention(model, spec=spec, trust_remote_code=trust_remote_code)
+    report = layout_report(model, spec=specs, trust_remote_code=trust_remote_code)
+    if write_spec is not None:
+        write_spec.write_text(dump_specs(specs), encoding="utf-8")
     if as_json:
         print_json(report)
         return
@@ -34,7 +46,7 @@ def inspect(
 
 def _print(report: dict[str, Any]) -> None:
     kinds = ", ".join(f"{count} {kind}" for kind, count in report["layer_kinds"].items())
-    say(f"{report['model']} ({report['model_type']}): {kinds}")
+    say(f"{report['model']} ({report['model_type'] or 'unknown model type'}): {kinds}")
     rows = []
     for layer in report["layers"]:
         heads = f"{layer['num_heads']}/{layer['num_kv_heads']} x {layer['head_dim']}"

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from qkguard.errors import UnknownLayoutError
-from qkguard.layout import build, capture, geometry
-from qkguard.layout.replay import Replay, Touched, replay
+from qkguard.layout import build, geometry
+from qkguard.layout.capture import Seen
+from qkguard.layout.forward import attended
+from qkguard.layout.replay import Replay, Rows, replay
 from qkguard.layout.spec import AttentionSpec, Block, ParamMap
+from qkguard.layout.spec_file import load_specs
+from qkguard.layout.trace import Call, Trace
 
 
 def find_attention(model_or_config: Any, *, spec: Any = None, trust_remote_code: bool = False) -> list[AttentionSpec]:
@@ -20,14 +29,16 @@ def find_attention(model_or_config: Any, *, spec: Any = None, trust_remote_code:
 
     Args:
         model_or_config: a transformers model, a config, a folder, a hub id or the path of a config.json.
-        spec: a list of AttentionSpec, used as it is.
+        spec: the layout by hand: a list of AttentionSpec, or the path of a YAML file (see `spec_file`). Nothing is
+            then looked for; with a live model, names and shapes are checked against it.
         trust_remote_code: allow a config's own code to be imported.
 
     Raises:
         UnknownLayoutError: where the layout cannot be established for certain.
     """
-    if isinstance(spec, list):
-        return spec
+    if spec is not None:
+        specs = load_specs(Path(spec)) if isinstance(spec, str | os.PathLike) else list(spec)
+        return _named_as_live(specs, model_or_config) if isinstance(model_or_config, nn.Module) else specs
     source = build.resolve(model_or_config, trust_remote_code=trust_remote_code)
     with build.undisturbed():
         specs = _discover(source)
@@ -36,120 +47,140 @@ def find_attention(model_or_config: Any, *, spec: Any = None, trust_remote_code:
 
 def _discover(source: build.Source) -> list[AttentionSpec]:
     model = build.build_meta(source)
-    build.attend_with(model, capture.ATTENTION_NAME)
-    captures = capture.run(model)
-    if not captures:
-        raise UnknownLayoutError(
-            f"{source.model_class.__name__}: no softmax attention was seen in a forward pass; pass the layout by hand: "
-            "spec=FILE.yaml"
-        )
-    names = {id(param): name for name, param in model.named_parameters()}
-    replays: dict[Any, Replay] = {}
-    specs, owned = [], set()
-    for found in captures:
-        key = _signature(found)
-        if key not in replays:
-            replays[key] = replay(found)
-        shown = replays[key]
-        local = {name: names[id(param)] for name, param in found.call.module.named_parameters()}
-        params = tuple(
-            sorted(
-                (
-                    param
-                    for name, touched in shown.touched.items()
-                    if (param := _param_map(local[name], name, shown.shapes[name], touched, found.call.module))
-                ),
-                key=lambda p: p.name,
+    types = geometry.layer_types(source.config)
+    layers = geometry.Layers(model)
+    seen_layers: set[int | None] = set()
+    owned: set[str] = set()
+    specs: list[AttentionSpec] = []
+    with attended(model) as (trace, seen):
+        maps = _Maps(model, trace)
+        for call, found in _by_owner(trace, seen):
+            layer = layers.index(call)
+            seen_layers.add(layer)
+            shown, params = maps.of(call, found)
+            if all(param.name in owned for param in params):
+                continue
+            owned.update(param.name for param in params)
+            specs.append(
+                AttentionSpec(
+                    layer=layer,
+                    module=call.name,
+                    kind=geometry.layer_kind(types, layer, found[0].options),
+                    num_heads=shown.num_heads,
+                    num_kv_heads=shown.num_kv_heads,
+                    head_dim=shown.head_dim,
+                    params=params,
+                    rotary=shown.rotary,
+                    rotary_dim=shown.rotary_dim,
+                    notes=tuple(_notes(trace, call, found, params)),
+                )
             )
-        )
-        if not {p.name for p in params} - owned:
-            continue
-        owned |= {p.name for p in params}
-        specs.append(
-            AttentionSpec(
-                layer=geometry.layer_index(found.call, model),
-                module=found.call.path[-1],
-                kind=geometry.layer_kind(source.config, geometry.layer_index(found.call, model), found.options),
-                num_heads=shown.num_heads,
-                num_kv_heads=shown.num_kv_heads,
-                head_dim=shown.head_dim,
-                params=params,
-                rotary=shown.rotary,
-                rotary_dim=shown.rotary_dim,
-            )
-        )
-    geometry.check_layer_types(source.config, specs)
+    geometry.check_layer_types(types, seen_layers, layers.count)
     return specs
 
 
-def _signature(found: capture.Capture) -> Any:
-    """What two calls must share to share a replay: class, plain attributes but the index, parameters, argument shapes."""
-    module = found.call.module
-    plain = tuple(
-        (key, value)
-        for key, value in sorted(vars(module).items())
-        if isinstance(value, bool | int | float | str | None) and key != "layer_idx"
-    )
-    shapes = tuple((name, tuple(param.shape)) for name, param in module.named_parameters())
-    return type(module), plain, shapes, tuple(found.query.shape), tuple(found.key.shape), tuple(found.value.shape)
+def _notes(trace: Trace, call: Call, found: list[Seen], params: tuple[ParamMap, ...]) -> Iterator[str]:
+    """What a reader of the map should know beyond the map."""
+    mapped = {param.name for param in params}
+    reaching = {key: trace.reaching(key, call.start) for one in found for key in (one.query, one.key)}
+    if not all(reaching[one.key] for one in found):
+        yield "keys are borrowed from an earlier layer"
+    if chosen := sorted(set().union(*reaching.values()) - mapped):
+        yield f"queries or keys also depend on a choice made by {', '.join(chosen)}, which has no rows of theirs"
+    if any(block.entangled and param.kind != "norm" for param in params for block in param.blocks):
+        yield "some rows feed keys and values alike"
 
 
-def _param_map(
-    name: str, local: str, shape: tuple[int, ...], touched: tuple[Touched, ...], module: nn.Module
-) -> ParamMap | None:
-    dim = geometry.output_dim(module, local, touched)
-    blocks = _blocks(touched[dim])
-    if not blocks:
-        return None
-    return ParamMap(name, shape, dim, geometry.kind_of(module, local), blocks)
+def _by_owner(trace: Trace, seen: list[Seen]) -> list[tuple[Call, list[Seen]]]:
+    """Attentions by the call of the module that owns their projections, in order."""
+    groups: dict[int, tuple[Call, list[Seen]]] = {}
+    for found in seen:
+        call = _owner(trace, found)
+        groups.setdefault(id(call), (call, []))[1].append(found)
+    return list(groups.values())
 
 
-def _blocks(rows: Touched) -> tuple[Block, ...]:
+def _owner(trace: Trace, found: Seen) -> Call:
+    """The innermost call whose own operations lead from parameters to the query and to the key.
+
+    A layer that borrows its keys from an earlier one has only the query's; no further out than its entry in the list
+    of layers, where everything of the layer would be inside.
+    """
+    query_only = None
+    for call in found.call.chain:
+        query, key = (trace.reaching(operand, call.start) for operand in (found.query, found.key))
+        if query and key:
+            return call
+        if (query or key) and query_only is None:
+            query_only = call
+        if call.name.rpartition(".")[2].isdigit():
+            break
+    if query_only is None:
+        raise UnknownLayoutError(
+            f"{found.call.name} attends, but no parameter near it makes its queries or keys; "
+            "pass the layout by hand: spec=FILE.yaml"
+        )
+    return query_only
+
+
+class _Maps:
+    """Row maps per call, with one replay for all calls that run the same program."""
+
+    def __init__(self, model: nn.Module, trace: Trace) -> None:
+        self._names = {id(param): name for name, param in model.named_parameters()}
+        self._trace = trace
+        self._known: dict[Any, tuple[Replay, dict[str, tuple[Block, ...]]]] = {}
+
+    def of(self, call: Call, found: list[Seen]) -> tuple[Replay, tuple[ParamMap, ...]]:
+        """What the replay showed, and the call's parameters under their names in the model."""
+        local = {name: self._names[id(param)] for name, param in call.module.named_parameters()}
+        program = (type(call.module), len(found), self._trace.program(call))
+        if program not in self._known:
+            full = set().union(
+                *(self._trace.reaching(key, call.start) for one in found for key in (one.query, one.key, one.value))
+            )
+            feeding = {name for name in local if local[name] in full}
+            shown = replay(call, feeding, len(found), all(one.scores is None for one in found))
+            self._known[program] = shown, {name: _blocks(rows) for name, rows in shown.rows.items()}
+        shown, blocks = self._known[program]
+        maps = (
+            ParamMap(local[name], rows.shape, rows.dim, rows.kind, blocks[name]) for name, rows in shown.rows.items()
+        )
+        return shown, tuple(sorted(maps, key=lambda param: param.name))
+
+
+def _blocks(rows: Rows) -> tuple[Block, ...]:
     """Neighbouring rows that feed the same things, as blocks; rows that feed neither q nor k are left out."""
-    labels = [
-        _label(*row)
-        for row in zip(*(_ints(t) for t in (rows.q, rows.k, rows.v, rows.q_head, rows.k_head)), strict=True)
-    ]
+    feeds = torch.stack([rows.q, rows.k, rows.v], 1).long()
+    head = torch.where((feeds == feeds.new_tensor([1, 0, 0])).all(1), rows.q_head, -1)
+    head = torch.where((feeds == feeds.new_tensor([0, 1, 0])).all(1), rows.k_head, head)
+    runs, lengths = torch.unique_consecutive(torch.cat([feeds, head[:, None]], 1), return_counts=True, dim=0)
     blocks, start = [], 0
-    for stop in range(1, len(labels) + 1):
-        if stop == len(labels) or labels[stop] != labels[start]:
-            role, head = labels[start]
-            if role.strip("v"):
-                blocks.append(Block(start, stop, role, head))
-            start = stop
+    for (q, k, v, of), length in zip(runs.tolist(), lengths.tolist(), strict=True):
+        if q or k:
+            blocks.append(Block(start, start + length, "q" * q + "k" * k + "v" * v, None if of < 0 else of))
+        start += length
     return tuple(blocks)
-
-
-def _ints(tensor: Tensor) -> list[int]:
-    return tensor.int().tolist()
-
-
-def _label(q: int, k: int, v: int, q_head: int, k_head: int) -> tuple[str, int | None]:
-    role = "q" * q + "k" * k + "v" * v
-    head = {"q": q_head, "k": k_head}.get(role, -1)
-    return role, None if head < 0 else head
 
 
 def _named_as_live(specs: list[AttentionSpec], live: nn.Module) -> list[AttentionSpec]:
     """The same specs under the live model's parameter names, which must all exist with the expected shapes."""
-    from dataclasses import replace
-
-    names = build.live_names(live)
     params = dict(live.named_parameters())
+    names = {name: name for name in params} | build.live_names(live)
     out = []
     for spec in specs:
         maps = []
         for param in spec.params:
             if param.name not in names:
                 raise UnknownLayoutError(
-                    f"{param.name} is in a fresh copy of the model's class but not in the model itself; its structure was "
-                    "changed after it was built: pass the layout by hand: spec=FILE.yaml"
+                    f"the layout names {param.name}, which the model does not have; where the model's structure was "
+                    "changed after it was built, pass the layout by hand: spec=FILE.yaml"
                 )
             shape = build.full_shape(params[names[param.name]])
             if shape != param.shape:
                 raise UnknownLayoutError(
-                    f"{param.name}: a fresh copy of the class has shape {param.shape}, the model {shape}; "
-                    "its config does not describe it"
+                    f"{param.name}: the layout says shape {param.shape}, the model has {shape}; its config (or the "
+                    "spec file) belongs to another model"
                 )
             maps.append(replace(param, name=names[param.name]))
         out.append(replace(spec, params=tuple(maps)))

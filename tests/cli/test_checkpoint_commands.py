@@ -115,6 +115,24 @@ def test_drift_numbers_are_those_of_a_plain_computation(tmp_path: Path, run: Run
         assert heads["0"] != pytest.approx(heads["1"], rel=1e-4)
 
 
+def test_a_layout_by_hand(pair: tuple[Path, Path], tmp_path: Path, run: Run) -> None:
+    """A model type that nobody knows, and the layout of one that is known."""
+    base, tuned = pair
+    spec = tmp_path / "spec.yaml"
+    assert run("inspect", tuned, "--write-spec", spec)[0] == 0
+    assert "exists" in one_line(*run("inspect", tuned, "--write-spec", spec))
+    unknown_architecture(base, tuned)
+    assert "nobody_knows" in one_line(*run("inspect", tuned))
+    code, text, _ = run("inspect", tuned, "--spec", spec)
+    assert code == 0 and "unknown model type" in text and "q 0:16, 32:48, 64:80, ... (4 ranges)" in text
+    assert run("restore", "-b", base, "-t", tuned, "-o", tmp_path / "out", "--spec", spec)[0] == 0
+    wanted = expected("qwen3_next", load_folder(base), load_folder(tuned))
+    assert differences(load_folder(tmp_path / "out"), wanted) == []
+    assert json.loads(run("drift", "-b", base, "-t", tuned, "--spec", spec, "--json")[1])["mean"]["q_rel"] > 0.1
+    spec.write_text(spec.read_text().replace("shape: [128, 64]", "shape: [96, 64]").replace("[96, 112, q, 3]", ""))
+    assert "spec.yaml" in one_line(*run("inspect", tuned, "--spec", spec))
+
+
 def one_line(code: int, out: str, err: str) -> str:
     assert code == 2 and out == ""
     assert err.startswith("error: ") and err.count("\n") == 1, err
