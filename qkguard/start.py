@@ -158,9 +158,9 @@ def warnings_at_start(model: Any, args: TrainingArguments) -> list[str]:
     unused = [c for c in conversions if hasattr(c, "was_used") and not c.was_used()]
     if unused and sharding.backend(model) == "zero3" and _renames_differ(model, unused):
         out.append(
-            "the raw checkpoints of this model will be saved under names that do not load: transformers kept weight "
-            "conversions that loading under ZeRO-3 never used. Repair before train(): model._weight_conversions = "
-            "[c for c in model._weight_conversions if c.was_used()]"
+            "Trainer will save this model under other tensor names than its base has, which may not load again: under "
+            "ZeRO-3 transformers keeps weight conversions that loading never used, and reverses them on save. Repair "
+            "it before train(): model._weight_conversions = [c for c in model._weight_conversions if c.was_used()]"
         )
     if sharding.backend(model) == "zero3" and not _gathers_on_save(args):
         out.append(

@@ -19,7 +19,7 @@ from trl import SFTConfig
 from qkguard import QKGuardCallback, QKGuardError, sharding
 from tests import judge
 from tests.models import noised
-from tests.training import arguments, save_base, train
+from tests.training import arguments, make_trainer, save_base, train
 
 STEPS = 3
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -296,6 +296,35 @@ def failing_write(folder: Path) -> None:
             raise AssertionError("strict went on")
     finally:
         RestoredWrite.run = original
+
+
+def renamed(folder: Path) -> None:
+    """Raw checkpoints that come out under other names (Qwen3.5 under ZeRO-3): a warning, and its repair works."""
+    base = base_model(folder, "qwen3_5_text")
+    for repair in (False, True):
+        reset()
+        lines: list[str] = []
+        handler = logging.Handler()
+        handler.emit = lambda record, lines=lines: lines.append(record.getMessage())
+        logging.getLogger("qkguard").handlers[:] = [handler]
+        part = folder / str(repair)
+        guard = QKGuardCallback(strict=True)
+        trainer = make_trainer(base, arguments(part, deepspeed=deepspeed_config(3, tight=False)), guard)
+        if repair:
+            trainer.model._weight_conversions = [c for c in trainer.model._weight_conversions if c.was_used()]
+        trainer.train()
+        if rank() == 0:
+            assert any("_weight_conversions" in line for line in lines) == (not repair), lines
+            raw, restored = part / f"run/checkpoint-{STEPS}", part / f"run/checkpoint-{STEPS}/qk_restored"
+            names = [set(judge.weights_in_bits(f)) for f in (base, raw, restored)]
+            assert names[1] == names[2] and (names[0] == names[1]) == repair
+            if repair:
+                judge.judge_restored("qwen3_5_text", base, raw, restored, torch.float32)
+            reset()
+            for saved in (raw, restored):
+                _, info = AutoModelForCausalLM.from_pretrained(saved, output_loading_info=True)
+                assert not info["missing_keys"] and not info["unexpected_keys"], info
+        dist.barrier()
 
 
 def together_agrees(folder: Path) -> None:

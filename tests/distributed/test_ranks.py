@@ -31,6 +31,7 @@ CASES = {
         "resumed@ddp",
         "resumed@zero3,default",
         "wrong_start",
+        "renamed",
         "failing_write",
     ],
     3: [
