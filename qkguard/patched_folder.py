@@ -159,7 +159,7 @@ class PatchedFolder:
         with readable_errors(self.out):
             taken, left = self.copy_companions()
             taken += self.write_index(results)
-            left = [name for name in left if name not in self.weights.files]
+            left = [name for name in left if name not in self.weights.files and name not in taken]
             manifest = self.manifest(sorted(results, key=lambda r: r["file"]), taken, left, extra or {})
             write_text(self.staging.path / "README.md", model_card(manifest, self.card()))
             write_text(self.staging.path / MANIFEST, dump(manifest))

@@ -188,10 +188,25 @@ def test_what_travels_with_the_weights(parts: Parts, tmp_path: Path) -> None:
     weights = {p.name for p in parts.raw.glob("model-*.safetensors")} | {"model.safetensors.index.json"}
     assert found == {*travels.split(), "config.json", "README.md", "qkguard.json"} | weights
     assert {"optimizer.pt", "old.safetensors", "pytorch_model.bin"} <= set(manifest["left_out"])
+    assert found.isdisjoint(manifest["left_out"])
     card = (tmp_path / "out" / "README.md").read_text()
     for line in ("license: mit", "- sft", "- qkguard", "base_model: org/base", "base_model_relation: finetune"):
         assert line in card
     assert "library_name: transformers" in card and "raw card" not in card
+
+
+def test_the_card_names_a_base_from_the_hub(parts: Parts, tmp_path: Path) -> None:
+    """Also where only the cache's folder name says which model it is; a local folder is no base_model of the hub's."""
+    snapshot = tmp_path / "hub" / "models--Qwen--Qwen3-8B" / "snapshots" / ("0123456789" * 4)
+    snapshot.parent.mkdir(parents=True)
+    local = parts.write_all(tmp_path / "local")
+    assert "base_model" not in (tmp_path / "local" / "README.md").read_text()
+    assert local["base"]["id"] == str(parts.base)
+    parts.base.rename(snapshot)
+    parts.source = FolderSource(open_weights(snapshot), parts.names, model_id=str(snapshot))
+    manifest = parts.write_all(tmp_path / "out")
+    assert manifest["base"]["id"] == "Qwen/Qwen3-8B" and manifest["base"]["revision"] == "0123456789" * 4
+    assert "base_model: Qwen/Qwen3-8B\nbase_model_relation: finetune" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_staging_elsewhere(parts: Parts, tmp_path: Path) -> None:
