@@ -17,7 +17,7 @@ from torch import nn
 
 from qkguard.errors import QKGuardError, UnknownLayoutError
 
-# Wrappers that add a level to parameter names without changing the model: torch.compile, activation checkpointing, FSDP1.
+# Wrappers that add a level to parameter names and change nothing: torch.compile, activation checkpointing, FSDP1.
 TRANSPARENT = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
@@ -31,7 +31,7 @@ class Source:
 
 
 def resolve(model_or_config: Any, *, trust_remote_code: bool = False) -> Source:
-    """A live model, a config, or a folder / hub id / config.json path -> class, a private copy of its config, live model.
+    """Model, config, folder, hub id or config.json path -> class, a private copy of its config, the live model if any.
 
     Raises UnknownLayoutError where no model class is known for the config.
     """
@@ -45,20 +45,22 @@ def resolve(model_or_config: Any, *, trust_remote_code: bool = False) -> Source:
             )
         return Source(type(model), copy.deepcopy(config), model_or_config)
     config = load_config(model_or_config, trust_remote_code=trust_remote_code)
-    return Source(model_class_of(config, trust_remote_code=trust_remote_code), copy.deepcopy(config))
+    model_class = model_class_of(config)
+    return Source(model_class, copy.deepcopy(own_config(model_class, config)))
 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The transformers model inside DDP, torch.compile, a DeepSpeed engine or PEFT."""
+    inner: Any = model
     while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif hasattr(model, "get_base_model"):  # PEFT
-            model = model.get_base_model()
-        elif isinstance(getattr(model, "module", None), nn.Module) and not hasattr(model, "config_class"):
-            model = model.module
+        if hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
+        elif hasattr(inner, "get_base_model"):  # PEFT
+            inner = inner.get_base_model()
+        elif isinstance(getattr(inner, "module", None), nn.Module) and not hasattr(inner, "config_class"):
+            inner = inner.module
         else:
-            return model
+            return inner
 
 
 def load_config(source: Any, *, trust_remote_code: bool = False) -> Any:
@@ -86,20 +88,20 @@ def load_config(source: Any, *, trust_remote_code: bool = False) -> Any:
         raise UnknownLayoutError(f"no model config could be read from {source}: {first_line(error)}") from error
 
 
-def model_class_of(config: Any, *, trust_remote_code: bool = False) -> type[nn.Module]:
-    """The class a checkpoint with this config is trained as: what `architectures` names, else transformers' causal LM."""
+def model_class_of(config: Any) -> type[nn.Module]:
+    """The class a checkpoint with this config is trained as: what `architectures` names, else its causal LM."""
     import transformers
     from transformers.models.auto import modeling_auto as auto
 
-    mappings = (auto.MODEL_FOR_CAUSAL_LM_MAPPING, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
     for name in getattr(config, "architectures", None) or []:
         named = getattr(transformers, name, None)
-        if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
-            if named.config_class is type(config) and named.can_generate():
-                return named
-    for mapping in mappings:
+        if not isinstance(named, type) or not issubclass(named, transformers.PreTrainedModel):
+            continue
+        if named.can_generate() and type(own_config(named, config)) is named.config_class:
+            return named
+    for mapping in (auto.MODEL_FOR_CAUSAL_LM_MAPPING, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
         if type(config) in mapping:
-            found = mapping[type(config)]
+            found: Any = mapping[type(config)]
             return found[0] if isinstance(found, tuple) else found
     raise UnknownLayoutError(
         f"model type {config.model_type!r} has no causal language model in transformers; "
@@ -107,9 +109,18 @@ def model_class_of(config: Any, *, trust_remote_code: bool = False) -> type[nn.M
     )
 
 
+def own_config(model_class: Any, config: Any) -> Any:
+    """The part of a composite config (the text of a vision-language model, say) that a class is built from."""
+    if not isinstance(config, model_class.config_class):
+        for name in getattr(config, "sub_configs", None) or {}:
+            if isinstance(part := getattr(config, name, None), model_class.config_class):
+                return part
+    return config
+
+
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Random states (Python, torch CPU and CUDA), default dtype, grad mode and log level as they were, whatever happens inside."""
+    """Random states, default dtype, grad mode and log level are afterwards as they were, whatever happens inside."""
     from transformers.utils import logging
 
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
@@ -126,27 +137,12 @@ def undisturbed() -> Iterator[None]:
 
 
 def build_meta(source: Source) -> nn.Module:
-    """An eval-mode bfloat16 copy of the class on the meta device (grouped matmuls exist there in bfloat16 only).
-
-    Call inside `undisturbed()`.
-    """
+    """An eval-mode copy of the class on the meta device, built for eager attention. Call inside `undisturbed()`."""
     config = copy.deepcopy(source.config)
     config._attn_implementation = "eager"
-    config._experts_implementation = None  # the default runs without data; a chosen "eager" loops over the experts hit
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("meta"):
-            return source.model_class(config).eval()
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-def attend_with(model: nn.Module, name: str) -> None:
-    """Point every config inside a private copy at the attention function registered as `name`."""
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if hasattr(config, "_attn_implementation_internal"):
-            config._attn_implementation_internal = name
+    config._experts_implementation = None  # a chosen "eager" loops over the experts hit
+    with torch.device("meta"):
+        return source.model_class(config).eval()
 
 
 def bare_name(name: str) -> str:

@@ -1,4 +1,4 @@
-"""One forward pass of a weightless model: which modules attend, and with what arguments they were called."""
+"""Where a forward pass attends: calls of transformers' attention function, softmaxes over products of activations."""
 
 from __future__ import annotations
 
@@ -7,35 +7,34 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from qkguard.errors import UnknownLayoutError
-from qkguard.layout.build import first_line
+from qkguard.layout.trace import BETWEEN, PRODUCT, SOFTMAX, Call, Node, Trace
 
 ATTENTION_NAME = "qkguard_discovery"  # no mask is registered under it, so transformers builds none
-TOKENS = 4
 
 
-@dataclass
-class Call:
-    """One call of one module: `path` is the chain of module names from the root down to it."""
-
-    module: nn.Module
-    path: tuple[str, ...]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+class StopReplay(BaseException):
+    """Ends a replay once everything asked for has been seen; not an Exception, so that no model code swallows it."""
 
 
-@dataclass
-class Capture:
-    """Queries, keys and values as one attention call received them: (1, heads, tokens, channels)."""
+@dataclass(eq=False)
+class Seen:
+    """One attention: the keys (in the trace) of its query-side, key-side and value operand.
 
-    call: Call
-    query: Tensor
-    key: Tensor
-    value: Tensor
+    Through the attention function these are (1, heads, tokens, channels). Behind a softmax they are the operands of
+    batched products, (heads, tokens, channels) in some order; `scores` and `dim` are the softmax's input and axis.
+    """
+
+    call: Call  # innermost call around it
+    at: int  # number of operations before it
+    query: int
+    key: int
+    value: int
     options: dict[str, Any] = field(default_factory=dict)
+    scores: int | None = None
+    dim: int = -1
 
 
 @contextlib.contextmanager
@@ -50,63 +49,90 @@ def attention_function(function: Callable) -> Iterator[None]:
         AttentionInterface._global_mapping.pop(ATTENTION_NAME, None)
 
 
+def attend_with(model: nn.Module, name: str) -> None:
+    """Point every config inside a private copy at the attention function registered as `name`."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and hasattr(config, "_attn_implementation_internal"):
+            config._attn_implementation_internal = name
+
+
 @contextlib.contextmanager
-def call_stack(model: nn.Module) -> Iterator[list[Call]]:
-    """The calls in progress, outermost first, kept by hooks that are removed at the end."""
-    stack: list[Call] = []
-    handles = []
+def watching(trace: Trace, *, enough: int | None = None) -> Iterator[list[Seen]]:
+    """Record what runs inside the block and list its attentions, in order, once the block is left.
 
-    def enter(name: str) -> Callable:
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            path = (*stack[-1].path, name) if stack else (name,)
-            stack.append(Call(module, path, args, kwargs))
-
-        return hook
-
-    def leave(module: nn.Module, args: tuple, output: Any) -> None:
-        stack.pop()
-
-    try:
-        for name, module in model.named_modules():
-            handles.append(module.register_forward_pre_hook(enter(name), with_kwargs=True))
-            handles.append(module.register_forward_hook(leave))
-        yield stack
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def run(model: nn.Module) -> list[Capture]:
-    """Forward `TOKENS` tokens through a meta copy set to ATTENTION_NAME and list its attention calls in order.
-
-    Most models want no mask, some a two-dimensional and some (sparse indexers) a four-dimensional one.
+    With `enough`, the block ends (quietly) at that many calls of the attention function.
     """
-    ids = torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
-    masks = {
-        "no mask": None,
-        "2-D mask": torch.ones(1, TOKENS, dtype=torch.long, device="meta"),
-        "4-D mask": torch.zeros(1, 1, TOKENS, TOKENS, device="meta"),
-    }
-    errors = {}
-    for name, mask in masks.items():
-        captures: list[Capture] = []
-        try:
-            with call_stack(model) as stack, attention_function(_recorder(stack, captures)), torch.device("meta"):
-                model(input_ids=ids, attention_mask=mask, use_cache=False)
-            return captures
-        except Exception as error:  # the model's own code: any failure means "try the next form of input"
-            errors[name] = first_line(error)
-    raise UnknownLayoutError(
-        f"{type(model).__name__} does not run without weights ("
-        + "; ".join(f"{name}: {error}" for name, error in errors.items())
-        + "); pass the layout by hand: spec=FILE.yaml"
-    )
+    direct: list[Seen] = []
+    seen: list[Seen] = []
 
-
-def _recorder(stack: list[Call], captures: list[Capture]) -> Callable:
-    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> tuple:
-        call = next(c for c in reversed(stack) if c.module is module)
-        captures.append(Capture(call, query, key, value, options))
+    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> tuple:
+        assert trace.call is not None
+        q, k, v = (trace.key(tensor) for tensor in (query, key, value))
+        direct.append(Seen(trace.call, len(trace.nodes), q, k, v, options))
+        if len(direct) == enough:
+            raise StopReplay
         return value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
 
-    return attend
+    plain = sdpa_kernel(SDPBackend.MATH)  # so that PyTorch's own attention shows its softmax too
+    with plain, contextlib.suppress(StopReplay), attention_function(attend), trace.recording():
+        yield seen
+    seen.extend(sorted([*direct, *_softmaxes(trace)], key=lambda found: found.at))
+
+
+def _softmaxes(trace: Trace) -> list[Seen]:
+    """Attentions that the model's own code computes: softmax of a product of two activations, times a third."""
+    readers: dict[int, list[Node]] = {}
+    softmaxes = []
+    for at, node in enumerate(trace.nodes):
+        if node.op in SOFTMAX:
+            softmaxes.append((at, node))
+        for key in node.inputs:
+            readers.setdefault(key, []).append(node)
+    out = []
+    for at, node in softmaxes:
+        scores = _product_before(trace, node.inputs[0])
+        if scores is None or node.call is None:
+            continue
+        after = _product_after(trace, node.outputs[0], readers)
+        if after is None:
+            continue
+        lhs, rhs = scores.inputs[-2:]
+        dim = next(c for c in node.constants[1:] if isinstance(c, int))
+        out.append(Seen(node.call, at, lhs, rhs, after, scores=node.inputs[0], dim=dim))
+    return out
+
+
+def _product_before(trace: Trace, key: int) -> Node | None:
+    """The product of two activations that a softmax's input is made from, by nothing but masks, scales and views."""
+    todo, seen = [key], {key}
+    while todo:
+        key = todo.pop(0)
+        node = trace.nodes[trace.made_by[key]] if key in trace.made_by else None
+        if node is None or key not in trace.active:
+            continue
+        if node.op in PRODUCT:
+            if all(operand in trace.active for operand in node.inputs[-2:]):
+                return node
+        elif node.op in BETWEEN:
+            fresh = [i for i in node.inputs if i not in seen]
+            seen.update(fresh)
+            todo.extend(fresh)
+    return None
+
+
+def _product_after(trace: Trace, key: int, readers: dict[int, list[Node]]) -> int | None:
+    """Key of the activation that the probabilities are multiplied with."""
+    todo, seen = [key], {key}
+    while todo:
+        key = todo.pop(0)
+        for node in readers.get(key, []):
+            if node.op in PRODUCT:
+                other = [operand for operand in node.inputs[-2:] if operand != key]
+                if other and other[0] in trace.active:
+                    return other[0]
+            elif node.op in BETWEEN:
+                fresh = [o for o in node.outputs if o not in seen]
+                seen.update(fresh)
+                todo.extend(fresh)
+    return None

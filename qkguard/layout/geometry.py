@@ -2,81 +2,105 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from qkguard.errors import UnknownLayoutError
-from qkguard.layout.capture import Call
-from qkguard.layout.replay import Touched
-from qkguard.layout.spec import AttentionSpec
+from qkguard.layout.trace import Call
 
 # Entries of `config.layer_types` and its older namesakes, by whether such a layer attends with a softmax.
-SOFTMAX = frozenset(
-    "full_attention sliding_attention chunked_attention indexed_attention compressed_sparse_attention "
-    "heavily_compressed_attention hybrid hybrid_sliding attention".split()
+SOFTMAX_TYPES = frozenset(
+    {
+        "attention",
+        "full_attention",
+        "sliding_attention",
+        "chunked_attention",
+        "indexed_attention",
+        "compressed_sparse_attention",
+        "heavily_compressed_attention",
+        "hybrid",
+        "hybrid_sliding",
+    }
 )
-OTHER = frozenset("linear_attention conv moe mlp mamba recurrent".split())
+OTHER_TYPES = frozenset({"linear_attention", "conv", "moe", "mlp", "mamba", "recurrent"})
 TYPE_FIELDS = ("layer_types", "layers_block_type")
 
 
-def text_config(config: Any) -> Any:
-    return config.get_text_config(decoder=True)
+class Layers:
+    """The numbered module lists of a model, counted through in the order in which their layers attend."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._first: dict[str, int] = {}
+
+    def index(self, call: Call) -> int | None:
+        """Number of the outermost list entry that a call runs in; None where there is none."""
+        for outer in reversed(list(call.chain)):
+            prefix, _, last = outer.name.rpartition(".")
+            if last.isdigit():
+                if prefix not in self._first:
+                    self._first[prefix] = sum(len(list(self._model.get_submodule(p).children())) for p in self._first)
+                return self._first[prefix] + int(last)
+        return None
+
+    @property
+    def count(self) -> int:
+        return sum(len(list(self._model.get_submodule(prefix).children())) for prefix in self._first)
 
 
 def layer_types(config: Any) -> list[str] | None:
+    config = config.get_text_config(decoder=True)
     for field in TYPE_FIELDS:
-        if types := getattr(text_config(config), field, None):
+        if types := getattr(config, field, None):
             return list(types)
     return None
 
 
-def layer_index(call: Call, model: nn.Module) -> int | None:
-    """Index of the outermost numbered list that the call went through."""
-    for name in call.path:
-        for part in name.split("."):
-            if part.isdigit():
-                return int(part)
-    return None
-
-
-def layer_kind(config: Any, layer: int | None, options: dict[str, Any]) -> str:
-    types = layer_types(config)
+def layer_kind(types: list[str] | None, layer: int | None, options: dict[str, Any]) -> str:
     if types and layer is not None and layer < len(types):
         return types[layer]
     return "sliding_attention" if options.get("sliding_window") else "full_attention"
 
 
-def check_layer_types(config: Any, specs: list[AttentionSpec]) -> None:
-    """Refuse where `layer_types` and what ran do not agree."""
-    types = layer_types(config)
-    if types is None:
+def check_layer_types(types: list[str] | None, attended: set[int | None], count: int) -> None:
+    """Refuse where the config's layer types and the layers that attended do not agree.
+
+    A model whose config has no such list, or one for other lists of layers, can only be taken by what it did.
+    """
+    if types is None or len(types) != count:
         return
-    seen = {spec.layer for spec in specs}
     for layer, kind in enumerate(types):
-        if (kind in SOFTMAX and layer not in seen) or (kind in OTHER and layer in seen):
+        if (kind in SOFTMAX_TYPES and layer not in attended) or (kind in OTHER_TYPES and layer in attended):
             raise UnknownLayoutError(
                 f"layer {layer}: the config calls it {kind!r}, but softmax attention was "
-                f"{'seen' if layer in seen else 'not seen'} there (config: {types}; seen in layers {sorted(seen)}); "
-                "pass the layout by hand: spec=FILE.yaml"
+                f"{'seen' if layer in attended else 'not seen'} there (config: {', '.join(types)}; seen in layers "
+                f"{', '.join(str(n) for n in sorted(attended, key=str))}); pass the layout by hand: spec=FILE.yaml"
             )
 
 
-def owner_of(module: nn.Module, name: str) -> nn.Module:
-    return module.get_submodule(name.rpartition(".")[0])
+def output_dim(owner: nn.Module, reached: Sequence[Sequence[Tensor]]) -> int:
+    """The dimension that indexes outputs, given which slices of each dimension q, k and v reach.
 
-
-def output_dim(module: nn.Module, name: str, touched: tuple[Touched, ...]) -> int:
-    """The dimension that indexes outputs: 0, or 1 for transformers' transposed Conv1D."""
+    The first of a matrix, a vector and a convolution; the second of transformers' transposed Conv1D; the last but one
+    of a stack of matrices (experts). Where another one keeps q, k and v apart better, that one.
+    """
     from transformers.pytorch_utils import Conv1D
 
-    return 1 if isinstance(owner_of(module, name), Conv1D) and len(touched) == 2 else 0
+    dims = len(reached[0])
+    stacked = dims > 2 and not isinstance(owner, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    usual = dims - 2 if stacked else int(dims == 2 and isinstance(owner, Conv1D))
+
+    def shared(dim: int) -> float:
+        return float((torch.stack([masks[dim] for masks in reached]).sum(0) > 1).float().mean())
+
+    return min(range(dims), key=lambda dim: (shared(dim), dim != usual))
 
 
-def kind_of(module: nn.Module, name: str) -> str:
-    """ "weight", "bias" (next to a matrix) or "norm" (a vector without one)."""
-    owner = owner_of(module, name)
-    if owner.get_parameter(name.rpartition(".")[2]).dim() > 1:
+def kind_of(owner: nn.Module, shape: tuple[int, ...]) -> str:
+    """ "weight", "bias" (a vector next to a matrix) or "norm" (a vector alone)."""
+    if sum(n > 1 for n in shape) > 1:
         return "weight"
-    matrix = any(param is not None and param.dim() > 1 for param in owner._parameters.values())
-    return "bias" if matrix else "norm"
+    return "bias" if any(p is not None and p.dim() > 1 for p in owner._parameters.values()) else "norm"

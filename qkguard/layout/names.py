@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
-
 from qkguard.errors import QKGuardError
 from qkguard.layout import build
 from qkguard.layout.spec import AttentionSpec, ParamMap
@@ -35,8 +33,8 @@ def disk_names(
     return {name: _certain(param, build.bare_name(name), loads, keys) for name, param in wanted.items()}
 
 
-def _loaded_from(model: nn.Module, keys: Iterable[str]) -> dict[str, list[tuple[str, bool]]]:
-    """Parameter -> [(file key, whether it is rearranged)], by the steps of transformers' loader; tied names together."""
+def _loaded_from(model: Any, keys: Iterable[str]) -> dict[str, list[tuple[str, bool]]]:
+    """Parameter -> [(file key, whether it is rearranged)], by transformers' own steps; tied names together."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -44,7 +42,7 @@ def _loaded_from(model: nn.Module, keys: Iterable[str]) -> dict[str, list[tuple[
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     state, prefix = model.state_dict(), model.base_model_prefix
-    first = {}
+    first: dict[int, str] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
         first.setdefault(id(param), name)
     names = {name: first[id(param)] for name, param in model.named_parameters(remove_duplicate=False)}

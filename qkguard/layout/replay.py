@@ -1,7 +1,4 @@
-"""Run one attention module with random weights and inputs, and see by gradients which rows make q, k and v.
-
-Only one module per distinct signature is ever given memory, and of it only the parameters that reach q, k or v.
-"""
+"""Run one attention module with random weights and inputs, and see by gradients which rows make q, k and v."""
 
 from __future__ import annotations
 
@@ -15,46 +12,20 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from qkguard.errors import UnknownLayoutError
-from qkguard.layout.capture import Capture, attention_function
-
-SEED = 20_260_731
-PERIOD = 65_521  # prime: rows of a filled weight never line up
-
-
-class _Reached(Exception):
-    """Raised by the attention function: what comes after q, k and v does not matter."""
-
-
-class Fill:
-    """Deterministic random tensors from one private generator; big ones repeat a block of prime length."""
-
-    def __init__(self, seed: int = SEED):
-        generator = torch.Generator().manual_seed(seed)
-        self.block = torch.randn(PERIOD, generator=generator)
-        self.offset = 0
-
-    def normal(self, shape: torch.Size | tuple[int, ...], scale: float = 1.0) -> Tensor:
-        count = torch.Size(shape).numel()
-        self.offset = (self.offset + 7_919) % PERIOD
-        block = self.block.roll(self.offset) * scale
-        return block.repeat(-(-count // PERIOD))[:count].view(shape)
-
-    def like(self, tensor: Tensor) -> Tensor:
-        """A random CPU stand-in for a meta input: floats around zero in float32, integers as positions, masks open."""
-        if tensor.is_floating_point():
-            return self.normal(tensor.shape)
-        if tensor.is_complex():
-            return torch.complex(self.normal(tensor.shape), self.normal(tensor.shape))
-        if tensor.dtype is torch.bool:
-            return torch.ones(tensor.shape, dtype=torch.bool)
-        length = tensor.shape[-1] if tensor.dim() else 1
-        return torch.arange(length).expand(tensor.shape).to(tensor.dtype).clone()
+from qkguard.layout.capture import Seen, watching
+from qkguard.layout.geometry import kind_of, output_dim
+from qkguard.layout.materialise import Fill, inputs_like, map_tensors, materialised
+from qkguard.layout.rotary import pairing
+from qkguard.layout.trace import Call, Trace
 
 
 @dataclass(frozen=True)
-class Touched:
-    """For one parameter and one dimension: which slices feed q, k and v, and which single head they feed (-1: several)."""
+class Rows:
+    """Slices of one parameter along its output dimension: which feed q, k, v, and which single head (-1: not one)."""
 
+    shape: tuple[int, ...]
+    dim: int
+    kind: str
     q: Tensor
     k: Tensor
     v: Tensor
@@ -64,10 +35,9 @@ class Touched:
 
 @dataclass(frozen=True)
 class Replay:
-    """What one replay showed. `touched[name][dim]` covers the parameters that reach q or k."""
+    """What one replay showed. `rows` covers the parameters that reach q or k, by their name in the module."""
 
-    shapes: dict[str, tuple[int, ...]]
-    touched: dict[str, tuple[Touched, ...]]
+    rows: dict[str, Rows]
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -75,135 +45,88 @@ class Replay:
     rotary_dim: int
 
 
-def replay(capture: Capture) -> Replay:
-    """Replay a capture's module on the CPU. The module's own (meta) parameters are back in place afterwards."""
-    module = capture.call.module
-    feeding = _feeding(capture)
-    with _materialised(module, feeding, Fill()) as params:
-        fill = Fill(SEED + 1)
-        args, kwargs = _real((capture.call.args, capture.call.kwargs), fill)
-        q, k, v = _query_key_value(module, args, kwargs)
-        kv_of = _distinct_heads(k)
-        reach = {role: _reach(tensor, params) for role, tensor in (("q", q), ("k", k), ("v", v))}
-        with FixedStatistics(), _outputs(module) as outputs:
-            q, k, _ = _query_key_value(module, args, kwargs)
-        q_heads = _heads(q, list(range(q.shape[1])), params, reach["q"])
-        k_heads = _heads(k, kv_of, params, reach["k"])
-        touched = {}
-        for name, param in params.items():
-            if name in reach["q"] or name in reach["k"]:
-                none = tuple(torch.zeros(n, dtype=torch.bool) for n in param.shape)
-                several = tuple(torch.full((n,), -1) for n in param.shape)
-                touched[name] = tuple(
-                    Touched(*rows)
-                    for rows in zip(
-                        *(reach[role].get(name, none) for role in "qkv"),
-                        q_heads.get(name, several),
-                        k_heads.get(name, several),
-                        strict=True,
-                    )
-                )
-        shapes = {name: tuple(param.shape) for name, param in params.items()}
-        rotary, rotary_dim = _rotary(q, q_heads, outputs)
-    return Replay(shapes, touched, q.shape[1], max(kv_of) + 1, q.shape[-1], rotary, rotary_dim)
+Operands = tuple[Tensor, Tensor, Tensor]  # q, k, v, each (1, heads, tokens, channels)
 
 
-def _query_key_value(module: nn.Module, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor, Tensor]:
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
+def replay(call: Call, feeding: set[str], attentions: int, direct: bool) -> Replay:
+    """Replay one call of a module on the CPU; its own tensors are back in place afterwards.
 
-    def attend(_: nn.Module, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> None:
-        found.append((query, key, value))
-        raise _Reached
+    Args:
+        call: the call, with the arguments it had.
+        feeding: the module's parameters that lead to q, k or v; no others get memory.
+        attentions: how many times it attends.
+        direct: whether all of them go through the attention function, so that the replay can stop at the last.
+    """
+    with materialised(call.module, feeding, Fill()) as params:
 
-    with attention_function(attend), contextlib.suppress(_Reached):
+        def attend() -> list[Operands]:
+            args, kwargs = inputs_like((call.args, call.kwargs), Fill(1))  # afresh: caches are written to
+            return operands(call.module, args, kwargs, enough=attentions if direct else None)
+
+        found = attend()
+        if len(found) != attentions:
+            raise UnknownLayoutError(f"{call.name} attends {attentions} times in the model, {len(found)} times alone")
+        reached = [_union([_reach(heads[i], params) for heads in found]) for i in range(3)]
+        owners = {name: call.module.get_submodule(name.rpartition(".")[0]) for name in params}
+        masks = {
+            name: [by_name.get(name) or _none(param) for by_name in reached]
+            for name, param in params.items()
+            if name in reached[0] or name in reached[1]
+        }
+        dims = {name: output_dim(owners[name], by_role) for name, by_role in masks.items()}
+        with FixedStatistics(), _outputs(call.module) as outputs:
+            q, k, _ = attend()[0]
+        kv_of = _distinct_heads(found[0][1])
+        q_heads = _heads(q, list(range(q.shape[1])), params, {name: dims[name] for name in reached[0]})
+        k_heads = _heads(k, kv_of, params, {name: dims[name] for name in reached[1]})
+        rotary, rotary_dim = pairing(q, q_heads, outputs)
+        rows = {}
+        for name, dim in dims.items():
+            shape = tuple(params[name].shape)
+            of_role = (by_dim[dim] for by_dim in masks[name])
+            none = torch.full((shape[dim],), -1)
+            heads = (found.get(name, none) for found in (q_heads, k_heads))
+            rows[name] = Rows(shape, dim, kind_of(owners[name], shape), *of_role, *heads)
+    return Replay(rows, q.shape[1], max(kv_of) + 1, q.shape[-1], rotary, rotary_dim)
+
+
+def operands(module: nn.Module, args: tuple, kwargs: dict, *, enough: int | None) -> list[Operands]:
+    """Run a module on the CPU and return q, k and v of its attentions, with their graphs."""
+    trace = Trace(module)
+    trace.activate((args, kwargs))
+    with watching(trace, enough=enough) as seen:
         module(*args, **kwargs)
-    if not found:
-        raise UnknownLayoutError(f"{type(module).__name__} attended in the whole model but not when replayed alone")
-    return found[0]
+    return [_normal_form(trace, found) for found in seen]
 
 
-def _feeding(capture: Capture) -> set[str]:
-    """Names of the module's parameters with a path to q, k or v, read off the autograd graph on meta."""
-    module = capture.call.module
-    args, kwargs = _detached((capture.call.args, capture.call.kwargs))
-    named = dict(module.named_parameters())
-    found = set()
-    for tensor in _query_key_value(module, args, kwargs):
-        if tensor.requires_grad:
-            grads = torch.autograd.grad(tensor.sum(), list(named.values()), allow_unused=True, retain_graph=True)
-            found |= {name for name, grad in zip(named, grads, strict=True) if grad is not None}
-    return found
+def _normal_form(trace: Trace, found: Seen) -> Operands:
+    """Operands as (1, heads, tokens, channels), whichever way round the model multiplies them.
+
+    One slice of the scores along the softmax's axis belongs to one query and to all keys: its gradient says which
+    operand is which.
+    """
+    q, k, v = (trace.tensors[key] for key in (found.query, found.key, found.value))
+    if found.scores is None:
+        return q, k, v
+    scores = trace.tensors[found.scores]
+    one_query = scores[tuple(slice(None) if d == found.dim % scores.dim() else -1 for d in range(scores.dim()))]
+    lhs, rhs = torch.autograd.grad(one_query, (q, k), Fill(4).normal(one_query.shape), retain_graph=True)
+    rows, columns = int((lhs != 0).any(-1).sum()), int((rhs != 0).any(-2).sum())
+    if rows == 1 and columns > 1:
+        return q[None], k.mT[None], v[None]
+    if columns == 1 and rows > 1:
+        return k.mT[None], q[None], v[None]
+    raise UnknownLayoutError(f"a softmax over {tuple(scores.shape)} belongs to {rows} and {columns} tokens at once")
 
 
-@contextlib.contextmanager
-def _materialised(module: nn.Module, feeding: set[str], fill: Fill) -> Iterator[dict[str, nn.Parameter]]:
-    """Give the module CPU tensors in place of meta ones: random where they feed q, k or v, else one repeated number."""
-    originals: list[tuple[dict, str, Any]] = []
-    params: dict[str, nn.Parameter] = {}
-    made: dict[int, nn.Parameter] = {}
-    try:
-        for prefix, owner in module.named_modules(remove_duplicate=False):
-            for key, param in owner._parameters.items():
-                if param is None:
-                    continue
-                name = f"{prefix}.{key}" if prefix else key
-                if id(param) not in made:
-                    made[id(param)] = _parameter(param, name in feeding, fill)
-                    if name in feeding:
-                        params[name] = made[id(param)]
-                originals.append((owner._parameters, key, param))
-            for key, buffer in owner._buffers.items():
-                if buffer is not None:
-                    originals.append((owner._buffers, key, buffer))
-        for holder, key, tensor in originals:
-            holder[key] = made[id(tensor)] if id(tensor) in made else fill.like(tensor)
-        yield params
-    finally:
-        for holder, key, tensor in originals:
-            holder[key] = tensor
-
-
-def _parameter(param: Tensor, feeds: bool, fill: Fill) -> nn.Parameter:
-    if not feeds:
-        return nn.Parameter(torch.full((1,) * param.dim(), 0.5).expand(param.shape), requires_grad=False)
-    if param.dim() < 2:
-        return nn.Parameter(1 + 0.1 * fill.normal(param.shape))
-    return nn.Parameter(fill.normal(param.shape, max(param.shape) ** -0.5))
-
-
-def _map_tensors(value: Any, change: Any) -> Any:
-    """A nested structure of lists, tuples and dicts with every tensor changed."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_map_tensors(item, change) for item in value))
-    if isinstance(value, list | tuple):
-        return type(value)(_map_tensors(item, change) for item in value)
-    if isinstance(value, dict):
-        return {key: _map_tensors(item, change) for key, item in value.items()}
-    return value
-
-
-def _detached(value: Any) -> Any:
-    return _map_tensors(value, lambda tensor: tensor.detach())
-
-
-def _real(value: Any, fill: Fill) -> Any:
-    """CPU stand-ins for meta tensors; one tensor passed twice stays one tensor."""
-    made: dict[int, Tensor] = {}
-
-    def change(tensor: Tensor) -> Tensor:
-        if id(tensor) not in made:
-            made[id(tensor)] = fill.like(tensor)
-        return made[id(tensor)]
-
-    return _map_tensors(value, change)
+def _none(param: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.zeros(n, dtype=torch.bool) for n in param.shape)
 
 
 def _distinct_heads(key: Tensor) -> list[int]:
     """Key-value head of every key head as attended: equal heads, bit for bit, are copies of one (grouped queries)."""
-    of: list[int] = []
     firsts: list[int] = []
+    of: list[int] = []
     for head in range(key.shape[1]):
         same = next((i for i, first in enumerate(firsts) if torch.equal(key[:, first], key[:, head])), None)
         if same is None:
@@ -216,56 +139,72 @@ def _distinct_heads(key: Tensor) -> list[int]:
 def _reach(target: Tensor, params: dict[str, nn.Parameter]) -> dict[str, tuple[Tensor, ...]]:
     """Per parameter and dimension, the slices with a non-zero gradient of a random projection of `target`."""
     out: dict[str, tuple[Tensor, ...]] = {}
-    for name, grad in _gradients(target, Fill(SEED + 2).normal(target.shape), params).items():
-        if not bool(torch.isfinite(grad).all()):
+    for name, grad in _gradients(target, Fill(2).normal(target.shape), params).items():
+        if not bool(grad.sum().isfinite()):
             raise UnknownLayoutError(f"{name}: the gradient of a replay is not finite")
         hit = grad != 0
-        out[name] = tuple(
-            hit.movedim(dim, 0).flatten(1).any(1) if grad.dim() > 1 else hit for dim in range(grad.dim())
-        )
-    return {name: masks for name, masks in out.items() if bool(masks[0].any())}
+        if bool(hit.any()):
+            out[name] = tuple(
+                hit.movedim(dim, 0).flatten(1).any(1) if hit.dim() > 1 else hit for dim in range(hit.dim())
+            )
+    return out
+
+
+def _union(found: list[dict[str, tuple[Tensor, ...]]]) -> dict[str, tuple[Tensor, ...]]:
+    out: dict[str, tuple[Tensor, ...]] = {}
+    for masks in found:
+        for name, by_dim in masks.items():
+            out[name] = tuple(a | b for a, b in zip(out.get(name, by_dim), by_dim, strict=True))
+    return out
 
 
 def _heads(
-    target: Tensor, head_of: list[int], params: dict[str, nn.Parameter], reached: dict[str, Any]
-) -> dict[str, tuple[Tensor, ...]]:
-    """Per parameter and dimension, the one head that each slice feeds, or -1.
+    target: Tensor, head_of: list[int], params: dict[str, nn.Parameter], dims: dict[str, int]
+) -> dict[str, Tensor]:
+    """Per parameter in `dims`, the one head that each slice along that dimension feeds, or -1.
 
     The gradient is linear in what is fed back. Fed back once as it is and once with head h multiplied by h + 1, a
     slice that feeds one head alone comes out multiplied by exactly that number, in all its elements.
     """
-    firsts = torch.tensor([head not in head_of[:i] for i, head in enumerate(head_of)]).view(1, -1, 1, 1)
-    back = Fill(SEED + 3).normal(target.shape) * firsts
+    first_copies = torch.tensor([head not in head_of[:i] for i, head in enumerate(head_of)]).view(1, -1, 1, 1)
     code = torch.tensor(head_of, dtype=torch.float32).view(1, -1, 1, 1) + 1
-    only = {name: param for name, param in params.items() if name in reached}
-    plain = _gradients(target, back, only)
-    coded = _gradients(target, back * code, only)
+    fill = Fill(3)
     out = {}
-    for name in plain.keys() & coded.keys():
-        out[name] = tuple(
-            _decode(plain[name].movedim(dim, 0), coded[name].movedim(dim, 0), max(head_of) + 1)
-            for dim in range(plain[name].dim())
-        )
+    # A slice of a matrix has many elements to compare; a vector's one element needs several random tries.
+    for matrices, tries in ((True, 1), (False, 4)):
+        only = {name: params[name] for name in dims if (params[name].dim() > 1) == matrices}
+        pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        for _ in range(tries):
+            back = fill.normal(target.shape) * first_copies
+            plain, coded = _gradients(target, back, only), _gradients(target, back * code, only)
+            for name, grad in plain.items():
+                pairs.setdefault(name, []).append((_sample(grad, dims[name]), _sample(coded[name], dims[name])))
+        for name, samples in pairs.items():
+            all_plain, all_coded = (torch.cat(side, 1) for side in zip(*samples, strict=True))
+            out[name] = _decode(all_plain, all_coded, max(head_of) + 1)
     return out
 
 
+def _sample(grad: Tensor, dim: int) -> Tensor:
+    """(slices along `dim`, some of their elements), in float64: enough to tell a common factor."""
+    return (grad.movedim(dim, 0).flatten(1)[:, :128] if grad.dim() > 1 else grad[:, None]).double()
+
+
 def _decode(plain: Tensor, coded: Tensor, heads: int) -> Tensor:
-    """Head whose code every slice along dimension 0 was multiplied by; -1 where no one number explains the slice."""
-    a, b = (
-        plain.flatten(1) if plain.dim() > 1 else plain[:, None],
-        coded.flatten(1) if coded.dim() > 1 else coded[:, None],
-    )
-    aa, ab, bb = (a * a).sum(1).double(), (a * b).sum(1).double(), (b * b).sum(1).double()
+    """Head whose code every row of `plain` was multiplied by to give `coded`; -1 where no one number explains it."""
+    aa, ab, bb = (plain * plain).sum(1), (plain * coded).sum(1), (coded * coded).sum(1)
     ratio = ab / aa
     head = ratio.round()
-    single = (
-        (aa > 0) & (ab * ab >= (1 - 1e-5) * aa * bb) & ((ratio - head).abs() < 1e-3) & (head >= 1) & (head <= heads)
-    )
-    if plain.dim() == 1 and not bool((single | (aa == 0)).all()):
-        single = torch.zeros_like(
-            single
-        )  # one number per slice proves little: all of a vector's entries decode, or none
+    single = (aa > 0) & (ab * ab >= (1 - 1e-5) * aa * bb) & ((ratio - head).abs() < 1e-3)
+    single &= (head >= 1) & (head <= heads)
     return torch.where(single, head - 1, torch.full_like(head, -1)).long()
+
+
+def _gradients(target: Tensor, back: Tensor, params: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    if not target.requires_grad or not params:
+        return {}
+    grads = torch.autograd.grad(target, list(params.values()), back, retain_graph=True, allow_unused=True)
+    return {name: grad for name, grad in zip(params, grads, strict=True) if grad is not None}
 
 
 @contextlib.contextmanager
@@ -288,50 +227,6 @@ def _outputs(module: nn.Module) -> Iterator[dict[str, Tensor]]:
             handle.remove()
 
 
-def _rotary(query: Tensor, heads: dict[str, tuple[Tensor, ...]], outputs: dict[str, Tensor]) -> tuple[str | None, int]:
-    """How positions enter the first query head: ("half" | "interleaved" | "none", rotated channels), or (None, 0).
-
-    A rotation makes each channel of the query from two rows of the projection; which two tells the pairing.
-    """
-    for name, by_dim in heads.items():
-        output = outputs.get(name)
-        if output is None or len(by_dim) != 2:
-            continue
-        of_head = max((by_dim[0] == 0, by_dim[1] == 0), key=lambda mask: int(mask.sum()))
-        rows = of_head.nonzero().flatten().tolist()
-        if len(rows) != query.shape[-1] or output.shape[-1] != len(of_head):
-            continue
-        made_of = []
-        for channel in query[0, 0, -1]:
-            (grad,) = torch.autograd.grad(channel, output, retain_graph=True)
-            made_of.append(grad.reshape(-1, grad.shape[-1])[-1, rows].nonzero().flatten().tolist())
-        return _pairing(made_of)
-    return None, 0
-
-
-def _pairing(made_of: list[list[int]]) -> tuple[str | None, int]:
-    """Per channel the rows that it is made of -> pairing and number of rotated channels."""
-    if any(len(rows) not in (1, 2) for rows in made_of):
-        return None, 0
-    pairs = sorted({tuple(rows) for rows in made_of if len(rows) == 2})
-    if not pairs:
-        return "none", 0
-    if sorted(row for pair in pairs for row in pair) != list(range(pairs[0][0], pairs[0][0] + 2 * len(pairs))):
-        return None, 0
-    if all(b - a == len(pairs) for a, b in pairs):
-        return "half", 2 * len(pairs)
-    return ("interleaved", 2 * len(pairs)) if all(b - a == 1 for a, b in pairs) else (None, 0)
-
-
-def _gradients(target: Tensor, back: Tensor, params: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    if not target.requires_grad:
-        return {}
-    grads = torch.autograd.grad(
-        target, list(params.values()), back.to(target.dtype), retain_graph=True, allow_unused=True
-    )
-    return {name: grad for name, grad in zip(params, grads, strict=True) if grad is not None}
-
-
 class FixedStatistics(TorchFunctionMode):
     """Treats means, variances and norms as constants of the graph.
 
@@ -345,7 +240,7 @@ class FixedStatistics(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name in self.NAMES:
-            return _detached(func(*args, **kwargs))
+            return map_tensors(func(*args, **kwargs), lambda tensor: tensor.detach())
         if name in ("rms_norm", "layer_norm"):
             return _fixed_norm(name, *args, **kwargs)
         return func(*args, **kwargs)
@@ -354,12 +249,12 @@ class FixedStatistics(TorchFunctionMode):
 def _fixed_norm(
     name: str,
     x: Tensor,
-    shape: Any,
+    normalized_shape: Any,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float | None = None,
 ) -> Tensor:
-    dims = tuple(range(-len(shape), 0))
+    dims = tuple(range(-len(normalized_shape), 0))
     if name == "layer_norm":
         x = x - x.detach().mean(dims, keepdim=True)
     x = x * (x.detach().pow(2).mean(dims, keepdim=True) + (eps or 1e-6)).rsqrt()
