@@ -56,7 +56,7 @@ def fine_tune(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    return [(row["step"], row["loss"]) for row in trainer.state.log_history if "loss" in row]
+    return [(int(row["step"]), row["loss"]) for row in trainer.state.log_history if "loss" in row]
 
 
 class _Watched(TrainerCallback):
