@@ -1,0 +1,144 @@
+"""The callback on real GPUs: a random llama in bf16 under ZeRO-3 and NCCL, with and without the guard.
+
+    torchrun --standalone --nproc_per_node 2 -m tests.benchmarks.bench_gpu [HIDDEN] [LAYERS] [STEPS]
+
+Three runs in one launch, deterministic kernels: without the guard, with it (drift every step, routing drift every 4),
+and without it again as the control. Prints, on rank 0, seconds per step of each, what the guard says it took, GPU
+memory, and whether losses, gradient norms and saved weights are bit-identical. The restored checkpoint is judged by
+the hand-written oracle.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+from qkguard import QKGuardCallback
+from tests import judge
+from tests.training import Recorder
+
+DEEPSPEED = {
+    "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True},
+    "train_micro_batch_size_per_gpu": "auto",
+    "train_batch_size": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "bf16": {"enabled": "auto"},
+    "zero_allow_untested_optimizer": True,
+}
+
+
+class Clock(TrainerCallback):
+    """Wall time at the starts of steps, the accelerator idle."""
+
+    def __init__(self) -> None:
+        self.starts: list[float] = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        torch.accelerator.synchronize()
+        self.starts.append(time.perf_counter())
+
+
+def main(hidden: int = 2048, layers: int = 16, steps: int = 12) -> None:
+    rank = int(os.environ["RANK"])
+    folder = Path(tempfile.gettempdir()) / "qkguard-bench-gpu"
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=hidden * 4,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 256,
+        vocab_size=32000,
+        max_position_embeddings=4096,
+    )
+    torch.manual_seed(0)
+    if rank == 0:
+        with torch.device("cuda"):
+            model = LlamaForCausalLM(config).to(torch.bfloat16)
+        model.save_pretrained(folder / "base")
+        print("parameters", sum(p.numel() for p in model.parameters()), flush=True)
+        del model
+    rows = torch.randint(0, 32000, (steps * 4, 2048), generator=torch.Generator().manual_seed(1)).tolist()
+    data = Dataset.from_list([{"input_ids": r, "labels": r} for r in rows])
+    report: dict[str, object] = {"device": torch.cuda.get_device_name(), "ranks": int(os.environ["WORLD_SIZE"])}
+    runs = {}
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    for name in ("plain", "guarded", "again"):
+        args = TrainingArguments(
+            output_dir=str(folder / name),
+            max_steps=steps,
+            save_steps=steps,
+            save_only_model=True,
+            logging_steps=1,
+            per_device_train_batch_size=2,
+            learning_rate=1e-4,
+            bf16=True,
+            gradient_checkpointing=True,
+            report_to=[],
+            disable_tqdm=True,
+            deepspeed=DEEPSPEED,
+            optim="adamw_torch",
+        )
+        dist.barrier()
+        model = LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
+        clock, recorder = Clock(), Recorder()
+        guard = QKGuardCallback(routing_drift_steps=4, final_export=False, strict=True) if name == "guarded" else None
+        callbacks = [clock, recorder, *([guard] if guard else [])]
+        torch.cuda.reset_peak_memory_stats()
+        trainer = Trainer(model=model, args=args, train_dataset=data, callbacks=callbacks)
+        trainer.train()
+        trainer.accelerator.free_memory()
+        step = [b - a for a, b in zip(clock.starts[2:], clock.starts[3:], strict=False)]
+        runs[name] = (recorder.rows, statistics.median(step), torch.cuda.max_memory_allocated() / 1e9)
+        if guard:
+            report["reference_mb_this_rank"] = guard.session.reference.nbytes / 1e6
+        del model, trainer, guard, callbacks
+        gc.collect()
+        torch.cuda.empty_cache()
+    if rank == 0:
+        raws = {name: folder / name / f"checkpoint-{steps}" for name in runs}
+        bits = {name: judge.weights_in_bits(raw) for name, raw in raws.items()}
+        same = {n: runs[n][0] == runs["plain"][0] and bits[n] == bits["plain"] for n in ("guarded", "again")}
+        raw = raws["guarded"]
+        judge.judge_restored("llama", folder / "base", raw, raw / "qk_restored", torch.bfloat16)
+        rows = judge.metrics_rows(folder / "guarded")
+        drift = [r for r in rows if "qkguard/drift/q_rel" in r]
+        for part in "qk":
+            for layer, want in judge.drift_by_layer(
+                "llama", part, folder / "base", raw, torch.bfloat16, floor=0
+            ).items():
+                got = drift[-1][f"qkguard/drift/layer_{layer}/{part}_rel"]
+                assert abs(got / want - 1) < 1e-6, (layer, part, got, want)
+        seconds = {bool("qkguard/drift/routing_rel" in r): r["qkguard/overhead/drift_seconds"] for r in drift[1:-1]}
+        report |= {
+            "step_s": {name: run[1] for name, run in runs.items()},
+            "gpu_gb": {name: run[2] for name, run in runs.items()},
+            "drift_s": seconds.get(False),
+            "drift_and_routing_s": seconds.get(True),
+            "save_s": next(r["qkguard/overhead/save_seconds"] for r in rows if "qkguard/overhead/save_seconds" in r),
+            "bit_identical_to_plain": same,
+            "q_rel": drift[-1]["qkguard/drift/q_rel"],
+        }
+        print(json.dumps(report), flush=True)
+        assert same["guarded"] or not same["again"]
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    import deepspeed
+
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed("nccl", verbose=False)
+    main(*map(int, sys.argv[1:]))
+    dist.destroy_process_group()
