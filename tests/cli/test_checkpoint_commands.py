@@ -240,7 +240,7 @@ MISTAKES: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "missing shard": (missing_shard, "lacks model-000"),
     "index outside the folder": (outside, "points outside its folder"),
     "pickles": (pickled, "--allow-pickle"),
-    "an adapter": (adapter, "LoRA adapter"),
+    "an adapter": (adapter, "adapter, not a full checkpoint"),
     "NaN in the base": (nan_in_base, "NaN or Inf before SFT"),
     "no config": (no_config, "no config.json"),
     "an unknown architecture": (unknown_architecture, "nobody_knows"),

@@ -148,7 +148,7 @@ def test_a_file_chosen_in_the_config_is_the_one_that_counts(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ("adapter_config.json adapter_model.safetensors", "LoRA adapter"),
+        ("adapter_config.json adapter_model.safetensors", "adapter, not a full checkpoint"),
         ("pytorch_model.bin", "pickles"),
         ("global_step7 latest", "sharded training state"),
         ("pytorch_model_fsdp_0", "sharded training state"),
