@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from qkguard.drift_offline import drift_report
     from qkguard.errors import QKGuardError
     from qkguard.layout import AttentionSpec, find_attention
+    from qkguard.lora.merge import merge_adapter
     from qkguard.offline import restore_checkpoint
     from qkguard.verification import verify
 
@@ -24,6 +25,7 @@ _WHERE = {
     "QKGuardError": "errors",
     "drift_report": "drift_offline",
     "find_attention": "layout",
+    "merge_adapter": "lora.merge",
     "restore_checkpoint": "offline",
     "verify": "verification",
 }
@@ -36,6 +38,7 @@ __all__ = [
     "__version__",
     "drift_report",
     "find_attention",
+    "merge_adapter",
     "restore_checkpoint",
     "verify",
 ]

@@ -30,26 +30,16 @@ def model_card(manifest: Mapping[str, Any], raw_card: str | None = None) -> str:
 
 def _body(manifest: Mapping[str, Any], base: str) -> str:
     method = manifest["method"]
-    options = ", ".join(f"{k}={v}" for k, v in method.items() if k not in ("name", "parts") and v is not None)
-    parts = " and ".join({"q": "query", "k": "key"}.get(p, p) for p in method["parts"])
+    hidden = ("name", "parts", "keep_qk")
+    options = ", ".join(f"{k}={v}" for k, v in method.items() if k not in hidden and v is not None)
     layers = manifest["layers"]
     name = base if _is_hub_id(base) else Path(base).name or "unknown"
-    lines = [
-        "# Fine-tuned model with its pre-SFT queries and keys",
-        "",
-        "Chain-of-thought SFT can bend where the softmax-attention layers look and with it long-range recall "
-        "([arXiv 2606.11052](https://arxiv.org/abs/2606.11052)). In this checkpoint the "
-        f"{parts} projections of {len(layers)} softmax-attention layer(s) were taken back to the base model "
-        f"`{name}` with method `{method['name']}`; every other weight is bit for bit that of the "
-        "fine-tuned checkpoint.",
-        "",
-        f"Options: {options or 'defaults'}.",
-        "",
-    ]
+    title, intro, heading = (_merged if "adapter" in manifest else _restored)(manifest, name)
+    lines = [f"# {title}", "", intro, "", f"Options: {options or 'defaults'}.", ""]
     if manifest["warnings"]:
         lines += ["## Warnings", "", *(f"- {sentence}" for sentence in manifest["warnings"]), ""]
     lines += [
-        "## How far SFT had moved what was restored",
+        f"## {heading}",
         "",
         "Relative Frobenius drift of the projection weights, |W - W0| / |W0|.",
         "",
@@ -69,6 +59,51 @@ def _body(manifest: Mapping[str, Any], base: str) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _restored(manifest: Mapping[str, Any], base: str) -> tuple[str, str, str]:
+    """(title, first paragraph, heading of the table) of a restored checkpoint's card."""
+    return (
+        "Fine-tuned model with its pre-SFT queries and keys",
+        f"{_WHY} In this checkpoint the {_parts(manifest)} projections of {len(manifest['layers'])} softmax-attention "
+        f"layer(s) were taken back to the base model `{base}` with method `{manifest['method']['name']}`; every other "
+        "weight is bit for bit that of the fine-tuned checkpoint.",
+        "How far SFT had moved what was restored",
+    )
+
+
+def _merged(manifest: Mapping[str, Any], base: str) -> tuple[str, str, str]:
+    """The same of a merged adapter's card."""
+    adapter = manifest["adapter"]["id"]
+    adapter = adapter if _is_hub_id(adapter) else Path(adapter).name
+    where, method = (
+        f"{_parts(manifest)} projections of {len(manifest['layers'])} softmax-attention layer(s)",
+        manifest["method"],
+    )
+    if method["keep_qk"]:
+        return (
+            "Merged model",
+            f"The adapter `{adapter}` merged into the base model `{base}`, the {where} included.",
+            "How far the adapter moves queries and keys",
+        )
+    share = "left out of the merge: their rows are bit for bit the base model's"
+    if method["alpha"] < 1:
+        share = f"merged with {1 - method['alpha']:g} of the adapter's scaling"
+    return (
+        "Merged model with its pre-SFT queries and keys",
+        f"{_WHY} Here the adapter `{adapter}` was merged into the base model `{base}`; the {where} were {share}.",
+        "How far the whole adapter would have moved them",
+    )
+
+
+_WHY = (
+    "Chain-of-thought SFT can bend where the softmax-attention layers look and with it long-range recall "
+    "([arXiv 2606.11052](https://arxiv.org/abs/2606.11052))."
+)
+
+
+def _parts(manifest: Mapping[str, Any]) -> str:
+    return " and ".join({"q": "query", "k": "key"}.get(p, p) for p in manifest["method"]["parts"])
 
 
 def _is_hub_id(name: str) -> bool:

@@ -66,35 +66,27 @@ def build_manifest(
             + (", ..." if len(partial) > 5 else "")
         )
     layers = sorted((layer for r in results for layer in r["layers"]), key=lambda layer: layer["index"])
+    tensors = sorted((tensor for r in results for tensor in r["tensors"]), key=lambda tensor: tensor["index"])
     manifest = {
         "format": FORMAT,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "base": dict(base),
-        "raw": {"path": raw, "files": {r["file"]: r["raw"] for r in results}},
+        "raw": {"path": raw, "files": {r["file"]: r["raw"] for r in results if r["raw"]}},
         "method": dict(method),
         "partial": list(partial),
         "warnings": sentences,
         "nonfinite": nonfinite,
-        "files": {r["target"]: r["restored"] | {"made": r["made"]} for r in results},
+        "files": {r["target"]: r["restored"] | {"made": r["made"], "from": r["file"] or None} for r in results},
         "companions": list(companions),
         "left_out": list(left_out),
         "layers": [{k: v for k, v in layer.items() if k != "index"} for layer in layers],
-        "tensors": [t for layer in layers for t in _tensors_of(layer["index"], results)],
+        "tensors": [{k: v for k, v in tensor.items() if k != "index"} for tensor in tensors],
         "versions": versions(),
     }
     extra = {k: v for k, v in extra.items() if k not in ("warnings", "nonfinite")}
     if clash := sorted(set(extra) & set(manifest)):
         raise ValueError(f"extra manifest keys {clash} are taken")
     return manifest | extra
-
-
-def _tensors_of(index: int, results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    return [
-        {k: v for k, v in tensor.items() if k != "index"}
-        for r in results
-        for tensor in r["tensors"]
-        if tensor["index"] == index
-    ]
 
 
 def versions() -> dict[str, str]:

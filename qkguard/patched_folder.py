@@ -122,9 +122,9 @@ class PatchedFolder:
         mode = self.staging.path.stat().st_mode & 0o666
         # Hashing leaves the interpreter's lock, so it runs beside the reading and the drift sums.
         with readable_errors(self.out), ThreadPoolExecutor(1) as hashing:
-            return [self._write_file(job, mode, hashing, tick) for job in jobs]
+            return [self.write_file(job, mode, hashing, tick) for job in jobs]
 
-    def _write_file(
+    def write_file(
         self, job: Job, mode: int, hashing: ThreadPoolExecutor, tick: Callable[[int], None]
     ) -> dict[str, Any]:
         source, target = self.raw / job.file, self.staging.path / job.target

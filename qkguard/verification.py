@@ -119,10 +119,13 @@ def _compare_whole(raw: Path, restored: Path, manifest: Mapping[str, Any]) -> No
     """Every byte of every weight file, but for the restored rows, is the raw file's."""
     weights = open_weights(restored)
     assert isinstance(weights, SafetensorsFolder)
-    for name in manifest["files"]:
+    for name, described in manifest["files"].items():
+        source = described.get("from", name)
+        if source is None:  # a file that the raw checkpoint does not have
+            continue
         spans = sorted(span for t in manifest["tensors"] if t["file"] == name for span in _spans(weights, t))
         size = (restored / name).stat().st_size
-        with opened(raw / name) as a, opened(restored / name) as b:
+        with opened(raw / source) as a, opened(restored / name) as b:
             position = 0
             for lo, hi in [*spans, (size, size)]:
                 _same_bytes(a, b, position, lo, restored / name)

@@ -174,7 +174,11 @@ def read_index(path: Path) -> dict[str, str]:
 def _why_no_weights(folder: Path) -> str:
     names = {entry.name for entry in folder.iterdir()}
     if "adapter_config.json" in names:
-        return f"{folder} is a LoRA adapter, not a full checkpoint; merge it into its base model first"
+        return (
+            f"{folder} is a PEFT adapter, not a full checkpoint; "
+            f"`qkguard merge --base BASE --adapter {folder} --out OUT` writes the full model with the base's queries "
+            "and keys"
+        )
     if any(n.startswith(("global_step", "pytorch_model_fsdp")) or n.endswith(".distcp") for n in names):
         return (
             f"{folder} holds only sharded training state; consolidate it first "

@@ -8,7 +8,7 @@ from types import FrameType
 
 import typer
 
-from qkguard.cli import demo, drift, inspect, restore, verify
+from qkguard.cli import demo, drift, inspect, merge, probe, restore, verify
 from qkguard.errors import QKGuardError
 
 app = typer.Typer(
@@ -26,8 +26,10 @@ app.command("demo")(demo.demo)
 CHECKPOINTS = "Checkpoints on disk"
 app.command("inspect", rich_help_panel=CHECKPOINTS)(inspect.inspect)
 app.command("restore", rich_help_panel=CHECKPOINTS)(restore.restore)
+app.command("merge", rich_help_panel=CHECKPOINTS)(merge.merge)
 app.command("drift", rich_help_panel=CHECKPOINTS)(drift.drift)
 app.command("verify", rich_help_panel=CHECKPOINTS)(verify.verify)
+app.command("probe", rich_help_panel=CHECKPOINTS)(probe.probe)
 
 
 @app.callback(invoke_without_command=True)

@@ -1,0 +1,77 @@
+"""`qkguard merge`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qkguard.cli import options as opt
+from qkguard.cli.output import human_bytes, number, print_json, progress_bar, quiet_transformers, say, warn
+
+
+def merge(
+    base: Annotated[str, typer.Option("--base", "-b", help="Base model of the adapter: a folder or a hub id.")],
+    adapter: Annotated[str, typer.Option("--adapter", "-a", help="LoRA adapter: a folder or a hub id.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
+    keep_qk: Annotated[bool, typer.Option("--keep-qk", help="Merge queries and keys too, as PEFT does.")] = False,
+    alpha: Annotated[
+        float,
+        typer.Option(help="How far queries and keys go back to the base: 1 leaves their adapters out, 0 merges them."),
+    ] = 1.0,
+    parts: opt.Parts = "q,k",
+    layers: opt.Layers = None,
+    sliding_window: opt.Sliding = True,
+    entangled: opt.Entangled = "keep",
+    spec: opt.Spec = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier folder at OUT.")] = False,
+    trust_remote_code: opt.RemoteCode = False,
+    as_json: opt.Json = False,
+) -> None:
+    """Merge a LoRA adapter into its base model, leaving queries and keys as they are in the base.
+
+    Everything merged has the bits of PEFT's own merge; the query and key rows of softmax-attention layers have the
+    base's. The base is read a tensor at a time, so memory stays at the largest one. OUT appears complete or not at all,
+    and loads with from_pretrained.
+
+    Example: qkguard merge --base Qwen/Qwen3-8B --adapter runs/sft/checkpoint-900 --out qwen3-8b-cot
+    """
+    chosen = opt.parse_parts(parts), opt.parse_layers(layers)
+    opt.parse_choice("--entangled", entangled, opt.ENTANGLED)
+    quiet_transformers()
+    from qkguard.lora.merge import merge_adapter
+
+    with progress_bar("merging") as progress:
+        manifest = merge_adapter(
+            base,
+            adapter,
+            out,
+            keep_qk=keep_qk,
+            alpha=alpha,
+            parts=chosen[0],
+            layers=chosen[1],
+            include_sliding_window=sliding_window,
+            entangled=entangled,
+            spec=spec,
+            trust_remote_code=trust_remote_code,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    warn(manifest["warnings"])
+    if as_json:
+        print_json({"out": str(out), **manifest})
+        return
+    size = sum(file["size"] for file in manifest["files"].values())
+    adapted = [layer for layer in manifest["layers"] if layer["adapted"]]
+    what = "merged too" if keep_qk else "left out" if alpha == 1 else f"merged with {1 - alpha:g} of their scaling"
+    say(
+        f"{out}: {len(manifest['tensors'])} tensors merged ({human_bytes(size)}); the adapters on queries and keys of "
+        f"{len(adapted)} of {len(manifest['layers'])} softmax-attention layers {what}"
+    )
+    for role, name in (("q_rel", "queries"), ("k_rel", "keys")):
+        values = [layer["drift"][role] for layer in adapted if layer["drift"].get(role) is not None]
+        if values:
+            mean, top = sum(values) / len(values), max(values)
+            say(f"the whole adapter moves {name} by: mean {number(mean)}, largest {number(top)} of the base's norm")
+    say(f"next: qkguard verify {out}")

@@ -1,0 +1,120 @@
+"""A PEFT adapter folder: its config and tensors, checked before anybody relies on them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from qkguard.errors import QKGuardError
+from qkguard.safetensors_io import Header, read_header
+from qkguard.weights import TEMPORARY, resolve_folder
+
+CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+
+# Settings of LoraConfig that change what the adapter means in a way that is not reproduced here. The methods of
+# initialisation subtract from the base weights at start, so the adapter belongs to a base that is on no disk.
+_UNSUPPORTED = (
+    *("layer_replication", "megatron_config", "target_parameters", "alora_invocation_tokens", "arrow_config"),
+    *("use_bdlora", "velora_config", "monteclora_config", "kasa_config", "use_qalora", "ensure_weight_tying"),
+)
+_PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter on disk; tensors are read when asked for, by the names of PEFT's file format."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    header: Header
+
+    @property
+    def base(self) -> str | None:
+        """The base model its config names."""
+        return self.config.get("base_model_name_or_path") or None
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: entry.shape for name, entry in self.header.tensors.items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors, on the CPU."""
+        with safe_open(self.folder / TENSORS, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in self.header.tensors}
+
+
+def open_adapter(name: str | os.PathLike[str]) -> Adapter:
+    """Open a LoRA adapter: a folder as PEFT writes it, or a hub id.
+
+    Raises:
+        QKGuardError: not an adapter, not LoRA, a setting that cannot be reproduced, or tensors that are empty or cut
+            into pieces (written under ZeRO-3 without gathering).
+    """
+    folder = resolve_folder(name)
+    if folder.name.startswith(TEMPORARY):
+        raise QKGuardError(f"{folder} was left half-written by a killed process; delete it")
+    config = read_adapter_config(folder)
+    if not (folder / TENSORS).is_file():
+        why = (
+            "only a pickle (adapter_model.bin); load and save it with PEFT once" if (folder / PICKLE).is_file() else ""
+        )
+        raise QKGuardError(f"{folder} has no {TENSORS}" + (f", {why}" if why else "; save the adapter again"))
+    adapter = Adapter(folder, config, read_header(folder / TENSORS))
+    check_config(config, str(folder))
+    check_tensors(adapter.shapes, str(folder))
+    return adapter
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json of a folder."""
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config["peft_type"]
+    except FileNotFoundError:
+        raise QKGuardError(f"{folder} is not a PEFT adapter: it has no {CONFIG}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise QKGuardError(f"{folder / CONFIG} is not a readable adapter config ({error}); save it again") from None
+    return config
+
+
+def check_config(config: Mapping[str, Any], where: str) -> None:
+    """Refuse, by name, what LoRA merging here does not reproduce."""
+    kind = str(getattr(config["peft_type"], "value", config["peft_type"]))
+    if kind != "LORA":
+        raise QKGuardError(f"{where} is a {kind} adapter; only LoRA (with rsLoRA and DoRA) is supported")
+    for name in _UNSUPPORTED:
+        if config.get(name):
+            raise QKGuardError(f"{where} uses {name}={config[name]!r}, which is not supported; merge it with PEFT")
+    if config.get("bias", "none") != "none":
+        raise QKGuardError(f"{where} trains the base model's biases (bias={config['bias']!r}), which is not supported")
+    start = config.get("init_lora_weights", True)
+    if start not in _PLAIN_STARTS:
+        raise QKGuardError(
+            f"{where} was started with init_lora_weights={start!r}, which changes the base weights; convert it to a "
+            "plain LoRA adapter first (path_initial_model_for_weight_conversion in PEFT's save_pretrained)"
+        )
+
+
+def check_tensors(shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Refuse empty tensors and flattened LoRA factors: parameters that were not gathered before they were saved."""
+    if not shapes:
+        raise QKGuardError(f"{where} holds no tensors; the adapter was not gathered when it was saved")
+    broken = [
+        name
+        for name, shape in shapes.items()
+        if 0 in shape
+        or (".lora_" in name and "magnitude" not in name and not name.endswith("bias") and len(shape) < 2)
+    ]
+    if broken:
+        raise QKGuardError(
+            f"{where}: {len(broken)} of {len(shapes)} tensors are empty or were cut into pieces, first {broken[0]} "
+            f"{list(shapes[broken[0]])}: the parameters were not gathered before saving (ZeRO-3, FSDP); save the "
+            "adapter again from gathered parameters"
+        )

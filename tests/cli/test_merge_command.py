@@ -1,0 +1,63 @@
+"""`qkguard merge` as typed, and what `restore` says of adapters."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from qkguard import cli, verify
+from tests import oracle
+from tests.lora import LINEAR, expected_merge, peft_merge, save_adapter
+from tests.models import tiny_model
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def call(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["qkguard", *map(str, args)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(stopped.value.code or 0), out, err
+
+    return call
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+    base = tmp_path / "base"
+    tiny_model("minimax").save_pretrained(base)  # type: ignore[operator]
+    return base, save_adapter(base, tmp_path / "adapter", target_modules=LINEAR)
+
+
+def test_merge_writes_what_it_says(run, pair, tmp_path):
+    base, adapter = pair
+    wanted = expected_merge("minimax", base, peft_merge(base, adapter, tmp_path / "peft"))
+    code, out, err = run("merge", "--base", base, "--adapter", adapter, "--out", tmp_path / "out")
+    assert (code, err) == (0, "")
+    assert "2 of 2 softmax-attention layers left out" in out and "moves queries by" in out
+    assert not oracle.differences(oracle.load_folder(tmp_path / "out"), wanted)
+    verify(tmp_path / "out", full=True)
+    code, out, err = run("merge", "-b", base, "-a", adapter, "-o", tmp_path / "json", "--keep-qk", "--json")
+    assert code == 0 and json.loads(out)["method"]["keep_qk"] is True
+    assert not oracle.differences(oracle.load_folder(tmp_path / "json"), oracle.load_folder(tmp_path / "peft"))
+    code, out, err = run("merge", "-b", base, "-a", adapter, "-o", tmp_path / "out")
+    assert code == 2 and "--overwrite" in err and err.count("\n") == 1
+    code, out, err = run("merge", "-b", base, "-a", base, "-o", tmp_path / "other")
+    assert code == 2 and "not a PEFT adapter" in err and err.count("\n") == 1
+
+
+def test_restore_of_adapters_names_the_command_that_does_it(run, pair, tmp_path):
+    base, adapter = pair
+    for first, second in ((adapter, save_adapter(base, tmp_path / "second", target_modules=LINEAR)), (base, adapter)):
+        code, _, err = run("restore", "--base", first, "--tuned", second, "--out", tmp_path / "out")
+        assert code == 2 and f"qkguard merge --base BASE --adapter {second}" in err, err
+    run("merge", "-b", base, "-a", adapter, "-o", tmp_path / "whole", "--keep-qk")
+    assert run("restore", "-b", base, "-t", tmp_path / "whole", "-o", tmp_path / "restored")[0] == 0
+    run("merge", "-b", base, "-a", adapter, "-o", tmp_path / "merged")
+    left, right = (oracle.load_folder(tmp_path / p) for p in ("restored", "merged"))
+    assert not oracle.differences(left, right), "base + merged model gives what merging without queries and keys gives"
