@@ -19,7 +19,7 @@ from transformers import TrainerState, TrainingArguments
 from qkguard import ranks, sharding
 from qkguard.checkpoint import RestoredWrite
 from qkguard.config import QKGuardConfig
-from qkguard.drift import DriftTracker
+from qkguard.drift import DriftTracker, Tracker
 from qkguard.errors import QKGuardError
 from qkguard.export import export_model, holds_weights, link_checkpoint
 from qkguard.layout import disk_names, find_attention, select
@@ -45,11 +45,6 @@ class Session:
         self.config, self.output_dir = config, Path(str(args.output_dir))
         self.folder = run_folder(config, args)
         self.model: Any = sharding.unwrap(model)
-        if hasattr(self.model, "peft_config"):
-            raise QKGuardError(
-                "the model carries PEFT adapters, which this version does not guard; train all parameters, or leave "
-                "the callback out"
-            )
         self.writes, self.each_node = bool(args.should_save), bool(args.save_on_each_node)
         flags = ranks.all_gather_table(torch.tensor([int(self.writes)])).flatten().tolist()
         writers = [rank for rank, flag in enumerate(flags) if flag] or [0]
@@ -62,10 +57,7 @@ class Session:
         self.selection = select(self.specs, **config.selection_options)  # type: ignore[arg-type]
         if not self.selection:
             raise QKGuardError("no query or key rows are selected; check layers, parts and include_sliding_window")
-        self.reference, self.origin = establish_reference(
-            self.model, self.selection, self.folder, config, resumed=state.global_step > 0, writers=writers
-        )
-        self.tracker = DriftTracker(self.reference, self.selection)
+        self.tracker = self._establish(state, writers)
         self.drift: dict[str, float] = {}
         self._shared_disk: bool | None = None
         self.tracking: Tracking | None = None
@@ -74,6 +66,13 @@ class Session:
             logger.info("%s", self._describe(args, time.perf_counter() - started))
             for warning in warnings_at_start(self.model, args):
                 logger.warning("%s", warning)
+
+    def _establish(self, state: TrainerState, writers: list[int]) -> Tracker:
+        """What the run starts from, and what measures how far it has moved; a collective."""
+        self.reference, self.origin = establish_reference(
+            self.model, self.selection, self.folder, self.config, resumed=state.global_step > 0, writers=writers
+        )
+        return DriftTracker(self.reference, self.selection)
 
     def begin(self, args: TrainingArguments, state: TrainerState) -> None:
         """(Re)open the run folder's metrics; on resume, set restored folders of a branch that was left aside."""
@@ -169,6 +168,7 @@ class Session:
                 ReferenceFile(self.folder),
                 method=self.config.method,
                 options=vars(self.config),
+                selected=self.config.selection_options,
                 staging=self.folder,
                 overwrite=True,
             )

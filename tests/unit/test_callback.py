@@ -85,6 +85,12 @@ def test_trainer_add_callback_and_model_built_before_the_arguments(base, tmp_pat
     check_pair(base, tmp_path / "run/checkpoint-3", tmp_path / "run/checkpoint-3/qk_restored")
 
 
+def test_every_node_writes_its_own_files(base, tmp_path):
+    train(base, arguments(tmp_path, save_on_each_node=True), guard := QKGuardCallback(strict=True))
+    assert guard.session.each_node
+    check_pair(base, tmp_path / "run/checkpoint-3", tmp_path / "run/checkpoint-3/qk_restored")
+
+
 @pytest.mark.parametrize(
     ("options", "saves"),
     [

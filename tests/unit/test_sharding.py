@@ -1,0 +1,134 @@
+"""The sharding seam: tiles that count every element once, and placements that are refused by name."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+from qkguard import ranks, sharding
+from qkguard.errors import QKGuardError
+
+
+@pytest.fixture
+def world(monkeypatch):
+    def set_world(size: int, rank: int) -> None:
+        monkeypatch.setattr(ranks, "world_size", lambda: size)
+        monkeypatch.setattr(ranks, "rank", lambda: rank)
+
+    return set_world
+
+
+@pytest.fixture
+def one_rank_group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def zero3_param(full: torch.Tensor, size: int, rank: int) -> nn.Parameter:
+    """A parameter as DeepSpeed leaves it: this rank's flat piece, the last ones padded (with NaN, to be noticed)."""
+    per = -(-full.numel() // size)
+    padded = torch.full((per * size,), float("nan"))
+    padded[: full.numel()] = full.flatten()
+    param = nn.Parameter(torch.empty(0))
+    param.ds_tensor = padded[rank * per : (rank + 1) * per].clone()
+    param.ds_tensor.final_location = "not-nvme"  # DeepSpeed's word for CPU offload
+    param.ds_shape, param.ds_numel = full.shape, full.numel()
+    param.ds_zero_partition_rank, param.ds_zero_partition_world_size = rank, size
+    return param
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 16])
+@pytest.mark.parametrize("kind", ["replicated", "zero3"])
+def test_tiles_cover_every_element_once(world, kind, size):
+    full = torch.randn(7, 3)
+    pieces = []
+    for rank in range(size):
+        world(size, rank)
+        param = nn.Parameter(full) if kind == "replicated" else zero3_param(full, size, rank)
+        span = sharding.tile(param)
+        piece = sharding.read(param, span)
+        assert sharding.full_shape(param) == (7, 3) and piece.numel() == span[1] - span[0]
+        assert torch.equal(piece, full.flatten()[slice(*span)])
+        pieces.append(piece)
+    assert torch.equal(torch.cat(pieces), full.flatten()), "padding counted, or an element lost"
+
+
+def test_a_gathered_zero3_parameter_is_still_read_from_its_partition(world):
+    world(2, 1)
+    param = zero3_param(torch.arange(6.0), 2, 1)
+    param.data = torch.full((6,), -1.0)  # left gathered by a forward pass, stale after the optimizer step
+    assert torch.equal(sharding.read(param, sharding.tile(param)), torch.tensor([3.0, 4.0, 5.0]))
+
+
+class One(nn.Module):
+    def __init__(self, param, **attributes):
+        super().__init__()
+        self.register_parameter("weight", param)
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+
+def refusal(param, **attributes) -> str:
+    with pytest.raises(QKGuardError) as error:
+        sharding.check_supported(One(param, **attributes), ["weight"])
+    return str(error.value)
+
+
+def test_refusals_name_what_was_found(world):
+    world(4, 0)
+    assert "tensor parallel (tp_size=2)" in refusal(nn.Parameter(torch.zeros(4)), tp_size=2)
+    part = zero3_param(torch.zeros(8), 2, 0)
+    assert "2 of 4 ranks" in refusal(part)
+    part = zero3_param(torch.zeros(8), 4, 0)
+    sharding.check_supported(One(part), ["weight"])
+    part.ds_tensor.final_location = "nvme"
+    assert "NVMe" in refusal(part)
+    part.ds_tensor.final_location, part.ds_tensor.ds_quant_scale = None, torch.ones(1)
+    assert "quantised" in refusal(part)
+    assert "meta" in refusal(nn.Parameter(torch.zeros(4, device="meta")))
+    sharding.check_supported(One(nn.Parameter(torch.zeros(4, device="meta"))), ["another"])
+
+
+def test_dtensor_placements(one_rank_group, world):
+    def placed(placement, *names):
+        mesh = init_device_mesh("cpu", (1,), mesh_dim_names=names or None)
+        return nn.Parameter(distribute_tensor(torch.arange(12.0).view(4, 3), mesh, [placement]))
+
+    for placement in (Shard(0), Replicate()):
+        param = placed(placement)
+        sharding.check_supported(One(param), ["weight"])
+        assert sharding.tile(param) == (0, 12)
+        assert torch.equal(sharding.read(param, (3, 7)), torch.arange(3.0, 7.0))
+    assert "Shard(dim=1)" in refusal(placed(Shard(1)))
+    assert "tensor parallel (mesh ('tp',))" in refusal(placed(Shard(0), "tp"))
+    sharded = placed(Shard(0))
+    world(2, 0)
+    assert "mesh of 1 of 2 ranks" in refusal(sharded)
+
+
+def test_hsdp_replicas_share_a_shard_without_overlap(monkeypatch):
+    """2 x 2 ranks, replicate x shard of 5 rows: the four tiles make the parameter once."""
+    spans = []
+    for replica in range(2):
+        for shard in range(2):
+            mesh = SimpleNamespace(size=lambda axis=None: 2, get_local_rank=lambda axis, at=(replica, shard): at[axis])
+            param = SimpleNamespace(
+                device_mesh=mesh, placements=(Replicate(), Shard(0)), shape=torch.Size((5, 3)), ndim=2
+            )
+            monkeypatch.setattr(sharding, "DTensor", SimpleNamespace)
+            spans.append(sharding.tile(param))
+    assert sorted(spans) == [(0, 5), (5, 9), (9, 12), (12, 15)]
+
+
+def test_unwrap_finds_the_model_inside_its_wrappers():
+    inner = nn.Linear(2, 2)
+    assert sharding.unwrap(inner) is inner
+    assert sharding.unwrap(nn.DataParallel(inner)) is inner
+    assert sharding.unwrap(torch.compile(inner)) is inner
