@@ -66,15 +66,19 @@ class LastLogits:
         return logits[:, -keep:]
 
 
-def check_chunks(model: nn.Module, ids: Tensor, chunk: int) -> float:
-    """Largest difference in log-probability at the last position between chunked and whole reading of `ids`.
+def check_chunks(model: nn.Module, ids: Tensor, chunk: int, keep: int) -> float:
+    """Largest total variation (0 to 1) between next-token distributions at the last `keep` positions of `ids`, read in
+    chunks and as a whole.
 
-    Linear-attention layers differ in whether they can go on from a cache with more than one token: where they
-    cannot, this is large, and chunks must not be used.
+    Hybrids differ in whether their caches can be gone on from with more than one token: where they cannot, this is
+    large (1 where the model refuses), and chunks must not be used. Text whose end depends on all of it shows it best.
     """
-    whole = LastLogits(model)(ids, 1).float().log_softmax(-1)
-    parts = LastLogits(model, chunk)(ids, 1).float().log_softmax(-1)
-    return float((whole - parts).abs().max())
+    whole = LastLogits(model)(ids, keep).float().softmax(-1)
+    try:
+        parts = LastLogits(model, chunk)(ids, keep).float().softmax(-1)
+    except (QKGuardError, RuntimeError, ValueError, TypeError, NotImplementedError, IndexError, AttributeError):
+        return 1.0
+    return float((whole - parts).abs().sum(-1).max() / 2)
 
 
 def greedy(

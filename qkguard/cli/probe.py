@@ -1,0 +1,169 @@
+"""`qkguard probe`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qkguard.cli import options as opt
+from qkguard.cli.output import number, print_json, print_table, progress_bar, quiet_transformers, say, warn
+from qkguard.errors import QKGuardError
+
+if TYPE_CHECKING:
+    from qkguard.probe.command import ModelReport
+
+
+def probe(
+    models: Annotated[list[str], typer.Argument(help="Folders or hub ids, probed side by side on the same samples.")],
+    lengths: Annotated[str, typer.Option(help="Context lengths in tokens, e.g. 512,4096,32K.")] = "512,1K,2K,4K",
+    depths: Annotated[str, typer.Option(help="How many needle depths, or a list such as 0,0.5,1.")] = "5",
+    samples: Annotated[int, typer.Option(help="Samples for every task, length and depth.")] = 2,
+    tasks: Annotated[
+        str, typer.Option(help="RULER tasks: single_1-3 (or S1-S3), multikey_1-3, multivalue, multiquery.")
+    ] = "single_1,single_2,single_3",
+    haystack: Annotated[
+        str | None, typer.Option(help="Text for the haystacks: .txt, .md, .json or .jsonl. Default: generated.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+    mode: Annotated[
+        str, typer.Option(help="auto, chat or plain; auto uses a chat template where there is one.")
+    ] = "auto",
+    generate: Annotated[
+        bool, typer.Option("--generate", help="Also RULER's own generation and metric (slower).")
+    ] = False,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Generate on these prompts instead: JSON lines as RULER or lm-evaluation-harness write them."
+        ),
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate with --generate or --prompts.")] = 128,
+    attention: Annotated[
+        bool, typer.Option("--attention/--no-attention", help="Attention mass on needle and recent tokens.")
+    ] = True,
+    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help='"auto" (all accelerators), cpu, cuda:1, ...')] = "auto",
+    batch_tokens: Annotated[int, typer.Option(help="Tokens in one forward pass, where several samples fit.")] = 16384,
+    chunk: Annotated[
+        int | None,
+        typer.Option(
+            help="Read longer contexts in pieces of so many tokens; 0 never. Default: above 32K.", show_default=False
+        ),
+    ] = None,
+    png: Annotated[Path | None, typer.Option(help="Write the heatmap length x depth to this file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with tables and heatmaps to this file.")] = None,
+    trust_remote_code: opt.RemoteCode = False,
+    as_json: opt.Json = False,
+) -> None:
+    """Measure needle-in-a-haystack recall: RULER's tasks, decided by one forward pass per sample.
+
+    A sample counts as right if and only if greedy decoding would begin with the true answer. Of several models each is
+    compared with the first, on the same samples.
+    """
+    quiet_transformers()
+    for file in (png, html):
+        if file is not None and not file.resolve().parent.is_dir():
+            raise QKGuardError(f"{file}: there is no folder {file.resolve().parent}; make it first")
+    from transformers.utils.logging import disable_progress_bar
+
+    from qkguard.probe.command import ProbeSettings, answer_file, heatmap_png, html_page, probe_models, to_json
+
+    disable_progress_bar()  # transformers draws its own also where stderr is no terminal
+    settings = ProbeSettings(
+        lengths=parse_lengths(lengths),
+        depths=parse_depths(depths),
+        samples=samples,
+        tasks=[t for t in tasks.replace(",", " ").split() if t],
+        haystack=haystack,
+        seed=seed,
+        mode=opt.parse_choice("--mode", mode, ("auto", "chat", "plain")),
+        attention=attention,
+        batch_tokens=batch_tokens,
+        chunk=chunk,
+        generate=generate,
+        new_tokens=new_tokens,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    if prompts is not None:
+        answers = answer_file(models, prompts, settings, _bar)
+        _show_answers(answers, as_json)
+        return
+    reports = probe_models(models, settings, _bar)
+    if png is not None:
+        png.write_bytes(heatmap_png(reports))
+    if html is not None:
+        html.write_text(html_page(reports), encoding="utf-8")
+    if as_json:
+        print_json(to_json(reports))
+        return
+    warn(w for report in reports for w in report.warnings)
+    _show(reports)
+
+
+def parse_lengths(text: str) -> list[int]:
+    """ "512,1K,2k" -> [512, 1024, 2048]."""
+    try:
+        lengths = [
+            int(float(item[:-1]) * 1024) if item[-1] in "kK" else int(item) for item in text.replace(",", " ").split()
+        ]
+    except ValueError:
+        lengths = []
+    if not lengths or min(lengths) < 1:
+        raise QKGuardError(f"--lengths {text!r} is not a list of lengths such as 512,4096,32K")
+    return lengths
+
+
+def parse_depths(text: str) -> int | list[float]:
+    """ "5" -> 5 depths; "0,0.5,1" or "0.5," -> these."""
+    try:
+        return int(text) if text.strip().isdigit() else [float(item) for item in text.replace(",", " ").split()]
+    except ValueError:
+        raise QKGuardError(f"--depths {text!r} is neither a number of depths nor a list such as 0,0.5,1") from None
+
+
+def _bar(label: str) -> Any:
+    return progress_bar(label, total_is_bytes=False)
+
+
+def _show(reports: list[ModelReport]) -> None:
+    from qkguard.probe.command import drop_since_first
+
+    groups = [r.result.by("task", "length") for r in reports]
+    rows = [(task, str(length), *(f"{g[task, length].recall:.1%}" for g in groups)) for task, length in groups[0]]
+    rows.append(("all", "", *(f"{r.result.recall:.1%}" for r in reports)))
+    rows.append(("answer log-probability", "", *(number(r.result.answer_logprob) for r in reports)))
+    for kind, label in (("needle", "strongest head on the needle"), ("local", "attention on recent tokens, mean")):
+        masses = [r.result.attention for r in reports]
+        if any(masses):
+            values = [None if m is None else m.strongest() if kind == "needle" else m.mean("local") for m in masses]
+            rows.append((label, "", *(number(v) for v in values)))
+    if any(r.result.generated for r in reports):
+        rows.append(("RULER's match (generated)", "", *(f"{r.result.generated['recall']:.1%}" for r in reports)))
+    print_table(["task", "length", *(r.name for r in reports)], rows)
+    for report in reports:
+        drop = drop_since_first(reports, report)
+        if drop is not None:
+            say(
+                f"{report.name}: {-drop['drop']:+.1%} against {reports[0].name} "
+                f"(95%: {-drop['high']:+.1%} to {-drop['low']:+.1%})"
+            )
+        told = report.result.generated
+        if told:
+            say(
+                f"{report.name}: {told['found_otherwise']} samples right by RULER's match alone, "
+                f"{told['contradicted']} by teacher forcing alone"
+            )
+
+
+def _show_answers(answers: dict[str, Any], as_json: bool) -> None:
+    scores = {name: sum(row["score"] for row in rows) / len(rows) for name, rows in answers.items()}
+    if as_json:
+        print_json({"models": [{"name": n, "recall": scores[n], "answers": rows} for n, rows in answers.items()]})
+        return
+    print_table(
+        ["model", "prompts", "RULER's match"], [(n, str(len(answers[n])), f"{s:.1%}") for n, s in scores.items()]
+    )
