@@ -50,7 +50,7 @@ class QKGuardCallback(TrainerCallback):
         if session and session.model is sharding.unwrap(model) and session.folder == run_folder(self.config, args):
             session.begin(args, state)  # a second train() goes on from moved weights: the first reference stays
         else:
-            self.session = Session(self.config, args, state, model)
+            self.session = _session_class(model)(self.config, args, state, model)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -115,6 +115,14 @@ class QKGuardCallback(TrainerCallback):
                     what,
                     error,
                 )
+
+
+def _session_class(model: Any) -> type[Session]:
+    if not hasattr(sharding.unwrap(model), "peft_config"):
+        return Session
+    from qkguard.lora.session import AdapterSession  # imports PEFT
+
+    return AdapterSession
 
 
 def _show_log_lines() -> None:

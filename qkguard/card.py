@@ -28,6 +28,26 @@ def model_card(manifest: Mapping[str, Any], raw_card: str | None = None) -> str:
     return f"---\n{yaml.safe_dump(meta, sort_keys=False)}---\n\n{_body(manifest, base)}"
 
 
+def adapter_card(manifest: Mapping[str, Any], raw_card: str | None = None) -> str:
+    """README.md of a restored adapter."""
+    old, base = _front_matter(raw_card or ""), str(manifest["base"]["id"])
+    meta: dict[str, Any] = {key: old[key] for key in KEPT if key in old}
+    if _is_hub_id(base):
+        meta |= {"base_model": base, "base_model_relation": "adapter"}
+    meta |= {"library_name": "peft", "tags": ["lora", "qk-restore", "qkguard"]}
+    changed = [
+        f"{len(manifest['removed'])} query and key modules were removed (`exclude_modules` names them)",
+        f"{len(manifest['rows'])} fused modules had the query and key rows of `lora_B` multiplied",
+        f"{len(manifest['scaled'])} query and key modules were scaled (`alpha_pattern`)",
+    ]
+    counts = [len(manifest[key]) for key in ("removed", "rows", "scaled")]
+    lines = ["# Adapter without queries and keys", "", _WHY]
+    lines += [f"This is an adapter of `{base if _is_hub_id(base) else Path(base).name}` that leaves them to the base:"]
+    lines += [f"- {text}" for text, count in zip(changed, counts, strict=True) if count]
+    lines += ["", "`qkguard verify .` checks it against `qkguard.json`.", ""]
+    return f"---\n{yaml.safe_dump(meta, sort_keys=False)}---\n\n" + "\n".join(lines)
+
+
 def _body(manifest: Mapping[str, Any], base: str) -> str:
     method = manifest["method"]
     hidden = ("name", "parts", "keep_qk")

@@ -73,6 +73,13 @@ class QKGuardConfig:
     final_export: bool = field(
         default=True, metadata={"help": "Write final/raw and final/qk_restored when training ends."}
     )
+    merge_at_end: bool = field(
+        default=False,
+        metadata={
+            "help": "With adapters, the final export also writes the merged models final/merged_raw and "
+            "final/merged_qk_restored, streamed from the base model's files."
+        },
+    )
     output_dir: str | None = field(
         default=None,
         metadata={"help": "Folder for the reference, metrics and final models. Default: <output_dir>/_qkguard."},

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import isfinite, sqrt
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -173,6 +173,18 @@ def summarise(per_layer: dict[str, float], means: dict[str, list[float]]) -> dic
             out[name] = sum(values) / len(values)
             out[f"{name}/max"] = max(values) if all(map(isfinite, values)) else float("nan")
     return {f"qkguard/drift/{name}": value for name, value in (out | per_layer).items()}
+
+
+class Tracker(Protocol):
+    """Drift of a live model; ALL ranks take part."""
+
+    def measure(self, model: nn.Module) -> dict[str, float]:
+        """Metrics that need no gathering, by key."""
+        ...
+
+    def measure_routing(self, model: nn.Module) -> tuple[dict[str, float], dict[str, list[float]]]:
+        """Routing drift and top singular values by key, and per-head routing drift by layer label."""
+        ...
 
 
 class DriftTracker:

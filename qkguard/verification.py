@@ -37,6 +37,10 @@ def verify(folder: str | os.PathLike[str], *, raw: bool = True, full: bool = Fal
         raise QKGuardError(f"{path} was left half-written by a killed process; delete it")
     manifest = load_manifest(path)
     try:
+        if manifest.get("kind") == "adapter":
+            from qkguard.lora.save import verify_adapter  # imports PEFT
+
+            return verify_adapter(path, manifest, raw=raw)
         return _verify(path, manifest, raw=raw, full=full)
     except (KeyError, TypeError, AttributeError) as error:
         raise QKGuardError(f"{path / MANIFEST} is damaged ({error!r}); restore it again") from None

@@ -1,0 +1,119 @@
+"""Which query and key weights of a live PEFT model carry adapters, and the factors these are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkguard import ranks, sharding
+from qkguard.errors import QKGuardError
+from qkguard.layout.spec import AttentionSpec, ParamMap
+from qkguard.lora.adapter import check_config
+
+Selection = Sequence[tuple[AttentionSpec, tuple[ParamMap, ...]]]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One active adapter of one weight, in float64 on the CPU: the weight moves by `b @ a`, before DoRA's norms.
+
+    `a` is (rank, inputs), `b` (outputs, rank) with the scaling in it, `magnitude` (outputs,) for DoRA, else None.
+    """
+
+    a: Tensor
+    b: Tensor
+    magnitude: Tensor | None
+
+
+@dataclass(frozen=True)
+class AdaptedWeight:
+    """A query or key weight (of a selected layer) and the PEFT layer around it; `layer` is None without adapters."""
+
+    pmap: ParamMap
+    layer: Any
+
+    @property
+    def adapters(self) -> list[str]:
+        """Active adapters on it, in PEFT's order."""
+        if self.layer is None or self.layer.disable_adapters:
+            return []
+        return [name for name in self.layer.active_adapters if name in self.layer.lora_A]
+
+    @property
+    def dora(self) -> bool:
+        return any(name in self.layer.lora_variant for name in self.adapters)
+
+    @property
+    def outputs(self) -> int:
+        return self.pmap.shape[self.pmap.dim]
+
+    def params(self) -> list[Any]:
+        """The adapters' parameters, in the order of `factors`."""
+        out = []
+        for name in self.adapters:
+            out += [self.layer.lora_A[name].weight, self.layer.lora_B[name].weight]
+            if name in self.layer.lora_variant:
+                out.append(self.layer.lora_magnitude_vector[name].weight)
+        return out
+
+    def factors(self, full: list[Tensor]) -> list[Factors]:
+        """Factors from the full tensors of `params`."""
+        out, tensors = [], iter(full)
+        for name in self.adapters:
+            a, b = next(tensors), next(tensors)
+            magnitude = next(tensors).reshape(-1) if name in self.layer.lora_variant else None
+            out.append(Factors(a, b * self.layer.scaling[name], magnitude))
+        return out
+
+
+def adapted_weights(model: Any, selection: Selection) -> list[AdaptedWeight]:
+    """Every query and key weight of the selection with its PEFT layer.
+
+    Raises:
+        QKGuardError: queries or keys are trained beside or instead of LoRA (modules_to_save, unfrozen base weights,
+            trained biases), or by another PEFT method.
+    """
+    for name, config in model.peft_config.items():
+        check_config(config.to_dict(), f"the adapter {name!r}")
+    live = dict(model.named_parameters())
+    sharding.check_supported(model, [p.name for _, params in selection for p in params])
+    out = []
+    for _, params in selection:
+        for pmap in params:
+            param = live[pmap.name]
+            if param.requires_grad:
+                raise QKGuardError(
+                    f"{pmap.name} is trained whole (modules_to_save, or unfrozen) in a model with adapters; leave "
+                    "queries and keys to LoRA, or train without PEFT"
+                )
+            if not param.is_floating_point():
+                raise QKGuardError(
+                    f"{pmap.name} is held as {param.dtype}: drift on a quantised base is not supported; leave the "
+                    "callback out and use `qkguard merge` with the unquantised base afterwards"
+                )
+            if pmap.kind != "weight":
+                continue
+            path, found, _ = pmap.name.rpartition(".base_layer.weight")
+            layer: Any = model.get_submodule(path) if found else None
+            for name in getattr(layer, "lora_variant", {}):
+                if not layer.use_dora.get(name):
+                    raise QKGuardError(f"{path} uses {type(layer.lora_variant[name]).__name__}; expected LoRA or DoRA")
+            out.append(AdaptedWeight(pmap, layer))
+    return out
+
+
+def replicate(params: list[Any]) -> list[Tensor]:
+    """Full tensors of small parameters in float64 on the CPU of every rank; one collective where they are sharded."""
+    if not any(hasattr(p, "ds_tensor") or hasattr(p, "placements") for p in params):
+        return [p.detach().double().cpu() for p in params]
+    sizes = [sharding.full_numel(p) for p in params]
+    joined = torch.zeros(sum(sizes), dtype=torch.float64)
+    for param, part in zip(params, joined.split(sizes), strict=True):
+        start, stop = sharding.tile(param)
+        part[start:stop] = sharding.read(param, (start, stop)).double().cpu()
+    parts = ranks.all_reduce_sum(joined).split(sizes)  # every element is one rank's value plus zeros: exact
+    return [part.view(sharding.full_shape(p)) for part, p in zip(parts, params, strict=True)]
