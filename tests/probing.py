@@ -11,6 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from qkguard.probe.prober import Prober
 from qkguard.probe.prompt import AnswerForm
 from qkguard.probe.samples import Cell, Sample
 from qkguard.probe.tasks import TASKS, example
@@ -105,3 +106,23 @@ def greedy_tokens(model: nn.Module, prompt: list[int], count: int) -> list[int]:
         pad_token_id=0,
     )
     return out[0, len(prompt) :].tolist()
+
+
+@torch.no_grad()
+def damaged(model: nn.Module, damage: float, seed: int = 0) -> nn.Module:
+    """Noise on the queries and keys of the softmax layers, in units of their own spread."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, param in model.named_parameters():
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            param += damage * param.std() * torch.randn(param.shape, generator=generator)
+    return model
+
+
+def damage_until_some_are_wrong(model: nn.Module, prober: Prober, step: float) -> float:
+    """Add noise until 30 to 80% of the answers are wrong; the share of right ones."""
+    for seed in range(20):
+        recall = prober.run(damaged(model, step, seed)).recall
+        if recall <= 0.7:
+            assert recall >= 0.2, recall
+            return recall
+    raise AssertionError("the model recalls whatever is done to it")

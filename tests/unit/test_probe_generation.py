@@ -17,6 +17,7 @@ from qkguard.probe.generation import answer_prompts, generate, generated, read_p
 from qkguard.probe.prober import Prober
 from qkguard.probe.prompt import AnswerForm
 from qkguard.probe.tasks import TASKS, example
+from tests.probing import damage_until_some_are_wrong
 
 DEMO = Path(qkguard.demo.__file__).parent / "model"
 
@@ -26,26 +27,6 @@ def load(folder: Path) -> tuple[nn.Module, Any]:
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return model, AutoTokenizer.from_pretrained(folder)
-
-
-@torch.no_grad()
-def damaged(model: nn.Module, damage: float, seed: int = 0) -> nn.Module:
-    """Noise on the queries and keys of the softmax layers, in units of their own spread."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, param in model.named_parameters():
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
-            param += damage * param.std() * torch.randn(param.shape, generator=generator)
-    return model
-
-
-def damage_until_some_are_wrong(model: nn.Module, prober: Prober, step: float) -> float:
-    """Add noise until 20 to 80% of the answers are wrong; the share of right ones."""
-    for seed in range(20):
-        recall = prober.run(damaged(model, step, seed)).recall
-        if recall <= 0.7:
-            assert recall >= 0.2, recall
-            return recall
-    raise AssertionError("the model recalls whatever is done to it")
 
 
 def says_the_answer(prober: Prober, model: nn.Module, new_tokens: int) -> list[tuple[bool, str]]:
