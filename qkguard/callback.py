@@ -59,6 +59,12 @@ class QKGuardCallback(TrainerCallback):
         if self.session and (routing or self.config.due("drift_steps", state.global_step, control.should_log)):
             self.session.measure(state.global_step, routing=routing)
 
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.session and args.logging_strategy == "epoch" and self.config.drift_steps == "logging":
+            self.session.measure(state.global_step, routing=self.config.routing_drift_steps == "logging")
+
     def on_save(
         self,
         args: TrainingArguments,

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,13 @@ class Tracking:
     def __init__(self, folder: Path, report_to: list[str], output_dir: Path, resumed_at: int = 0) -> None:
         self.path = folder / "metrics.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():  # rows after the step a run resumes from belong to a branch that was left
-            rows = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= resumed_at]
-            self.path.write_text("".join(f"{line}\n" for line in rows) if resumed_at else "")
+        if self.path.exists():
+            if resumed_at:  # rows after the step a run resumes from belong to a branch that was left
+                rows = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= resumed_at]
+                self.path.write_text("".join(f"{line}\n" for line in rows))
+            else:
+                earlier = (folder / f"metrics-{n}.jsonl" for n in count(1))
+                self.path.rename(next(path for path in earlier if not path.exists()))
         self._sinks: list[Callable[[dict[str, float], int], None]] = []
         if "wandb" in report_to:
             self._sinks.append(_WandB())

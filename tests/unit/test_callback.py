@@ -85,6 +85,14 @@ def test_trainer_add_callback_and_model_built_before_the_arguments(base, tmp_pat
     check_pair(base, tmp_path / "run/checkpoint-3", tmp_path / "run/checkpoint-3/qk_restored")
 
 
+def test_drift_follows_epochs_where_logging_does(base, tmp_path):
+    args = arguments(tmp_path, max_steps=-1, num_train_epochs=2, logging_strategy="epoch", save_strategy="no")
+    trainer = train(base, args, QKGuardCallback(strict=True))
+    per_epoch = trainer.state.max_steps // 2
+    steps = [r["step"] for r in judge.metrics_rows(tmp_path / "run") if "qkguard/drift/q_rel" in r]
+    assert steps == [per_epoch, 2 * per_epoch, 2 * per_epoch]
+
+
 def test_every_node_writes_its_own_files(base, tmp_path):
     train(base, arguments(tmp_path, save_on_each_node=True), guard := QKGuardCallback(strict=True))
     assert guard.session.each_node
@@ -189,6 +197,7 @@ def test_second_train_call_keeps_the_first_reference(base, tmp_path):
     first = guard.session
     trainer.train()
     assert guard.session is first
+    assert (tmp_path / "run/_qkguard/metrics-1.jsonl").exists(), "the first training's metrics are kept"
     check_pair(base, tmp_path / "run/checkpoint-3", tmp_path / "run/checkpoint-3/qk_restored")
 
 
