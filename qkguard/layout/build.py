@@ -10,24 +10,37 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
 from qkguard.errors import QKGuardError, UnknownLayoutError
+from qkguard.layout.static import RULES
 
+BY_HAND = "describe its layout by hand (spec=FILE.yaml, --spec FILE.yaml)"
 # Wrappers that add a level to parameter names and change nothing: torch.compile, activation checkpointing, FSDP1.
 TRANSPARENT = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 @dataclass(frozen=True)
 class Source:
-    """What there is to look at: a model class with its config, and the live parameters where a model was given."""
+    """What there is to look at: a model class with its config, and the live model where one was given.
 
-    model_class: type[nn.Module]
+    No class stands for a model that is known by rule (`static`) and whose code is not imported.
+    """
+
+    model_class: type[nn.Module] | None
     config: Any
     live: nn.Module | None = None
+
+
+class RuleConfig(SimpleNamespace):
+    """The values of a config.json whose config class is not imported."""
+
+    def get_text_config(self, **_: Any) -> RuleConfig:
+        return self
 
 
 def resolve(model_or_config: Any, *, trust_remote_code: bool = False) -> Source:
@@ -36,16 +49,19 @@ def resolve(model_or_config: Any, *, trust_remote_code: bool = False) -> Source:
     Raises UnknownLayoutError where no model class is known for the config.
     """
     if isinstance(model_or_config, nn.Module):
-        model = unwrap(model_or_config)
+        model: Any = unwrap(model_or_config)
         config = getattr(model, "config", None)
         if config is None or not hasattr(type(model), "config_class"):
             raise UnknownLayoutError(
-                f"{type(model).__name__} is not a transformers model (no config to build a second copy from); "
-                "pass the layout by hand: spec=FILE.yaml"
+                f"{type(model).__name__} is no transformers model (no config to build a second copy from); {BY_HAND}"
             )
+        if config.model_type in RULES:
+            return Source(None, RuleConfig(**config.to_dict()), model_or_config)
         return Source(type(model), copy.deepcopy(config), model_or_config)
     config = load_config(model_or_config, trust_remote_code=trust_remote_code)
-    model_class = model_class_of(config)
+    if isinstance(config, RuleConfig):
+        return Source(None, config)
+    model_class = model_class_of(config, trust_remote_code=trust_remote_code)
     return Source(model_class, copy.deepcopy(own_config(model_class, config)))
 
 
@@ -64,35 +80,59 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def load_config(source: Any, *, trust_remote_code: bool = False) -> Any:
-    """A config object from itself, a config.json, a folder or a hub id."""
+    """A config object from itself, a config.json, a folder or a hub id; a RuleConfig for the models known by rule.
+
+    Raises:
+        QKGuardError: no such file, or not JSON.
+        UnknownLayoutError: a model type that is not part of transformers.
+    """
     from transformers import AutoConfig, PreTrainedConfig
 
     if isinstance(source, PreTrainedConfig):
-        return source
+        return RuleConfig(**source.to_dict()) if source.model_type in RULES else source
     if not isinstance(source, str | os.PathLike):
         raise QKGuardError(
             f"expected a model, a config, a folder, a hub id or a config.json, found {type(source).__name__}"
         )
     path = Path(source)
     if path.suffix == ".json" or path.is_dir():
-        file = path if path.suffix == ".json" else path / "config.json"
-        if not file.is_file():
-            raise QKGuardError(f"{file} does not exist; give a folder with a config.json, or a hub id")
-        try:
-            json.loads(file.read_text())
-        except ValueError as error:
-            raise QKGuardError(f"{file} is not valid JSON ({error}); save the model's config again") from None
+        _check_json(path if path.suffix == ".json" else path / "config.json")
     try:
+        values, _ = PreTrainedConfig.get_config_dict(str(source))
+        if values.get("model_type") in RULES:
+            return RuleConfig(**values)
         return AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise UnknownLayoutError(f"no model config could be read from {source}: {first_line(error)}") from error
+        raise UnknownLayoutError(_unknown_config(source, error)) from error
 
 
-def model_class_of(config: Any) -> type[nn.Module]:
+def _check_json(file: Path) -> None:
+    if not file.is_file():
+        raise QKGuardError(f"{file} does not exist; give a folder with a config.json, or a hub id")
+    try:
+        json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise QKGuardError(f"{file} is not valid JSON ({error}); save the model's config again") from None
+
+
+def _unknown_config(source: Any, error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return (
+            f"{source} runs code of its own, which is not part of transformers; if you trust it, allow it with "
+            f"trust_remote_code (--trust-remote-code), else {BY_HAND}"
+        )
+    return f"no model config could be read from {source}: {first_line(error)}"
+
+
+def model_class_of(config: Any, *, trust_remote_code: bool = False) -> type[nn.Module]:
     """The class a checkpoint with this config is trained as: what `architectures` names, else its causal LM."""
     import transformers
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
     from transformers.models.auto import modeling_auto as auto
 
+    remote = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
+    if remote and trust_remote_code and not type(config).__module__.startswith("transformers.models."):
+        return get_class_from_dynamic_module(remote, config.name_or_path)
     for name in getattr(config, "architectures", None) or []:
         named = getattr(transformers, name, None)
         if not isinstance(named, type) or not issubclass(named, transformers.PreTrainedModel):
@@ -104,8 +144,7 @@ def model_class_of(config: Any) -> type[nn.Module]:
             found: Any = mapping[type(config)]
             return found[0] if isinstance(found, tuple) else found
     raise UnknownLayoutError(
-        f"model type {config.model_type!r} has no causal language model in transformers; "
-        "pass the layout by hand: spec=FILE.yaml"
+        f"model type {config.model_type!r} has no causal language model in transformers; {BY_HAND}"
     )
 
 
@@ -137,12 +176,25 @@ def undisturbed() -> Iterator[None]:
 
 
 def build_meta(source: Source) -> nn.Module:
-    """An eval-mode copy of the class on the meta device, built for eager attention. Call inside `undisturbed()`."""
+    """An eval-mode copy of the class on the meta device, built for eager attention. Call inside `undisturbed()`.
+
+    Raises UnknownLayoutError where the class cannot be built from its config here.
+    """
+    if source.model_class is None:
+        raise UnknownLayoutError(f"the code of {source.config.model_type} is not part of transformers; {BY_HAND}")
     config = copy.deepcopy(source.config)
     config._attn_implementation = "eager"
     config._experts_implementation = None  # a chosen "eager" loops over the experts hit
-    with torch.device("meta"):
-        return source.model_class(config).eval()
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        if part is not None:
+            part.dtype = torch.float32  # read from a file it is a word, which some classes do not take
+    try:
+        with torch.device("meta"):
+            return source.model_class(config).eval()
+    except Exception as error:
+        raise UnknownLayoutError(
+            f"{source.model_class.__name__} cannot be built from its config: {first_line(error)}"
+        ) from error
 
 
 def bare_name(name: str) -> str:

@@ -15,9 +15,11 @@ from qkguard.errors import UnknownLayoutError
 from qkguard.layout import build, geometry
 from qkguard.layout.capture import Seen
 from qkguard.layout.forward import attended
+from qkguard.layout.owners import by_owner, feeding, program
 from qkguard.layout.replay import Replay, Rows, replay
 from qkguard.layout.spec import AttentionSpec, Block, ParamMap
 from qkguard.layout.spec_file import load_specs
+from qkguard.layout.static import static_specs
 from qkguard.layout.trace import Call, Trace
 
 
@@ -40,8 +42,11 @@ def find_attention(model_or_config: Any, *, spec: Any = None, trust_remote_code:
         specs = load_specs(Path(spec)) if isinstance(spec, str | os.PathLike) else list(spec)
         return _named_as_live(specs, model_or_config) if isinstance(model_or_config, nn.Module) else specs
     source = build.resolve(model_or_config, trust_remote_code=trust_remote_code)
-    with build.undisturbed():
-        specs = _discover(source)
+    if source.model_class is None:
+        specs = static_specs(vars(source.config))
+    else:
+        with build.undisturbed():
+            specs = _discover(source)
     return specs if source.live is None else _named_as_live(specs, source.live)
 
 
@@ -54,7 +59,7 @@ def _discover(source: build.Source) -> list[AttentionSpec]:
     specs: list[AttentionSpec] = []
     with attended(model) as (trace, seen):
         maps = _Maps(model, trace)
-        for call, found in _by_owner(trace, seen):
+        for call, found in by_owner(trace, seen):
             layer = layers.index(call)
             seen_layers.add(layer)
             shown, params = maps.of(call, found)
@@ -75,7 +80,7 @@ def _discover(source: build.Source) -> list[AttentionSpec]:
                     notes=tuple(_notes(trace, call, found, params)),
                 )
             )
-    geometry.check_layer_types(types, seen_layers, layers.count)
+        geometry.check_layer_types(types, seen_layers, layers.ran(trace), layers.count)
     return specs
 
 
@@ -91,60 +96,23 @@ def _notes(trace: Trace, call: Call, found: list[Seen], params: tuple[ParamMap, 
         yield "some rows feed keys and values alike"
 
 
-def _by_owner(trace: Trace, seen: list[Seen]) -> list[tuple[Call, list[Seen]]]:
-    """Attentions by the call of the module that owns their projections, in order."""
-    groups: dict[int, tuple[Call, list[Seen]]] = {}
-    for found in seen:
-        call = _owner(trace, found)
-        groups.setdefault(id(call), (call, []))[1].append(found)
-    return list(groups.values())
-
-
-def _owner(trace: Trace, found: Seen) -> Call:
-    """The innermost call whose own operations lead from parameters to the query and to the key.
-
-    A layer that borrows its keys from an earlier one has only the query's; no further out than its entry in the list
-    of layers, where everything of the layer would be inside.
-    """
-    query_only = None
-    for call in found.call.chain:
-        query, key = (trace.reaching(operand, call.start) for operand in (found.query, found.key))
-        if query and key:
-            return call
-        if (query or key) and query_only is None:
-            query_only = call
-        if call.name.rpartition(".")[2].isdigit():
-            break
-    if query_only is None:
-        raise UnknownLayoutError(
-            f"{found.call.name} attends, but no parameter near it makes its queries or keys; "
-            "pass the layout by hand: spec=FILE.yaml"
-        )
-    return query_only
-
-
 class _Maps:
     """Row maps per call, with one replay for all calls that run the same program."""
 
     def __init__(self, model: nn.Module, trace: Trace) -> None:
-        self._names = {id(param): name for name, param in model.named_parameters()}
-        self._trace = trace
+        self._model, self._trace = model, trace
         self._known: dict[Any, tuple[Replay, dict[str, tuple[Block, ...]]]] = {}
 
     def of(self, call: Call, found: list[Seen]) -> tuple[Replay, tuple[ParamMap, ...]]:
         """What the replay showed, and the call's parameters under their names in the model."""
-        local = {name: self._names[id(param)] for name, param in call.module.named_parameters()}
-        program = (type(call.module), len(found), self._trace.program(call))
-        if program not in self._known:
-            full = set().union(
-                *(self._trace.reaching(key, call.start) for one in found for key in (one.query, one.key, one.value))
-            )
-            feeding = {name for name in local if local[name] in full}
-            shown = replay(call, feeding, len(found), all(one.scores is None for one in found))
-            self._known[program] = shown, {name: _blocks(rows) for name, rows in shown.rows.items()}
-        shown, blocks = self._known[program]
+        names = feeding(self._trace, self._model, call, found)
+        key = program(self._trace, call, found)
+        if key not in self._known:
+            shown = replay(call, set(names), len(found), all(one.scores is None for one in found))
+            self._known[key] = shown, {name: _blocks(rows) for name, rows in shown.rows.items()}
+        shown, blocks = self._known[key]
         maps = (
-            ParamMap(local[name], rows.shape, rows.dim, rows.kind, blocks[name]) for name, rows in shown.rows.items()
+            ParamMap(names[name], rows.shape, rows.dim, rows.kind, blocks[name]) for name, rows in shown.rows.items()
         )
         return shown, tuple(sorted(maps, key=lambda param: param.name))
 
@@ -174,7 +142,7 @@ def _named_as_live(specs: list[AttentionSpec], live: nn.Module) -> list[Attentio
             if param.name not in names:
                 raise UnknownLayoutError(
                     f"the layout names {param.name}, which the model does not have; where the model's structure was "
-                    "changed after it was built, pass the layout by hand: spec=FILE.yaml"
+                    f"changed after it was built, {build.BY_HAND}"
                 )
             shape = build.full_shape(params[names[param.name]])
             if shape != param.shape:

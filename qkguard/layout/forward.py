@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qkguard.errors import UnknownLayoutError
-from qkguard.layout.build import first_line
+from qkguard.layout.build import BY_HAND, first_line
 from qkguard.layout.capture import ATTENTION_NAME, Seen, attend_with, watching
 from qkguard.layout.materialise import Fill, materialised
 from qkguard.layout.trace import Trace
@@ -19,6 +20,12 @@ from qkguard.layout.trace import Trace
 TOKENS = 4
 LONG = 64
 NOTHING = "no softmax attention was seen"
+# Types of transformers that are known to have nothing to find.
+WITHOUT = dict.fromkeys(
+    ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm"), "is recurrent throughout and has no softmax attention"
+) | {
+    "reformer": "attends within hash buckets and chunks, which gives no query-key softmax over the sequence to restore"
+}
 
 
 @contextlib.contextmanager
@@ -106,10 +113,24 @@ def _tokens(trace: Trace, found: Seen) -> set[int]:
 
 
 def _sentence(model: nn.Module, failures: list[str]) -> str:
-    name, by_hand = type(model).__name__, "pass the layout by hand: spec=FILE.yaml"
+    name = type(model).__name__
+    config: Any = model.config
+    if known := WITHOUT.get(config.model_type):
+        return f"{name} {known}; for queries and keys to guard, choose a model with softmax-attention layers"
     if NOTHING in failures:
-        return (
-            f"{name}: {NOTHING} in a forward pass; a model without any (Mamba, RWKV, xLSTM) has no queries and keys "
-            f"to guard, and one that attends in a way of its own needs help: {by_hand}"
-        )
-    return f"{name} does not run without weights ({'; '.join(dict.fromkeys(failures))}); {by_hand}"
+        what = f"{name}: {NOTHING} in a forward pass; if it attends in a way of its own, {BY_HAND}"
+    else:
+        what = f"{name} does not run on text without weights ({'; '.join(dict.fromkeys(failures))}); {BY_HAND}"
+    if found := _candidates(model):
+        what += f"; by their names these may be queries and keys: {', '.join(found)}"
+    return what
+
+
+def _candidates(model: nn.Module, most: int = 6) -> list[str]:
+    """Matrices whose names sound like queries and keys, one entry for all layers: hints for who writes a spec."""
+    found: dict[str, str] = {}
+    for name, param in model.named_parameters():
+        if param.dim() > 1 and re.search(r"(^|[._])(q|k|qk|kv|qkv|query|key)([._]|$)|c_attn|query_key", name):
+            general = re.sub(r"(?<=\.)\d+(?=\.)", "{layer}", name)
+            found.setdefault(general, f"{general} {tuple(param.shape)}")
+    return list(found.values())[:most]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from qkguard.errors import UnknownLayoutError
-from qkguard.layout.trace import Call
+from qkguard.layout.build import BY_HAND
+from qkguard.layout.trace import Call, Trace
 
 # Entries of `config.layer_types` and its older namesakes, by whether such a layer attends with a softmax.
 SOFTMAX_TYPES = frozenset(
@@ -23,6 +24,9 @@ SOFTMAX_TYPES = frozenset(
         "heavily_compressed_attention",
         "hybrid",
         "hybrid_sliding",
+        "minimax_m3_sparse",
+        "reference_sliding_attention",
+        "window_attention",
     }
 )
 OTHER_TYPES = frozenset({"linear_attention", "conv", "moe", "mlp", "mamba", "recurrent"})
@@ -38,17 +42,30 @@ class Layers:
 
     def index(self, call: Call) -> int | None:
         """Number of the outermost list entry that a call runs in; None where there is none."""
-        for outer in reversed(list(call.chain)):
-            prefix, _, last = outer.name.rpartition(".")
-            if last.isdigit():
-                if prefix not in self._first:
-                    self._first[prefix] = sum(len(list(self._model.get_submodule(p).children())) for p in self._first)
-                return self._first[prefix] + int(last)
-        return None
+        place = _place(call)
+        if place is None:
+            return None
+        prefix, number = place
+        return self._first.setdefault(prefix, self.count) + number
 
     @property
     def count(self) -> int:
+        """Layers in the lists met so far."""
         return sum(len(list(self._model.get_submodule(prefix).children())) for prefix in self._first)
+
+    def ran(self, trace: Trace) -> set[int]:
+        """Layers of those lists that did anything."""
+        places = {_place(call) for call in {id(node.call): node.call for node in trace.nodes}.values() if call}
+        return {self._first[place[0]] + place[1] for place in places if place and place[0] in self._first}
+
+
+def _place(call: Call) -> tuple[str, int] | None:
+    """(list, number) of the outermost list entry around a call."""
+    for outer in reversed(list(call.chain)):
+        prefix, _, last = outer.name.rpartition(".")
+        if last.isdigit():
+            return prefix, int(last)
+    return None
 
 
 def layer_types(config: Any) -> list[str] | None:
@@ -65,19 +82,24 @@ def layer_kind(types: list[str] | None, layer: int | None, options: dict[str, An
     return "sliding_attention" if options.get("sliding_window") else "full_attention"
 
 
-def check_layer_types(types: list[str] | None, attended: set[int | None], count: int) -> None:
+def check_layer_types(types: list[str] | None, attended: set[int | None], ran: set[int], count: int) -> None:
     """Refuse where the config's layer types and the layers that attended do not agree.
 
-    A model whose config has no such list, or one for other lists of layers, can only be taken by what it did.
+    Where the config has no such list (or one of another length, or an entry not known here), it cannot tell layers
+    apart, so those of the same name must all have attended or all not. Layers that did not run have no say.
     """
-    if types is None or len(types) != count:
-        return
-    for layer, kind in enumerate(types):
-        if (kind in SOFTMAX_TYPES and layer not in attended) or (kind in OTHER_TYPES and layer in attended):
+    named = types if types is not None and len(types) == count else ["unnamed"] * count
+    for layer in sorted(ran):
+        kind, did = named[layer], layer in attended
+        if kind in SOFTMAX_TYPES or kind in OTHER_TYPES:
+            agree = did == (kind in SOFTMAX_TYPES)
+        else:
+            agree = all((other in attended) == did for other in ran if named[other] == kind)
+        if not agree:
             raise UnknownLayoutError(
-                f"layer {layer}: the config calls it {kind!r}, but softmax attention was "
-                f"{'seen' if layer in attended else 'not seen'} there (config: {', '.join(types)}; seen in layers "
-                f"{', '.join(str(n) for n in sorted(attended, key=str))}); pass the layout by hand: spec=FILE.yaml"
+                f"layer {layer} is {kind!r} to the config, but softmax attention was "
+                f"{'' if did else 'not '}seen there (config: {', '.join(types) if types else 'no layer types'}; "
+                f"seen in layers {', '.join(map(str, sorted(attended, key=str)))}); {BY_HAND}"
             )
 
 

@@ -28,8 +28,11 @@ def disk_names(
         p.name: p for item in specs_or_params for p in (item.params if isinstance(item, AttentionSpec) else (item,))
     }
     source = build.resolve(config)
-    with build.undisturbed():
-        loads = _loaded_from(build.build_meta(source), keys)
+    if source.model_class is None:  # known by rule, under the names on disk
+        loads = {build.bare_name(key): [(key, False)] for key in keys}
+    else:
+        with build.undisturbed():
+            loads = _loaded_from(build.build_meta(source), keys)
     return {name: _certain(param, build.bare_name(name), loads, keys) for name, param in wanted.items()}
 
 
@@ -61,10 +64,19 @@ def _certain(
     param: ParamMap, bare: str, loads: dict[str, list[tuple[str, bool]]], keys: Mapping[str, tuple[int, ...]]
 ) -> str:
     found = loads.get(bare, [])
-    way_out = "load and save this checkpoint through transformers once, or give its layout by hand"
+    way_out = "restore it on a model loaded with from_pretrained, and save that"
     if not found:
+        block = bare.rpartition(".")[0].rpartition(".")[0]
+        beside = sorted(
+            {key for name, sources in loads.items() if name.startswith(block) for key, cut in sources if cut}
+        )
+        if beside:
+            raise QKGuardError(
+                f"{param.name} has no tensor of its own on disk; transformers cuts it out of {beside[0]} while "
+                f"loading; {way_out}"
+            )
         raise QKGuardError(
-            f"{param.name} is in none of the checkpoint's tensors; expected one that loads as {bare}; {way_out}"
+            f"none of the checkpoint's {len(keys)} tensors loads as {bare}; is this checkpoint of the same model?"
         )
     if len(found) > 1:
         raise QKGuardError(
