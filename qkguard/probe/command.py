@@ -93,6 +93,8 @@ def probe_models(models: Sequence[str], settings: ProbeSettings, bar: Bar | None
                     told = generated(model, prober, result, new_tokens=settings.new_tokens, progress=generating)
                 result = replace(result, generated=told)
         first = first or prober
+        if settings.attention and result.attention is None:
+            warnings.append("no attention mass: its attention does not go through transformers' AttentionInterface")
         if result.not_finite:
             warnings.append(f"the output was NaN or infinite on {result.not_finite} samples, counted as wrong")
         if reports and result.settings["digest"] != reports[0].result.settings["digest"]:

