@@ -67,7 +67,8 @@ def write_restored_adapter(
     with readable_errors(out):
         place.create()
         try:
-            save_file(tensors, place.path / TENSORS, metadata={"format": "pt"})
+            named = {_loadable(key): tensor for key, tensor in tensors.items()}
+            save_file(named, place.path / TENSORS, metadata={"format": "pt"})
             os.chmod(place.path / TENSORS, place.path.stat().st_mode & 0o666)
             write_text(place.path / CONFIG, json.dumps(config, indent=2) + "\n")
             taken = companions(raw)[0]
@@ -122,15 +123,8 @@ def restrict(
         keys = [key for key in tensors if key.startswith(f"{PREFIX}{module}.lora_")]
         if not keys:
             continue
-        dora = any("lora_magnitude_vector" in key for key in keys)
-        if dora and (share or not pmap.whole):
-            what = (
-                "a DoRA adapter on a module that makes more than queries and keys" if not share else "DoRA with alpha"
-            )
-            raise QKGuardError(
-                f"{module}: {what} has no restored form that PEFT could load; `qkguard merge` writes the merged model "
-                "(merge_at_end=True does so when training ends)"
-            )
+        if any("lora_magnitude_vector" in key for key in keys) and (share or not pmap.whole):
+            raise QKGuardError(f"{no_restored_form(module, share)}; `qkguard merge` writes the merged model")
         if pmap.whole and not share:
             removed.append(module)
             for key in keys:
@@ -159,10 +153,21 @@ def restrict(
     return {"removed": removed, "rows": rows, "scaled": {re.sub(r"\\(.)", r"\1", k): v for k, v in scaled.items()}}
 
 
+def no_restored_form(module: str, share: float) -> str:
+    """Why a DoRA adapter cannot be kept in part."""
+    what = "with alpha below 1" if share else "on a module that makes more than queries and keys"
+    return f"{module}: a DoRA adapter {what} has no restored form that PEFT could load"
+
+
 def _excluding(held: Any, modules: list[str]) -> Any:
     if isinstance(held, str):
         return "|".join([f"(?:{held})", *map(re.escape, modules)])
     return [*(held or []), *modules]
+
+
+def _loadable(key: str) -> str:
+    """The name that PEFT and transformers' `load_adapter` both read; the latter loses DoRA's magnitudes under PEFT's own."""
+    return f"{key}.weight" if key.endswith(".lora_magnitude_vector") else key
 
 
 def verify_adapter(folder: Path, manifest: Mapping[str, Any], *, raw: bool = True) -> dict[str, Any]:
@@ -202,7 +207,8 @@ def _compare(ours: dict[str, Tensor], raw: dict[str, Tensor], manifest: Mapping[
         if wanted is not None and key in rows:
             for lo, hi in rows[key]["ranges"]:
                 wanted[lo:hi] = wanted[lo:hi] * rows[key]["factor"] if rows[key]["factor"] else 0
-        if (key in ours) != (wanted is not None) or (wanted is not None and not same_bits(ours[key], wanted)):
+        found = ours.get(_loadable(key))
+        if (found is None) != (wanted is None) or (wanted is not None and not same_bits(found, wanted)):  # type: ignore[arg-type]
             raise QKGuardError(f"{folder}: {key} is not what its manifest says it is; restore it again")
 
 

@@ -18,7 +18,7 @@ from qkguard.lora.adapter import TENSORS
 from qkguard.lora.drift import AdapterTracker
 from qkguard.lora.live import adapted_weights
 from qkguard.lora.merge import merge_adapter
-from qkguard.lora.save import copy_adapter, export_adapter, write_restored_adapter
+from qkguard.lora.save import copy_adapter, export_adapter, no_restored_form, write_restored_adapter
 from qkguard.session import RESTORED, Session
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,28 @@ class AdapterSession(Session):
         self.share = 1.0 - float(alpha)
         self.weights = adapted_weights(self.model, self.selection)
         self.guards = any(weight.layer is not None for weight in self.weights)
+        self.writable = self._check_writable()
         return AdapterTracker(self.model, self.selection, self.weights) if self.guards else _NoDrift()
+
+    def _check_writable(self) -> bool:
+        """Whether the adapters have a form without queries and keys; without one, only merges are written."""
+        names = [
+            w.pmap.name
+            for w in self.weights
+            if w.layer is not None and w.layer.lora_variant and (self.share or not w.pmap.whole)
+        ]
+        if not names:
+            return True
+        why = no_restored_form(names[0], self.share)
+        if self.config.strict and not self.config.merge_at_end:
+            raise QKGuardError(f"{why}. With strict=True set merge_at_end=True, or train plain LoRA")
+        if ranks.rank() == 0:
+            logger.warning(
+                "%s. No restored adapters will be written%s",
+                why,
+                "" if self.config.merge_at_end else "; merge_at_end=True writes the merged models when training ends",
+            )
+        return False
 
     def measure(self, step: int, *, routing: bool) -> None:
         if self.guards:
@@ -50,7 +71,7 @@ class AdapterSession(Session):
 
     def restore_checkpoint(self, checkpoint: Path, step: int, processing_class: Any) -> None:
         """`qk_restored/<adapter>/` in a checkpoint, a level deeper than where a resumed Trainer looks for adapters."""
-        if not self.guards:
+        if not (self.guards and self.writable):
             return
         started = time.perf_counter()
         for name, raw in self._raw_adapters(checkpoint, processing_class).items():
@@ -73,10 +94,8 @@ class AdapterSession(Session):
                 self._alone(f"copying {out}", lambda saved=saved, out=out: copy_adapter(saved, out))  # type: ignore[misc]
             else:
                 export_adapter(self.model, name, out, processing_class)
-            if self.guards:
-                self._write_adapter(
-                    out, final / RESTORED / name, state.global_step, merge_instead=self.config.merge_at_end
-                )
+            if self.guards and self.writable:
+                self._write_adapter(out, final / RESTORED / name, state.global_step)
         if self.config.merge_at_end:
             self._merge(final, state.global_step)
         self.publish({"qkguard/overhead/save_seconds": time.perf_counter() - started}, state.global_step)
@@ -119,7 +138,7 @@ class AdapterSession(Session):
             out[name] = place
         return out
 
-    def _write_adapter(self, raw: Path, out: Path, step: int, *, merge_instead: bool = False) -> None:
+    def _write_adapter(self, raw: Path, out: Path, step: int) -> None:
         def write() -> None:
             method = {"name": self.config.method, **self.config.selection_options}
             extra = {"step": step, "drift": self.drift}
@@ -134,14 +153,7 @@ class AdapterSession(Session):
                 extra=extra,
             )
 
-        try:
-            self._alone(f"writing {out}", write)
-        except QKGuardError as error:
-            if not merge_instead or "has no restored form" not in str(error):
-                raise
-            if ranks.rank() == 0:
-                logger.warning("%s", error)
-            return
+        self._alone(f"writing {out}", write)
         if ranks.rank() == 0:
             logger.info("wrote %s", out)
 
@@ -171,7 +183,11 @@ class AdapterSession(Session):
             f"adapters, in softmax-attention layers {', '.join(with_adapters)} of {', '.join(layers)} "
             f"({seconds:.1f} s). The base's queries and keys are frozen, no reference is "
             "kept; drift is that of the effective weights. "
-            f"Restored adapters ({config.method}): checkpoint-N/{RESTORED}/<adapter>"
+            + (
+                f"Restored adapters ({config.method}): checkpoint-N/{RESTORED}/<adapter>"
+                if self.writable
+                else "Adapters"
+            )
             + (f", final ones in {self.folder / 'final'}" if config.final_export else "")
             + (", merged models at the end." if config.merge_at_end else ".")
         )
