@@ -162,7 +162,8 @@ def warnings_at_start(model: Any, args: TrainingArguments) -> list[str]:
             "ZeRO-3 transformers keeps weight conversions that loading never used, and reverses them on save. Repair "
             "it before train(): model._weight_conversions = [c for c in model._weight_conversions if c.was_used()]"
         )
-    if sharding.backend(model) == "zero3" and not _gathers_on_save(args):
+    adapters = hasattr(model, "peft_config")  # these are saved whole either way
+    if sharding.backend(model) == "zero3" and not adapters and not _gathers_on_save(args):
         out.append(
             "ZeRO-3 runs without stage3_gather_16bit_weights_on_model_save, so Trainer's checkpoints hold no loadable "
             "weights; qkguard writes them itself, gathered one parameter at a time, to checkpoint-N/raw"

@@ -166,7 +166,7 @@ def _excluding(held: Any, modules: list[str]) -> Any:
 
 
 def _loadable(key: str) -> str:
-    """The name that PEFT and transformers' `load_adapter` both read; the latter loses DoRA's magnitudes under PEFT's own."""
+    """A name that transformers' `load_adapter` reads like PEFT; under PEFT's own it loses DoRA's magnitudes."""
     return f"{key}.weight" if key.endswith(".lora_magnitude_vector") else key
 
 

@@ -32,6 +32,13 @@ CASES = {
         "resumed@zero3,default",
         "wrong_start",
         "renamed",
+        "lora@ddp,phi3",
+        "lora@zero2,phi3,dora",
+        "lora@zero3,minimax,nogather",
+        "lora@zero3,qwen3_next,dora,default",
+        "lora_neutral@zero3,default",
+        "lora_fsdp2",
+        "lora_fsdp2@dora",
         "failing_write",
     ],
     3: [
@@ -40,6 +47,7 @@ CASES = {
         "guarded@zero3,fp32,qwen3_next",
         "guarded@zero3,bf16,qwen3_next,default",
         "fsdp2",
+        "lora_fsdp2@dora",
         "failing_write",
     ],
 }

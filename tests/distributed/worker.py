@@ -25,8 +25,9 @@ def main() -> None:
     import deepspeed
     import torch.distributed as dist
 
-    from tests.distributed import cases
+    from tests.distributed import cases, lora_cases
 
+    known = vars(lora_cases) | vars(cases)
     rank = int(os.environ["RANK"])
     deepspeed.init_distributed("gloo", verbose=False)  # torch's process group, known to DeepSpeed as well
     for name in names:
@@ -35,7 +36,7 @@ def main() -> None:
         case, _, options = name.partition("@")
         try:
             cases.reset()
-            getattr(cases, case)(out / name, *[o for o in options.split(",") if o])
+            known[case](out / name, *[o for o in options.split(",") if o])
             result = {"ok": True}
         except BaseException:
             result = {"ok": False, "traceback": traceback.format_exc()}
