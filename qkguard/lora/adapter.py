@@ -21,9 +21,13 @@ CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "a
 # Settings of LoraConfig that change what the adapter means in a way that is not reproduced here. The methods of
 # initialisation subtract from the base weights at start, so the adapter belongs to a base that is on no disk.
 _UNSUPPORTED = (
-    *("layer_replication", "megatron_config", "target_parameters", "alora_invocation_tokens", "arrow_config"),
-    *("use_bdlora", "velora_config", "monteclora_config", "kasa_config", "use_qalora", "ensure_weight_tying"),
+    *("layer_replication", "megatron_config", "alora_invocation_tokens", "arrow_config"),
+    *("use_bdlora", "velora_config", "monteclora_config", "kasa_config", "use_qalora"),
 )
+_UNMERGEABLE = (
+    "target_parameters",
+    "ensure_weight_tying",
+)  # experts stored apart and held fused; adapters that are tied
 _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
 
@@ -50,8 +54,8 @@ class Adapter:
             return {name: file.get_tensor(name) for name in self.header.tensors}
 
 
-def open_adapter(name: str | os.PathLike[str]) -> Adapter:
-    """Open a LoRA adapter: a folder as PEFT writes it, or a hub id.
+def open_adapter(name: str | os.PathLike[str], *, merging: bool = True) -> Adapter:
+    """Open a LoRA adapter: a folder as PEFT writes it, or a hub id; without `merging` more settings are accepted.
 
     Raises:
         QKGuardError: not an adapter, not LoRA, a setting that cannot be reproduced, or tensors that are empty or cut
@@ -67,7 +71,7 @@ def open_adapter(name: str | os.PathLike[str]) -> Adapter:
         )
         raise QKGuardError(f"{folder} has no {TENSORS}" + (f", {why}" if why else "; save the adapter again"))
     adapter = Adapter(folder, config, read_header(folder / TENSORS))
-    check_config(config, str(folder))
+    check_config(config, str(folder), merging=merging)
     check_tensors(adapter.shapes, str(folder))
     return adapter
 
@@ -84,14 +88,15 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def check_config(config: Mapping[str, Any], where: str) -> None:
-    """Refuse, by name, what LoRA merging here does not reproduce."""
+def check_config(config: Mapping[str, Any], where: str, *, merging: bool) -> None:
+    """Refuse, by name, what is not reproduced here; some settings stand in the way of merging alone."""
     kind = str(getattr(config["peft_type"], "value", config["peft_type"]))
     if kind != "LORA":
         raise QKGuardError(f"{where} is a {kind} adapter; only LoRA (with rsLoRA and DoRA) is supported")
-    for name in _UNSUPPORTED:
+    for name in _UNSUPPORTED + (_UNMERGEABLE if merging else ()):
         if config.get(name):
-            raise QKGuardError(f"{where} uses {name}={config[name]!r}, which is not supported; merge it with PEFT")
+            what = "cannot be merged here; merge it with PEFT" if name in _UNMERGEABLE else "is not supported"
+            raise QKGuardError(f"{where} uses {name}={config[name]!r}, which {what}")
     if config.get("bias", "none") != "none":
         raise QKGuardError(f"{where} trains the base model's biases (bias={config['bias']!r}), which is not supported")
     start = config.get("init_lora_weights", True)

@@ -70,15 +70,15 @@ class AdaptedWeight:
         return out
 
 
-def adapted_weights(model: Any, selection: Selection) -> list[AdaptedWeight]:
-    """Every query and key weight of the selection with its PEFT layer.
+def adapted_weights(model: Any, selection: Selection, *, merging: bool = False) -> list[AdaptedWeight]:
+    """Every query and key weight of the selection with its PEFT layer; with `merging` the adapters must be mergeable.
 
     Raises:
         QKGuardError: queries or keys are trained beside or instead of LoRA (modules_to_save, unfrozen base weights,
             trained biases), or by another PEFT method.
     """
     for name, config in model.peft_config.items():
-        check_config(config.to_dict(), f"the adapter {name!r}")
+        check_config(config.to_dict(), f"the adapter {name!r}", merging=merging)
     live = dict(model.named_parameters())
     sharding.check_supported(model, [p.name for _, params in selection for p in params])
     out = []

@@ -59,7 +59,7 @@ def write_restored_adapter(
     Raises:
         QKGuardError: empty or cut tensors, DoRA on fused or scaled modules, or nothing left to write.
     """
-    adapter = open_adapter(raw)
+    adapter = open_adapter(raw, merging=False)
     check_target([], out, overwrite)
     tensors, config = adapter.tensors(), dict(adapter.config)
     change = restrict(tensors, config, qk_modules(selection), share)
@@ -177,12 +177,12 @@ def verify_adapter(folder: Path, manifest: Mapping[str, Any], *, raw: bool = Tru
             raise QKGuardError(f"{folder} lacks {name}, which it was written with; restore it again")
     if describe_file(folder / TENSORS) != manifest["files"][TENSORS]:
         raise QKGuardError(f"{folder / TENSORS} has another content than recorded; restore it again")
-    adapter = open_adapter(folder)
+    adapter = open_adapter(folder, merging=False)
     found, state = folder / manifest["raw"]["path"], "not found" if raw else "not checked"
     if raw and (found / TENSORS).is_file():
         if describe_file(found / TENSORS) != manifest["raw"]["files"][TENSORS]:
             raise QKGuardError(f"{found / TENSORS}: the raw adapter has changed since; restore it again, or --no-raw")
-        _compare(adapter.tensors(), open_adapter(found).tensors(), manifest, folder)
+        _compare(adapter.tensors(), open_adapter(found, merging=False).tensors(), manifest, folder)
         state = "unchanged"
     return {
         "folder": str(folder),

@@ -40,7 +40,7 @@ class AdapterSession(Session):
             )
         alpha = getattr(self.config, "alpha", 1.0) if self.config.method == "interpolate" else 1.0
         self.share = 1.0 - float(alpha)
-        self.weights = adapted_weights(self.model, self.selection)
+        self.weights = adapted_weights(self.model, self.selection, merging=self.config.merge_at_end)
         self.guards = any(weight.layer is not None for weight in self.weights)
         self.writable = self._check_writable()
         return AdapterTracker(self.model, self.selection, self.weights) if self.guards else _NoDrift()

@@ -109,6 +109,22 @@ def test_bit_identical_with_and_without_the_guard(tmp_path, dora):
     assert len(outcomes[0][0]) == 3 and outcomes[0] == outcomes[1]
 
 
+def test_adapters_on_fused_experts_are_restored_but_not_merged(tmp_path):
+    base = save_base(tmp_path / "base", "qwen3_next")
+    config = lora(target_modules="all-linear")
+    train(base, arguments(tmp_path), QKGuardCallback(strict=True), peft_config=config)
+    raw, restored = tmp_path / "run/checkpoint-3", tmp_path / "run/checkpoint-3/qk_restored/default"
+    assert json.loads((raw / "adapter_config.json").read_text())["target_parameters"], "PEFT targets experts so"
+    peft = peft_merge(base, raw, tmp_path / "peft")
+    assert not oracle.differences(
+        peft_merge(base, restored, tmp_path / "ours"), expected_merge("qwen3_next", base, peft)
+    )
+    with pytest.raises(QKGuardError, match="target_parameters"):
+        merge_adapter(base, raw, tmp_path / "merged")
+    with pytest.raises(QKGuardError, match="target_parameters"):
+        train(base, arguments(tmp_path / "merging"), QKGuardCallback(merge_at_end=True), peft_config=config)
+
+
 class Adapters(TrainerCallback):
     """The adapters that the model has when training starts."""
 
