@@ -72,11 +72,11 @@ def test_a_damaged_hybrid_is_judged_as_generation_judges_it() -> None:
 def test_a_damaged_pretrained_model_is_judged_as_generation_judges_it(mode: str) -> None:
     model, tokenizer = load_smollm2()
     prober = Prober(
-        tokenizer, lengths=[512, 1024], depths=3, samples=3, tasks=["s2", "s3", "mk3"], mode=mode, attention=False
+        tokenizer, lengths=[400], depths=2, samples=4, tasks=["s2", "s3", "mk1"], mode=mode, attention=False
     )
     prober.find_forms(model)
-    damage_until_some_are_wrong(model, prober, 0.15)
-    check_against_generation(prober, model, 48)
+    damage_until_some_are_wrong(model, prober, 0.25)
+    check_against_generation(prober, model, 40)
 
 
 def test_an_undamaged_hybrid_recalls() -> None:

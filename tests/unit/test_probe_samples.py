@@ -138,9 +138,10 @@ def test_too_short_a_length_is_refused_with_the_least_that_works() -> None:
 
 
 def test_answers_that_the_tokenizer_cannot_spell_are_refused() -> None:
+    make = maker(word_tokenizer())
     with pytest.raises(QKGuardError, match="cannot spell the answers of single_3"):
         for index in range(20):
-            maker(word_tokenizer()).make(Cell(640, "single_3", 0.5, index))
+            make.make(Cell(640, "single_3", 0.5, index))
 
 
 def test_plans() -> None:
