@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from qkguard.layout import AttentionSpec, find_attention
     from qkguard.lora.merge import merge_adapter
     from qkguard.offline import restore_checkpoint
+    from qkguard.swap import restored
     from qkguard.verification import verify
 
 # public name -> module, imported on first use: the command line must start faster than torch and transformers import
@@ -27,6 +28,7 @@ _WHERE = {
     "find_attention": "layout",
     "merge_adapter": "lora.merge",
     "restore_checkpoint": "offline",
+    "restored": "swap",
     "verify": "verification",
 }
 
@@ -40,6 +42,7 @@ __all__ = [
     "find_attention",
     "merge_adapter",
     "restore_checkpoint",
+    "restored",
     "verify",
 ]
 

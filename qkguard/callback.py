@@ -50,7 +50,9 @@ class QKGuardCallback(TrainerCallback):
         if session and session.model is sharding.unwrap(model) and session.folder == run_folder(self.config, args):
             session.begin(args, state)  # a second train() goes on from moved weights: the first reference stays
         else:
-            self.session = _session_class(model)(self.config, args, state, model)
+            session = self.session = _session_class(model)(self.config, args, state, model)
+        dataset = getattr(kwargs.get("train_dataloader"), "dataset", None)
+        session.start_probes(args, state, kwargs.get("processing_class"), dataset)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -58,6 +60,14 @@ class QKGuardCallback(TrainerCallback):
         routing = self.config.due("routing_drift_steps", state.global_step, control.should_log)
         if self.session and (routing or self.config.due("drift_steps", state.global_step, control.should_log)):
             self.session.measure(state.global_step, routing=routing)
+        if self.session and self.session.probing:
+            self.session.probing.at_step(state, control)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.session and self.session.probing:
+            self.session.probing.at_evaluation(state, control)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -77,6 +87,8 @@ class QKGuardCallback(TrainerCallback):
         if self.session and (best or self.config.restore_on == "save"):
             folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
             session = self.session
+            if session.probing:
+                session.probing.at_save(state, control)
             self._attempt(
                 f"restoring {folder}", lambda: session.restore_checkpoint(folder, state.global_step, processing_class)
             )
@@ -94,6 +106,8 @@ class QKGuardCallback(TrainerCallback):
             return
         if self.config.drift_steps != "0":
             session.measure(state.global_step, routing=self.config.routing_drift_steps != "0")
+        if session.probing:
+            session.probing.at_end(state, control)
         if self.config.final_export and self.config.restore_on != "never":
             self._attempt("the final export", lambda: session.final_export(state, args, processing_class))
 

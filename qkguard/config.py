@@ -11,6 +11,7 @@ _CHOICES = {
     "method": METHODS,
     "entangled": ("keep", "restore", "refuse"),
     "restore_on": ("save", "best", "end", "never"),
+    "on_alert": ("warn", "save", "stop"),
 }
 
 
@@ -63,6 +64,55 @@ class QKGuardConfig:
             'steps and at the end; "logging" follows logging_steps, 0 is never.'
         },
     )
+    probe_steps: str = field(
+        default="eval",
+        metadata={
+            "help": "Probe recall every this many steps, at every such fraction of training (0.1), or with every "
+            'evaluation ("eval"; in a run without evaluations every tenth of training). A probe before the first step '
+            "and one at the end come with any of these; 0 is never."
+        },
+    )
+    probe_lengths: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Context lengths of the probes, in tokens. Default: 512, 1024, 2048, and 2 and 4 times the "
+            "training max_length, as far as the model's max_position_embeddings allows."
+        },
+    )
+    probe_depths: int = field(default=5, metadata={"help": "How many needle depths, evenly spread over the context."})
+    probe_samples: int = field(default=2, metadata={"help": "Probe samples for every task, length and depth."})
+    probe_tasks: list[str] = field(
+        default_factory=lambda: ["single_1", "single_2", "single_3"],
+        metadata={"help": "RULER's needle-in-a-haystack tasks to probe with."},
+    )
+    haystack: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text file whose prose hides the needles. Default: the run's own training text where its data set "
+            "can be read, else generated prose."
+        },
+    )
+    probe_budget: float = field(
+        default=0.02,
+        metadata={
+            "help": "Largest share of training time that probes may take: scheduled probes beyond it are left out. "
+            "The first and the last probe always run and count too."
+        },
+    )
+    probe_restored: bool = field(
+        default=True,
+        metadata={"help": "At saves and at the end, probe the restored weights beside the raw ones."},
+    )
+    recall_alert: float = field(
+        default=0.10,
+        metadata={
+            "help": "Warn when recall falls this far below the probe before training, beyond what noise explains."
+        },
+    )
+    on_alert: str = field(
+        default="warn",
+        metadata={"help": "What such a fall of recall does: warn, save (a checkpoint at once as well) or stop."},
+    )
     restore_on: str = field(
         default="save",
         metadata={
@@ -104,6 +154,29 @@ class QKGuardConfig:
             if value != "logging" and not value.isdigit():
                 raise QKGuardError(f'{name}={value!r} is not known; expected a number of steps, 0 or "logging"')
             setattr(self, name, value)
+        self._check_probes()
+
+    def _check_probes(self) -> None:
+        from qkguard.probe.tasks import find_task
+
+        self.probe_steps = str(self.probe_steps)
+        if self.probe_steps != "eval" and not self.probe_steps.isdigit() and not _is_fraction(self.probe_steps):
+            raise QKGuardError(
+                f"probe_steps={self.probe_steps!r} is not known; expected a number of steps, a fraction of training "
+                'such as 0.1, "eval", or 0 for never'
+            )
+        for name in ("probe_depths", "probe_samples"):
+            if (number := getattr(self, name)) < 1:
+                raise QKGuardError(f"{name}={number} leaves nothing to probe; expected at least 1, or probe_steps=0")
+        if self.probe_lengths is not None and (not self.probe_lengths or min(self.probe_lengths) < 1):
+            raise QKGuardError(f"probe_lengths={self.probe_lengths} is not known; expected token counts")
+        if not self.probe_budget > 0:
+            raise QKGuardError(f"probe_budget={self.probe_budget} allows no probe; expected a share above 0")
+        if not 0 < self.recall_alert <= 1:
+            raise QKGuardError(f"recall_alert={self.recall_alert} is not known; expected a share above 0 and up to 1")
+        if not self.probe_tasks:
+            raise QKGuardError("probe_tasks=[] leaves nothing to probe; name some, or set probe_steps=0")
+        self.probe_tasks = [find_task(task).name for task in self.probe_tasks]
 
     def due(self, which: str, step: int, logging_now: bool) -> bool:
         """Whether the schedule `which` ("drift_steps", "routing_drift_steps") asks for a measurement at `step`."""
@@ -117,3 +190,10 @@ class QKGuardConfig:
         """The fields that say which rows are restored, as keyword arguments of `layout.select`."""
         names = ("parts", "layers", "include_norms", "include_sliding_window", "entangled")
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name in names}
+
+
+def _is_fraction(value: str) -> bool:
+    try:
+        return 0 < float(value) < 1
+    except ValueError:
+        return False

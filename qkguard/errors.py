@@ -15,3 +15,7 @@ class UnknownLayoutError(QKGuardError):
 
 class WrongReferenceError(QKGuardError):
     """The pre-SFT reference is missing, damaged or another run's: never continued on."""
+
+
+class RankLostError(QKGuardError):
+    """Another rank gave no sign of life: nothing that needs all ranks can go on."""

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qkguard import errors
-from qkguard.errors import QKGuardError
+from qkguard.errors import QKGuardError, RankLostError
 
 T = TypeVar("T")
 
@@ -106,7 +106,7 @@ def _await(store: dist.Store, other: int, what: str, patience: float) -> tuple[s
         if count != seen:
             seen, since = count, time.monotonic()
         elif time.monotonic() - since > patience:
-            raise QKGuardError(
+            raise RankLostError(
                 f"{what}: no sign of life from rank {other} for {patience:.0f} s; it crashed or hangs, see its log"
             )
         time.sleep(pause)
@@ -170,6 +170,19 @@ def gather_flat(local: Tensor, spans: list[tuple[int, int]], dst: int = 0) -> Te
     dist.gather(padded, parts, dst=dst)
     if parts is None:
         return None
+    ordered = sorted(zip(spans, parts, strict=True), key=lambda pair: pair[0])
+    return torch.cat([part[: (b - a) * width].view(local.dtype) for (a, b), part in ordered])
+
+
+def all_gather_flat(local: Tensor, spans: list[tuple[int, int]]) -> Tensor:
+    """`gather_flat` whose result every rank gets."""
+    if world_size() == 1:
+        return local
+    width = local.element_size()
+    padded = torch.zeros(max(b - a for a, b in spans) * width, dtype=torch.uint8, device=comm_device())
+    padded[: local.numel() * width] = local.contiguous().view(torch.uint8).to(padded.device)
+    parts = [torch.empty_like(padded) for _ in spans]
+    dist.all_gather(parts, padded)
     ordered = sorted(zip(spans, parts, strict=True), key=lambda pair: pair[0])
     return torch.cat([part[: (b - a) * width].view(local.dtype) for (a, b), part in ordered])
 

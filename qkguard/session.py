@@ -23,6 +23,7 @@ from qkguard.drift import DriftTracker, Tracker
 from qkguard.errors import QKGuardError
 from qkguard.export import export_model, holds_weights, link_checkpoint
 from qkguard.layout import disk_names, find_attention, select
+from qkguard.probing import Probing
 from qkguard.reference import ReferenceFile
 from qkguard.start import RUN_FOLDER, establish_reference, retire_later_checkpoints, warnings_at_start
 from qkguard.tracking import Tracking
@@ -61,6 +62,7 @@ class Session:
         self.drift: dict[str, float] = {}
         self._shared_disk: bool | None = None
         self.tracking: Tracking | None = None
+        self.probing: Probing | None = None
         self.begin(args, state)
         if ranks.rank() == 0:
             logger.info("%s", self._describe(args, time.perf_counter() - started))
@@ -84,6 +86,15 @@ class Session:
                     logger.warning("a restored checkpoint of a later step than the resumed one was moved to %s", moved)
 
         ranks.on_rank_zero("opening the run folder", work)
+
+    def start_probes(self, args: TrainingArguments, state: TrainerState, tokenizer: Any, dataset: Any) -> None:
+        """Recall before the first step; what to probe with is made once."""
+        if self.probing is None:
+            parts = (self.config, self.folder, self.model, getattr(self, "reference", None), self.publish)
+            self.probing = Probing(*parts, args, state, tokenizer, dataset)
+        else:
+            self.probing.begin(state)
+        self.probing.at_start(state)
 
     # -- measuring ---------------------------------------------------------------------------------------------------
 
@@ -173,7 +184,9 @@ class Session:
                 overwrite=True,
             )
 
-        extra = {"step": step, "drift": self.drift}
+        extra: dict[str, Any] = {"step": step, "drift": self.drift}
+        if self.probing and self.probing.summary:
+            extra["probe"] = self.probing.summary
         what = f"writing {out}"
         if self.each_node:  # every node has its own disk and its own copy of the raw files
             ranks.together(what, lambda: _alone(build(), extra) if self.writes else None)

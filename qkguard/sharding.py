@@ -7,12 +7,14 @@ storage it has, so keeping and comparing weights needs no gather. Nothing outsid
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from qkguard import ranks
@@ -55,6 +57,11 @@ def full_numel(param: Param) -> int:
 def dtype(param: Param) -> torch.dtype:
     """The dtype of the weight that the forward pass uses."""
     return param.ds_tensor.dtype if hasattr(param, "ds_tensor") else param.dtype
+
+
+def device(param: Param) -> torch.device:
+    """Where this rank's part of the weight lies."""
+    return param.ds_tensor.device if hasattr(param, "ds_tensor") else param.device
 
 
 def check_supported(model: nn.Module, names: Iterable[str]) -> None:
@@ -137,6 +144,61 @@ def read(param: Param, span: Span) -> Tensor:
         offset = _dtensor_span(param)[0]
         return param.to_local().detach().reshape(-1)[start - offset : stop - offset]
     return param.detach().reshape(-1)[start:stop]
+
+
+@torch.no_grad()
+def write(param: Param, flat: Tensor) -> None:
+    """Set the weight that the forward uses, every rank handing in its own `tile` of it; ALL ranks must call this.
+
+    Full copies on other ranks change with it, and so does one that ZeRO-3 has gathered and not yet let go. The
+    optimizer's master weights are not touched. Call `settle` first: a gather under way would bring old values.
+    """
+    spans = tiles([param])[0]
+    start, stop = spans[ranks.rank()]
+    if hasattr(param, "ds_tensor"):
+        offset = param.ds_zero_partition_rank * param.ds_tensor.numel()
+        param.ds_tensor.data.view(-1)[start - offset : stop - offset] = flat.to(param.ds_tensor.device)
+        if param.ds_status.name == "AVAILABLE":
+            param.data.view(-1).copy_(ranks.all_gather_flat(flat, spans))
+    elif isinstance(param, DTensor):
+        first, last = _dtensor_span(param)
+        whole = ranks.all_gather_flat(flat, spans) if spans[ranks.rank()] != (first, last) else None
+        local = param.to_local().detach()
+        local.copy_((flat if whole is None else whole[first:last]).view(local.shape))
+    else:
+        param.data.copy_(ranks.all_gather_flat(flat, spans).view(param.shape))
+
+
+def settle(model: nn.Module) -> None:
+    """Let go of what forward passes without gradients leave behind in a sharded model; ALL ranks must call this.
+
+    ZeRO-3 learns the order of parameters from one pass and fetches ahead by it in the next: a probe's order must not
+    reach a training step, where parameters fetched for nothing crash the backward pass (a fused loss never calls the
+    output embedding). Its fetches still under way are finished. FSDP2's unsharded copies are dropped.
+    """
+    coordinator = _zero3_coordinator(model)
+    if coordinator is not None:
+        coordinator._clean_inflight_param_registry()
+        if not coordinator.is_invalid_trace():
+            coordinator._invalidate_trace()
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def can_settle(model: nn.Module) -> bool:
+    """Whether `settle` finds what it needs; where not, a forward pass between training steps is not safe."""
+    return backend(model) != "zero3" or _zero3_coordinator(model) is not None
+
+
+def _zero3_coordinator(model: nn.Module) -> Any:
+    """DeepSpeed's coordinator of gathers, which the hook at the start of the model's forward belongs to."""
+    for hook in model._forward_pre_hooks.values():
+        if inspect.isroutine(function := inspect.unwrap(hook)) and hasattr(function, "__closure__"):
+            owner = inspect.getclosurevars(function).nonlocals.get("self")
+            if owner is not None and hasattr(owner, "get_param_coordinator"):
+                return owner.get_param_coordinator()
+    return None
 
 
 def tiles(params: list[Param]) -> list[list[Span]]:

@@ -63,9 +63,8 @@ def make_trainer(base: Path, args: Any, guard: Any = None, model: Any = None, **
     callbacks = [recorder] + ([guard] if guard else [])
     if isinstance(args, SFTConfig):
         settings = {"model": model if model is not None else str(base), "train_dataset": token_rows()}
-        trainer: Any = SFTTrainer(
-            args=args, processing_class=tiny_tokenizer(), callbacks=callbacks, **settings | options
-        )
+        settings["processing_class"] = tiny_tokenizer()
+        trainer: Any = SFTTrainer(args=args, callbacks=callbacks, **settings | options)
     else:
         data = token_rows().map(lambda r: {"input_ids": r["input_ids"][:12], "labels": r["input_ids"][:12]})
         model = model if model is not None else AutoModelForCausalLM.from_pretrained(base)

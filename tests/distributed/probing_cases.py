@@ -1,0 +1,216 @@
+"""Trainings with recall probes on real ranks: left alone, with one process's numbers, and the live swap of Q and K."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
+
+from qkguard import QKGuardCallback, restored, sharding
+from qkguard.probe import Prober
+from qkguard.probe.undisturbed import undisturbed
+from tests import judge
+from tests.distributed.cases import STEPS, base_model, deepspeed_config, rank, reset
+from tests.probing import bpe_tokenizer
+from tests.training import arguments, make_trainer
+
+PROBES: dict[str, Any] = {"probe_lengths": [192], "probe_depths": 5, "probe_samples": 1, "probe_tasks": ["s1"]}
+TINY = {"vocab_size": 1024, "max_position_embeddings": 256}  # llama's embeddings are untied
+
+
+class BoomError(Exception):
+    pass
+
+
+class Trap:
+    """Raises in the middle of every `every`-th forward pass that is not training's, on the chosen rank or on all."""
+
+    def __init__(self, model: nn.Module, every: int, only: int | None = None) -> None:
+        self.calls, self.every, self.only, self.sprung = 0, every, only, 0
+        self.hook = sharding.unwrap(model).model.layers[2].register_forward_pre_hook(self)
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if not module.training:
+            self.calls += 1
+            if self.calls % self.every == 0 and self.only in (None, rank()):
+                self.sprung += 1
+                raise BoomError("in the middle of a probe")
+
+
+def run(folder: Path, base: Path, backend: str, guard: Any = None, extra: Any = None, **options: Any) -> Any:
+    """A finished training of a tiny untied model."""
+    reset()
+    if backend.startswith("zero"):
+        options["deepspeed"] = deepspeed_config(int(backend[-1]), tight=False)
+    settings: dict[str, Any] = {"processing_class": bpe_tokenizer()}
+    if backend == "fsdp2":
+        from transformers.distributed import DistributedConfig
+
+        spread = DistributedConfig(fsdp_size=dist.get_world_size())
+        model = AutoModelForCausalLM.from_pretrained(base, distributed_config=spread)
+        args = arguments(folder, TrainingArguments, save_only_model=True, **options)
+        trainer = make_trainer(base, args, guard, model=model, **settings)
+    else:
+        trainer = make_trainer(base, arguments(folder, **options), guard, **settings)
+    made = extra(trainer) if extra else None
+    if isinstance(made, TrainerCallback):
+        trainer.add_callback(made)
+    trainer.train()
+    return trainer, made
+
+
+def outcome(folder: Path, trainer: Any) -> Any:
+    weights = judge.weights_in_bits(folder / f"run/checkpoint-{STEPS}")
+    streams = (torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate())
+    return trainer.recorder.rows, weights, streams
+
+
+def lines_into(lines: list[str]) -> None:
+    """Collect what the guard logs."""
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("qkguard").handlers[:] = [handler]
+
+
+def trained_alike(folder: Path, backend: str) -> None:
+    """Without probes, with them at every step and at the save, and with some that raise: bit-identical trainings."""
+    base = base_model(folder, "llama", **TINY)
+    trainer, _ = run(folder / "bare", base, backend)
+    expected = outcome(folder / "bare", trainer)
+    assert len(expected[0]) == STEPS
+    haystack = folder / "prose.txt"
+    if rank() == 0:
+        haystack.write_text("The cat sat on the mat. The dog went for a walk. Rain fell on the hills all night. " * 9)
+    dist.barrier()
+    options = PROBES | {"probe_steps": 1, "probe_budget": 1e9, "haystack": str(haystack)}
+    guard = QKGuardCallback(strict=True, **options)
+    trainer, _ = run(folder / "probed", base, backend, guard)
+    assert outcome(folder / "probed", trainer) == expected
+    if rank() == 0:
+        check_numbers(folder / "probed/run", base, haystack)
+
+    lines: list[str] = []
+
+    def trap(trainer: Any) -> Trap:
+        lines_into(lines)
+        return Trap(trainer.model, 2)
+
+    trainer, sprung = run(folder / "trapped", base, backend, QKGuardCallback(**options), trap)
+    assert sprung.sprung >= 2 and outcome(folder / "trapped", trainer) == expected
+    if rank() == 0:
+        told = [line for line in lines if "BoomError" in line and "Training goes on" in line]
+        assert len(told) == sprung.sprung and any("restored weights" in line for line in told), lines
+    dist.barrier()
+
+
+def check_numbers(folder: Path, base: Path, haystack: Path) -> None:
+    """The baseline and the last probes of the raw and restored weights are those of one process on saved models."""
+    reset()
+    kept = json.loads((folder / "_qkguard/probe.json").read_text())["baseline"]
+    rows = [row for row in judge.metrics_rows(folder) if row["step"] == STEPS]
+    last = {s: next(r for r in rows if f"qkguard/niah{s}/recall" in r) for s in ("", "_restored")}
+    found = {}
+    for where in (base, folder / f"checkpoint-{STEPS}", folder / f"checkpoint-{STEPS}/qk_restored"):
+        prober = Prober(
+            bpe_tokenizer(), lengths=[192], depths=5, samples=1, tasks=["s1"], haystack=str(haystack), attention=True
+        )
+        prober.load_state({k: kept["settings"][k] for k in ("forms", "forms_seen", "digest")})
+        found[where.name] = prober.run(AutoModelForCausalLM.from_pretrained(where))
+    alone = found["base"].to_json()
+    for mine, other in zip(kept["samples"], alone["samples"], strict=True):
+        assert mine[:5] == other[:5] and abs(mine[5] - other[5]) < 1e-5, (mine, other)
+    for suffix, where in (("", f"checkpoint-{STEPS}"), ("_restored", "qk_restored")):
+        want = found[where]
+        assert abs(last[suffix][f"qkguard/niah{suffix}/answer_logprob"] - want.answer_logprob) < 1e-5
+        assert abs(last[suffix][f"qkguard/attention{suffix}/needle_mass"] - want.attention.mean("needle")) < 1e-6
+    gap = found["qk_restored"].answer_logprob - found[f"checkpoint-{STEPS}"].answer_logprob
+    assert abs(gap) > 1e-4, "raw and restored weights cannot be told apart"
+    manifest = json.loads((folder / f"checkpoint-{STEPS}/qk_restored/qkguard.json").read_text())["probe"]
+    assert manifest["raw"]["step"] == manifest["restored"]["step"] == STEPS
+
+
+class Swaps(TrainerCallback):
+    """At step 2 swaps Q and K before any other forward pass, after some, and with an exception in between."""
+
+    def __init__(self, guard: QKGuardCallback) -> None:
+        self.guard = guard
+        self.logits: dict[str, Tensor] = {}
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step != 2:
+            return
+        model, reference = sharding.unwrap(model), self.guard.session.reference
+
+        def logits() -> Tensor:
+            with undisturbed(model):
+                return model(input_ids=torch.arange(5, 69)[None], use_cache=False).logits.clone()
+
+        with restored(model, reference):
+            self.logits["first"] = logits()
+        self.logits["raw"] = logits()
+        with restored(model, reference):
+            self.logits["second"] = logits()
+        trap = Trap(model, 1)
+        try:
+            with restored(model, reference):
+                logits()
+        except BoomError:
+            pass
+        else:
+            raise AssertionError("the trap did not work")
+        trap.hook.remove()
+        with restored(model, reference):
+            self.logits["third"] = logits()
+        self.logits["raw again"] = logits()
+        sharding.settle(model)
+
+
+def swapped(folder: Path, backend: str) -> None:
+    """The restored live model gives the logits of the loaded `qk_restored/`, and training does not notice."""
+    base = base_model(folder, "llama", **TINY)
+    trainer, _ = run(folder / "bare", base, backend)
+    expected = outcome(folder / "bare", trainer)
+    guard = QKGuardCallback(strict=True, probe_steps=0)
+    trainer, swaps = run(folder / "swapped", base, backend, guard, lambda trainer: Swaps(guard), save_steps=1)
+    assert outcome(folder / "swapped", trainer) == expected
+    if rank() == 0:
+        reset()
+        for where, names in (("", ("raw", "raw again")), ("/qk_restored", ("first", "second", "third"))):
+            model = AutoModelForCausalLM.from_pretrained(f"{folder}/swapped/run/checkpoint-2{where}").eval()
+            with torch.no_grad():
+                want = model(input_ids=torch.arange(5, 69)[None], use_cache=False).logits
+            for name in names:
+                assert torch.equal(swaps.logits[name], want), (name, (swaps.logits[name] - want).abs().max())
+        assert not torch.equal(swaps.logits["raw"], swaps.logits["first"]), "the swap changed nothing"
+    dist.barrier()
+
+
+def one_rank_fails(folder: Path) -> None:
+    """A probe that fails on one rank alone: every rank leaves it, one line says so, training goes on unchanged."""
+    base = base_model(folder, "llama", **TINY)
+    trainer, _ = run(folder / "bare", base, "ddp")
+    expected = outcome(folder / "bare", trainer)
+    last = dist.get_world_size() - 1
+    lines: list[str] = []
+
+    def trap(trainer: Any) -> Trap:
+        lines_into(lines)
+        return Trap(trainer.model, 4, only=last)
+
+    guard = QKGuardCallback(**PROBES, probe_steps=1, probe_budget=1e9)
+    trainer, sprung = run(folder / "trapped", base, "ddp", guard, trap)
+    assert outcome(folder / "trapped", trainer) == expected
+    if rank() == last:
+        assert sprung.sprung >= 2
+    if rank() == 0:
+        told = [line for line in lines if "failed on rank" in line]
+        assert told and all(f"rank {last}: BoomError" in line and "Training goes on" in line for line in told)
+    dist.barrier()
