@@ -136,7 +136,7 @@ class AdapterTracker:
             base: dict[str, Tensor] = {}
             for weight in weights:
                 if first or weight.dora:
-                    full = _gather(params[weight.pmap.name], weight.pmap, i % size)
+                    full = _gather(weight.base(params[weight.pmap.name]), weight.pmap, i % size)
                     if full is not None:
                         base[weight.pmap.name] = full
             if i % size != me:
@@ -228,14 +228,14 @@ class AdapterTracker:
         factors = {
             n: w.factors([next(full) for _ in group]) for (n, w), group in zip(adapted.items(), tensors, strict=True)
         }
-        local = [_project(params[n], w.pmap, torch.cat([f.a for f in factors[n]])) for n, w in adapted.items()]
+        local = [_project(w.base(params[n]), w.pmap, torch.cat([f.a for f in factors[n]])) for n, w in adapted.items()]
         projected = self._reduced(local)
         return {n: moved(factors[n], p, self._norms[n]) for n, p in zip(adapted, projected, strict=True)}
 
     @torch.no_grad()
     def _row_norms(self, param: Any, weight: AdaptedWeight) -> Tensor:
         out = torch.zeros(weight.outputs, dtype=torch.float64)
-        for row, block in _blocks(param, weight.pmap):
+        for row, block in _blocks(weight.base(param), weight.pmap):
             if weight.pmap.dim == 0:
                 out[row : row + len(block)] = (block * block).sum(1).cpu()
             else:

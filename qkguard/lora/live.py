@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor
 
 from qkguard import ranks, sharding
 from qkguard.errors import QKGuardError
 from qkguard.layout.spec import AttentionSpec, ParamMap
 from qkguard.lora.adapter import check_config
+
+QUANTISED = ("Params4bit", "Int8Params")  # bitsandbytes
 
 Selection = Sequence[tuple[AttentionSpec, tuple[ParamMap, ...]]]
 
@@ -31,10 +34,15 @@ class Factors:
 
 @dataclass(frozen=True)
 class AdaptedWeight:
-    """A query or key weight (of a selected layer) and the PEFT layer around it; `layer` is None without adapters."""
+    """A query or key weight, the PEFT layer around it (None without adapters), and the base module that owns it."""
 
     pmap: ParamMap
     layer: Any
+    owner: Any
+
+    @property
+    def quantised(self) -> bool:
+        return not self.owner.weight.is_floating_point()
 
     @property
     def adapters(self) -> list[str]:
@@ -50,6 +58,10 @@ class AdaptedWeight:
     @property
     def outputs(self) -> int:
         return self.pmap.shape[self.pmap.dim]
+
+    def base(self, param: Any) -> Any:
+        """The base weight that the forward pass works with; a 4/8-bit one dequantised for the moment."""
+        return param if param.is_floating_point() else _dequantised(self.owner)
 
     def params(self) -> list[Any]:
         """The adapters' parameters, in the order of `factors`."""
@@ -90,10 +102,12 @@ def adapted_weights(model: Any, selection: Selection, *, merging: bool = False) 
                     f"{pmap.name} is trained whole (modules_to_save, or unfrozen) in a model with adapters; leave "
                     "queries and keys to LoRA, or train without PEFT"
                 )
-            if not param.is_floating_point():
+            if not param.is_floating_point() and (
+                type(param).__name__ not in QUANTISED or hasattr(param, "ds_tensor")
+            ):
                 raise QKGuardError(
-                    f"{pmap.name} is held as {param.dtype}: drift on a quantised base is not supported; leave the "
-                    "callback out and use `qkguard merge` with the unquantised base afterwards"
+                    f"{pmap.name} is held as {type(param).__name__} of {param.dtype}, which is not read; expected a "
+                    "base in 16 or 32 bits, or bitsandbytes' 4 or 8 without ZeRO-3. `qkguard merge` works afterwards"
                 )
             if pmap.kind != "weight":
                 continue
@@ -102,8 +116,17 @@ def adapted_weights(model: Any, selection: Selection, *, merging: bool = False) 
             for name in getattr(layer, "lora_variant", {}):
                 if not layer.use_dora.get(name):
                     raise QKGuardError(f"{path} uses {type(layer.lora_variant[name]).__name__}; expected LoRA or DoRA")
-            out.append(AdaptedWeight(pmap, layer))
+            out.append(AdaptedWeight(pmap, layer, model.get_submodule(pmap.name.rpartition(".")[0])))
     return out
+
+
+def _dequantised(module: Any) -> Tensor:
+    """The weight of a bitsandbytes layer in its full shape, with nothing of the layer's state changed."""
+    weight = module.weight
+    if type(weight).__name__ == "Int8Params":  # PEFT's function moves the scales, which training still needs
+        scale = weight.SCB if weight.SCB is not None else module.state.SCB
+        return weight.detach().float() * scale.float()[:, None] / 127
+    return dequantize_module_weight(module).detach()
 
 
 def replicate(params: list[Any]) -> list[Tensor]:

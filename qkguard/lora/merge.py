@@ -88,6 +88,7 @@ def merge_adapter(
     check_target(sources, Path(out), overwrite)
     opened_adapter = open_adapter(adapter)
     folder = resolve_folder(base)
+    check_mergeable(folder)
     weights = open_weights(folder)
     assert isinstance(weights, SafetensorsFolder)  # without allow_pickle there is nothing else
     specs = find_attention(folder, spec=spec, trust_remote_code=trust_remote_code)
@@ -115,6 +116,14 @@ def merge_adapter(
     except BaseException:
         write.abort()
         raise
+
+
+def check_mergeable(base: str | os.PathLike[str]) -> None:
+    """Refuse a base that adapters cannot be merged onto: no safetensors, or quantised ones."""
+    weights = open_weights(resolve_folder(base))
+    for name in weights.where:
+        if name.endswith("proj.weight"):
+            weights.dtype(name)
 
 
 class MergeWrite(PatchedFolder):

@@ -17,7 +17,7 @@ from qkguard.errors import QKGuardError
 from qkguard.lora.adapter import TENSORS
 from qkguard.lora.drift import AdapterTracker
 from qkguard.lora.live import adapted_weights
-from qkguard.lora.merge import merge_adapter
+from qkguard.lora.merge import check_mergeable, merge_adapter
 from qkguard.lora.save import copy_adapter, export_adapter, no_restored_form, write_restored_adapter
 from qkguard.session import RESTORED, Session
 
@@ -43,6 +43,9 @@ class AdapterSession(Session):
         self.weights = adapted_weights(self.model, self.selection, merging=self.config.merge_at_end)
         self.guards = any(weight.layer is not None for weight in self.weights)
         self.writable = self._check_writable()
+        self.quantised = any(weight.quantised for weight in self.weights)
+        if self.config.merge_at_end:
+            ranks.on_rank_zero("looking at the base to merge onto", lambda: check_mergeable(self._merge_base()))
         return AdapterTracker(self.model, self.selection, self.weights) if self.guards else _NoDrift()
 
     def _check_writable(self) -> bool:
@@ -103,25 +106,38 @@ class AdapterSession(Session):
             logger.info("wrote %s (%.1f s)", final, time.perf_counter() - started)
 
     def _merge(self, final: Path, step: int) -> None:
-        active = list(self.model.active_adapters)
-        if len(active) != 1:
-            raise QKGuardError(
-                f"merge_at_end merges one adapter, {active} are active; merge them with `qkguard merge`"
-            )
-        base = self.config.base_model or self.model.peft_config[active[0]].base_model_name_or_path
-        base = base or getattr(self.model.config, "_name_or_path", None)
-        if not base:
-            raise QKGuardError("merge_at_end: the base model's folder is unknown; name it with base_model=...")
+        (adapter,) = self.model.active_adapters
+        base = self._merge_base()
         options: dict[str, Any] = {"overwrite": True, "spec": self.config.spec, **self.config.selection_options}
         options["extra"] = {"step": step, "trained_drift": self.drift}
+        if self.quantised:
+            said = "the adapter was trained on a quantised base and merged onto the unquantised weights"
+            options["extra"]["warnings"] = [said]
         for folder, chosen in (("merged_raw", {"keep_qk": True}), (f"merged_{RESTORED}", {"alpha": 1 - self.share})):
             if folder == "merged_raw" or self.guards:
                 self._alone(
                     f"merging into {final / folder}",
                     lambda folder=folder, chosen=chosen: merge_adapter(  # type: ignore[misc]
-                        base, final / "raw" / active[0], final / folder, **options, **chosen
+                        base, final / "raw" / adapter, final / folder, **options, **chosen
                     ),
                 )
+
+    def _merge_base(self) -> str:
+        """What adapters are merged onto: a folder or hub id.
+
+        Raises:
+            QKGuardError: not one active adapter, or no name for the base.
+        """
+        active = list(self.model.active_adapters)
+        if len(active) != 1:
+            raise QKGuardError(
+                f"merge_at_end merges one adapter, {active} are active; merge them with `qkguard merge`"
+            )
+        named = self.model.peft_config[active[0]].base_model_name_or_path
+        base = self.config.base_model or named or getattr(self.model.config, "_name_or_path", None)
+        if not base:
+            raise QKGuardError("merge_at_end: the base model's folder is unknown; name it with base_model=...")
+        return str(base)
 
     def _raw_adapters(self, checkpoint: Path, processing_class: Any) -> dict[str, Path]:
         """Where each adapter of a checkpoint is, after every rank has finished writing it."""
@@ -189,7 +205,12 @@ class AdapterSession(Session):
                 else "Adapters"
             )
             + (f", final ones in {self.folder / 'final'}" if config.final_export else "")
-            + (", merged models at the end." if config.merge_at_end else ".")
+            + (f", merged models at the end, onto {self._merge_base()}" if config.merge_at_end else "")
+            + (
+                " (the base in training is quantised, drift is that of its dequantised weights)."
+                if self.quantised
+                else "."
+            )
         )
 
 

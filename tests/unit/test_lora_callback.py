@@ -265,3 +265,43 @@ def test_verify_finds_a_changed_adapter_and_a_changed_raw(tmp_path):
     with pytest.raises(QKGuardError, match="queries and keys alone"):
         alone = save_adapter(base, tmp_path / "alone", target_modules=["q_proj"])
         write_restored_adapter(alone, tmp_path / "nothing", selection)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_adapters_on_a_quantised_base_are_merged_onto_the_unquantised_one(tmp_path, bits, caplog, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    from peft import get_peft_model
+    from peft.utils.integrations import dequantize_module_weight
+    from transformers import BitsAndBytesConfig
+
+    monkeypatch.setattr(logging.getLogger("qkguard"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="qkguard")
+    base = save_base(tmp_path / "base", "llama")
+    settings = BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, llm_int8_skip_modules=["lm_head"])
+    losses = []
+    for guard in (None, QKGuardCallback(strict=True, merge_at_end=True, routing_drift_steps=1)):
+        quantised = AutoModelForCausalLM.from_pretrained(base, quantization_config=settings)
+        torch.manual_seed(0)
+        model = get_peft_model(quantised, lora(target_modules=["q_proj", "v_proj"]))
+        trainer = train(base, arguments(tmp_path if guard else tmp_path / "plain"), guard, model=model)
+        losses.append(trainer.recorder.rows)
+    assert losses[0] == losses[1]
+    assert f"onto {base}" in caplog.text and "dequantised" in caplog.text
+    run, final = tmp_path / "run", tmp_path / "run/_qkguard/final"
+    peft = peft_merge(base, run / "checkpoint-3", tmp_path / "peft")
+    assert not oracle.differences(oracle.load_folder(final / "merged_raw"), peft)
+    wanted = expected_merge("llama", base, peft)
+    assert not oracle.differences(oracle.load_folder(final / "merged_qk_restored"), wanted)
+    manifest = json.loads((final / "merged_qk_restored/qkguard.json").read_text())
+    assert any("trained on a quantised base" in w for w in manifest["warnings"])
+    last = [r for r in judge.metrics_rows(run) if "qkguard/drift/routing_rel" in r][-1]
+    layer = model.base_model.model.model.layers[2].self_attn.q_proj
+    delta = (
+        layer.lora_B["default"].weight.double() @ layer.lora_A["default"].weight.double() * layer.scaling["default"]
+    )
+    want = float(delta.detach().norm() / dequantize_module_weight(layer.base_layer).double().norm())
+    assert last["qkguard/drift/layer_2/q_rel"] == pytest.approx(want, rel=1e-7)
+    assert last["qkguard/drift/layer_2/k_rel"] == 0.0
+    quantised.save_pretrained(tmp_path / "four")
+    with pytest.raises(QKGuardError, match="unquantised checkpoint"):
+        merge_adapter(tmp_path / "four", run / "checkpoint-3", tmp_path / "merged")
