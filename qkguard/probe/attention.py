@@ -16,7 +16,7 @@ from transformers import AttentionInterface
 
 from qkguard.errors import QKGuardError
 
-_CHUNK = 1 << 24  # probabilities held at a time (64 MiB in float32)
+_CHUNK = 1 << 22  # probabilities held at a time (16 MiB in float32), so that few keys are copied to float32 at once
 
 
 def attention_rows(

@@ -17,6 +17,7 @@ from torch import nn
 from qkguard.errors import QKGuardError
 from qkguard.probe.forward import check_chunks, input_device
 from qkguard.probe.generation import NEW_TOKENS, answer_prompts, generated, read_prompts
+from qkguard.probe.lengths import check_lengths
 from qkguard.probe.pictures import attention_heatmap, png, recall_heatmap, short_length
 from qkguard.probe.prober import TASKS, Prober, Progress
 from qkguard.probe.prompt import Encoder, make_frame
@@ -99,7 +100,8 @@ def probe_models(models: Sequence[str], settings: ProbeSettings, bar: Bar | None
             warnings.append(f"the output was NaN or infinite on {result.not_finite} samples, counted as wrong")
         if reports and result.settings["digest"] != reports[0].result.settings["digest"]:
             warnings.append("its tokenizer or template differs, so its samples are not those of the first model")
-        reports.append(ModelReport(name, replace(result, settings=result.settings | {"model": str(path)}), warnings))
+        result = replace(result, settings=result.settings | {"model": str(path)})
+        reports.append(ModelReport(name, result, [f"{name}: {text}" for text in warnings]))
         del model
         _free()
     return reports
@@ -151,28 +153,6 @@ def load_model(path: Path, settings: ProbeSettings) -> nn.Module:
         return model.eval()
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         raise QKGuardError(f"{path}: the model could not be loaded: {_line(error)}") from error
-
-
-def check_lengths(model: nn.Module, lengths: Sequence[int]) -> list[str]:
-    """Refuse lengths that a model cannot take at all; warn of those beyond what its configuration says.
-
-    Raises:
-        QKGuardError: learned position embeddings end before the longest context.
-    """
-    longest = max(lengths) + 16  # another form of the answer may take a few tokens more
-    for name, module in model.named_modules():
-        learned = isinstance(module, nn.Embedding) and ("wpe" in name or "embed_positions" in name)
-        if learned and module.num_embeddings < longest:
-            raise QKGuardError(
-                f"the model has learned positions up to {module.num_embeddings}, so contexts of {max(lengths)} "
-                f"tokens cannot be probed; give --lengths up to {module.num_embeddings - 16}"
-            )
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    limit = getattr(config, "max_position_embeddings", None)
-    if isinstance(limit, int) and 0 < limit < max(lengths):
-        return [f"lengths above {limit} tokens are beyond the model's max_position_embeddings"]
-    return []
 
 
 def choose_chunk(model: nn.Module, prober: Prober, settings: ProbeSettings) -> list[str]:

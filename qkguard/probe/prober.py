@@ -50,7 +50,8 @@ class Prober:
         QKGuardError: settings that make no samples.
 
     Ranks of a sharded or replicated model make the same `Prober` and call the same methods: samples are divided
-    over them. `prepare` does all the work that can fail on one rank alone, before the first collective.
+    over them. `prepare` does the work that can fail on one rank alone; where there are several, call it (and agree on
+    its success) before `find_forms` and again, for the form found, before `run`.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class Prober:
         self.maker = SampleMaker(encoder, prose, seed)
 
     def prepare(self, rank: int = 0, world: int = 1) -> None:
-        """Make this rank's samples (the first probe would do it too)."""
+        """Make this rank's samples in the form known so far; what is made already costs nothing."""
         for batch in (*divide(self.cells, rank, world, self.batch_tokens), *self._form_batches(rank, world)):
             for job in batch:
                 self.maker.make(job.cell)

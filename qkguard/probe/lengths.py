@@ -1,0 +1,63 @@
+"""Which context lengths a model can be probed at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from qkguard.errors import QKGuardError
+from qkguard.probe.forms import SLACK
+
+STANDARD = (512, 1024, 2048)
+
+
+def default_lengths(model: nn.Module, max_length: int | None = None) -> tuple[int, ...]:
+    """512, 1K, 2K, and 2x and 4x the training's `max_length`, as far as they fit the model.
+
+    A probe inside the training length alone may rise while recall beyond it collapses. A model for which none of
+    these fits is probed at the longest context it has.
+    """
+    wanted = {*STANDARD, *((2 * max_length, 4 * max_length) if max_length else ())}
+    limits = [n for n in (hard_limit(model), soft_limit(model)) if n is not None]
+    limit = min(limits, default=None)
+    if limit is None:
+        return tuple(sorted(wanted))
+    return tuple(sorted(n for n in wanted if n <= limit)) or (limit,)
+
+
+def check_lengths(model: nn.Module, lengths: Sequence[int]) -> list[str]:
+    """Refuse lengths that a model cannot take at all; warn of those beyond what its configuration says.
+
+    Raises:
+        QKGuardError: learned position embeddings end before the longest context.
+    """
+    hard, soft = hard_limit(model), soft_limit(model)
+    if hard is not None and hard < max(lengths):
+        raise QKGuardError(
+            f"the model has learned positions up to {hard + SLACK}, so contexts of {max(lengths)} tokens cannot be "
+            f"probed; give lengths up to {hard}"
+        )
+    if soft is not None and soft < max(lengths):
+        return [f"lengths above {soft} tokens are beyond the model's max_position_embeddings"]
+    return []
+
+
+def hard_limit(model: nn.Module) -> int | None:
+    """The longest context that learned position embeddings leave room for; None without any."""
+    tables = [
+        module.num_embeddings - SLACK  # another form of the answer may take a few tokens more
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding)
+        and name.rpartition(".")[2] in ("wpe", "embed_positions", "position_embeddings")
+    ]
+    return min(tables, default=None)
+
+
+def soft_limit(model: nn.Module) -> int | None:
+    """What the configuration says is the longest context; None where it says nothing."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    limit = getattr(config, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
