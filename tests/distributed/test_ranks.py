@@ -40,6 +40,11 @@ CASES = {
         "lora_fsdp2",
         "lora_fsdp2@dora",
         "failing_write",
+        "trained_alike@zero3",
+        "swapped@zero3",
+        "swapped@ddp",
+        "swapped@fsdp2",
+        "one_rank_fails",
     ],
     3: [
         "guarded@ddp,fp32,minimax",
@@ -49,6 +54,7 @@ CASES = {
         "fsdp2",
         "lora_fsdp2@dora",
         "failing_write",
+        "trained_alike@zero3",
     ],
 }
 
