@@ -185,6 +185,23 @@ def test_rows_by_hand() -> None:
     assert torch.equal(capped, torch.tensor([[[1.0, 0.0]], [[1.0, 0.0]]]))
 
 
+def test_block_masks_of_flex_attention_are_read() -> None:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def near(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        return (column <= row) & (column > row - 7)
+
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(1, 2, 40, 8, generator=generator) for _ in range(2))
+    mask = create_block_mask(near, 1, 1, 40, 40, device="cpu")
+    call = attention._Call(nn.Identity(), query, key, mask, False, {"scaling": 0.3})
+    rows = torch.tensor([5, 20, 39])
+    found = call.probabilities(0, range(2), rows, rows, torch.arange(40))
+    scores = (query @ key.transpose(2, 3) * 0.3)[0][:, rows]
+    inside = near(rows, rows, rows[:, None], torch.arange(40)[None])
+    assert torch.allclose(found, scores.masked_fill(~inside, -torch.inf).softmax(-1), atol=1e-6)
+
+
 def test_layer_numbers() -> None:
     assert layer_number("model.layers.11.self_attn") == 11
     assert layer_number("transformer.h.3.attn") == 3
