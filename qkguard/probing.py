@@ -21,6 +21,7 @@ from qkguard import ranks, sharding
 from qkguard.config import QKGuardConfig
 from qkguard.errors import QKGuardError, RankLostError, WrongReferenceError
 from qkguard.probe.haystack import Prose, load_prose
+from qkguard.probe.lengths import check_lengths, hard_limit
 from qkguard.probe.prober import Prober
 from qkguard.probe.results import Drop, ProbeResult
 from qkguard.probe.schedule import Budget, default_lengths, interval
@@ -70,7 +71,9 @@ class Probing:
         self._last_step = {False: -1, True: -1}  # of the raw and of the restored weights
         self.budget = Budget(config.probe_budget)
         max_length = getattr(args, "max_length", None)
-        lengths = list(config.probe_lengths or default_lengths(getattr(model, "config", None), max_length))
+        room = hard_limit(model)
+        fitting = [n for n in default_lengths(getattr(model, "config", None), max_length) if room is None or n <= room]
+        lengths = list(config.probe_lengths or fitting)
         why = _why_not(config, args, model, tokenizer, lengths)
         self.prober: Prober | None = None
         if why is None:
@@ -86,6 +89,9 @@ class Probing:
             haystack = ranks.on_rank_zero("reading the training text", lambda: training_prose(dataset, tokenizer))
 
         def make() -> Prober:
+            warnings = check_lengths(self.model, lengths)
+            if warnings and ranks.rank() == 0:
+                logger.warning("%s", "; ".join(warnings))
             prober = Prober(
                 tokenizer,
                 lengths=lengths,
