@@ -20,11 +20,11 @@ from transformers import IntervalStrategy, TrainerControl, TrainerState, Trainin
 from qkguard import ranks, sharding
 from qkguard.config import QKGuardConfig
 from qkguard.errors import QKGuardError, RankLostError, WrongReferenceError
-from qkguard.probe.haystack import Prose, load_prose
 from qkguard.probe.lengths import check_lengths, hard_limit
 from qkguard.probe.prober import Prober
 from qkguard.probe.results import Drop, ProbeResult
 from qkguard.probe.schedule import Budget, default_lengths, interval
+from qkguard.probe.setting import training_prose, why_not
 from qkguard.reference import Reference, write_json
 from qkguard.swap import restored
 
@@ -32,7 +32,6 @@ logger = logging.getLogger(__name__)
 
 STATE = "probe.json"
 PATIENCE = 1800.0  # seconds that ranks wait for one another in a probe
-TEXT_ROWS, TEXT_CHARACTERS = 400, 2_000_000  # training examples that a haystack is made of, at most
 Publish = Callable[[dict[str, float], int, dict[str, Any]], None]
 
 
@@ -74,7 +73,7 @@ class Probing:
         room = hard_limit(model)
         fitting = [n for n in default_lengths(getattr(model, "config", None), max_length) if room is None or n <= room]
         lengths = list(config.probe_lengths or fitting)
-        why = _why_not(config, args, model, tokenizer, lengths)
+        why = why_not(config, args, model, tokenizer, lengths)
         self.prober: Prober | None = None
         if why is None:
             self.prober = self._attempt("making the probe's samples", lambda: self._make(tokenizer, lengths, dataset))
@@ -351,55 +350,6 @@ def metrics_of(result: ProbeResult, suffix: str = "") -> dict[str, float]:
             f"qkguard/attention{suffix}/{kind}_mass": result.attention.mean(kind) for kind in ("needle", "local")
         }
     return metrics | {f"qkguard/overhead/probe{suffix}_seconds": result.seconds}
-
-
-def training_prose(dataset: Any, tokenizer: Any) -> Prose:
-    """Sentences of the run's own training text: rows of a `datasets.Dataset` taken from everywhere, decoded.
-
-    Other kinds of data sets are left alone: reading them may use up their rows or random numbers.
-    """
-    if not type(dataset).__module__.startswith("datasets.") or not hasattr(dataset, "__getitem__"):
-        return Prose()
-    plain = dataset.with_format(None)
-    rows: Any = (plain[i] for i in range(0, len(plain), max(1, len(plain) // TEXT_ROWS)))
-    decoder = getattr(tokenizer, "tokenizer", tokenizer)
-    texts: Any = rows
-    if "input_ids" in plain.column_names:
-        texts, left = [], TEXT_CHARACTERS
-        for row in rows:
-            texts.append(decoder.decode(row["input_ids"], skip_special_tokens=True)[:left])
-            left -= len(texts[-1])
-            if left <= 0:
-                break
-    try:
-        return load_prose(texts, without=decoder.all_special_tokens, origin="training text")
-    except QKGuardError:
-        return Prose()
-
-
-def _why_not(config: QKGuardConfig, args: Any, model: Any, tokenizer: Any, lengths: list[int]) -> str | None:
-    if config.probe_steps == "0":
-        return "probe_steps is 0"
-    if tokenizer is None or not hasattr(getattr(tokenizer, "tokenizer", tokenizer), "decode"):
-        return "the trainer has no tokenizer; give it one as processing_class"
-    if not lengths:
-        return "no default length fits the model's max_position_embeddings; set probe_lengths"
-    if _splits_sequences(args):
-        return "sequence or context parallel training splits sequences over ranks; use `qkguard probe` on checkpoints"
-    if hasattr(model, "peft_config"):
-        return "adapters are not probed during training; use `qkguard probe` on merged checkpoints"
-    if not sharding.can_settle(model):
-        return "this DeepSpeed engine hides its ZeRO-3 state; use `qkguard probe` on checkpoints"
-    return None
-
-
-def _splits_sequences(args: Any) -> bool:
-    parallel = getattr(args, "parallelism_config", None)
-    sizes = [getattr(parallel, name, None) or 1 for name in ("cp_size", "sp_size")]
-    deepspeed = getattr(args, "hf_deepspeed_config", None)
-    if deepspeed is not None:
-        sizes.append(deepspeed.get_value("sequence_parallel_size") or 1)
-    return any(size > 1 for size in sizes)
 
 
 def _raise(error: Exception) -> None:

@@ -20,7 +20,8 @@ from qkguard.probe.prober import Prober
 from qkguard.probe.results import ProbeResult
 from qkguard.probe.samples import plan
 from qkguard.probe.schedule import Budget, default_lengths, interval
-from qkguard.probing import _why_not, alarm, training_prose
+from qkguard.probe.setting import training_prose, why_not
+from qkguard.probing import alarm
 from tests import judge
 from tests.models import tiny_config, tiny_model
 from tests.probing import bpe_tokenizer
@@ -288,7 +289,7 @@ def test_probes_are_off_with_one_line(case, base):
     model: Any = tiny_model("llama")
     args: Any = type("Args", (), {"parallelism_config": None, "hf_deepspeed_config": None})()
     tokenizer, lengths = bpe_tokenizer(), [512]
-    assert _why_not(QKGuardConfig(), args, model, tokenizer, lengths) is None
+    assert why_not(QKGuardConfig(), args, model, tokenizer, lengths) is None
     if case == "no tokenizer":
         tokenizer = None
     elif case == "no length":
@@ -298,7 +299,7 @@ def test_probes_are_off_with_one_line(case, base):
     else:
         sizes = {"cp_size": 1, "sp_size": 1} | {f"{case[0]}p_size": 2}
         args.parallelism_config = type("Parallel", (), sizes)()
-    why = _why_not(QKGuardConfig(), args, model, tokenizer, lengths)
+    why = why_not(QKGuardConfig(), args, model, tokenizer, lengths)
     assert why and case.split()[-1].rstrip("s") in why and "\n" not in why
 
 
