@@ -97,17 +97,18 @@ def routing_drift(q: Tensor, q0: Tensor, k: Tensor, k0: Tensor) -> Tensor:
     return (moved.clamp_min(0) / traced(gram(q0, q0), keys(gram(k0, k0)))).sqrt()
 
 
-def top_singular_value(delta: Tensor, iterations: int = 30) -> float:
-    """Largest singular value of a matrix (n, d) by power iteration in float64, from a fixed start vector."""
+def top_singular_value(delta: Tensor, iterations: int = 12) -> float:
+    """Largest singular value of a matrix (n, d) by block power iteration in float64, from a fixed start.
+
+    A block of 8 vectors also finds it where the next ones lie close, as they do for a drift that is mostly noise.
+    """
     delta = delta.double()
     start = torch.Generator().manual_seed(0)  # our own generator: training's RNG is left alone
-    v = torch.randn(delta.shape[1], generator=start, dtype=torch.float64).to(delta.device)
-    sigma = torch.zeros((), dtype=torch.float64)
+    width = min(8, *delta.shape)
+    block = torch.randn(delta.shape[1], width, generator=start, dtype=torch.float64).to(delta.device)
     for _ in range(iterations):
-        u = delta @ (v / v.norm().clamp_min(1e-300))
-        sigma = u.norm()
-        v = delta.mT @ u
-    return float(sigma)
+        block = torch.linalg.qr(delta.mT @ (delta @ torch.linalg.qr(block).Q)).Q
+    return float(torch.linalg.matrix_norm(delta @ block, 2))
 
 
 def head_weights(

@@ -70,8 +70,10 @@ def test_a_shared_rotation_moves_the_weights_but_not_the_routing():
 
 def test_top_singular_value_matches_svd_and_leaves_the_rng_alone():
     before = torch.get_rng_state()
-    delta = _pair(0)[1][:, :64].double()
-    delta[:, 0] *= 30
-    assert top_singular_value(delta) == pytest.approx(float(torch.linalg.svdvals(delta)[0]), rel=1e-6)
+    noise = _pair(0)[1][:, :64].double()
+    spiked = noise.clone()
+    spiked[:, 0] *= 30
+    for delta, tolerance in ((spiked, 1e-6), (noise, 5e-3)):
+        assert top_singular_value(delta) == pytest.approx(float(torch.linalg.svdvals(delta)[0]), rel=tolerance)
     assert torch.equal(before, torch.get_rng_state())
     assert top_singular_value(torch.zeros(4, 3)) == 0
