@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributions import Distribution
 
 from qkguard.errors import QKGuardError, UnknownLayoutError
 from qkguard.layout.static import RULES
@@ -164,15 +165,18 @@ def undisturbed() -> Iterator[None]:
 
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     python_state, dtype, level = random.getstate(), torch.get_default_dtype(), logging.get_verbosity()
+    validates = Distribution._validate_args  # a check of values, which a weightless copy does not have
     with torch.random.fork_rng(devices), torch.enable_grad():
         try:
             torch.set_default_dtype(torch.float32)
             logging.set_verbosity_error()
+            Distribution.set_default_validate_args(False)
             yield
         finally:
             random.setstate(python_state)
             torch.set_default_dtype(dtype)
             logging.set_verbosity(level)
+            Distribution.set_default_validate_args(validates)
 
 
 def build_meta(source: Source) -> nn.Module:
@@ -223,8 +227,8 @@ def live_names(model: nn.Module) -> dict[str, str]:
 
 
 def full_shape(param: torch.Tensor) -> tuple[int, ...]:
-    """The unsharded shape: ZeRO-3 keeps it in `ds_shape`, 4-bit packing in `quant_state`; a DTensor has it."""
-    return tuple(getattr(param, "ds_shape", getattr(getattr(param, "quant_state", None), "shape", param.shape)))
+    """The unsharded shape: ZeRO-3 keeps it in `ds_shape`; a DTensor's own shape is the full one."""
+    return tuple(getattr(param, "ds_shape", param.shape))
 
 
 def first_line(error: BaseException) -> str:

@@ -82,19 +82,14 @@ def watching(trace: Trace, *, enough: int | None = None) -> Iterator[list[Seen]]
 
 def _softmaxes(trace: Trace) -> list[Seen]:
     """Attentions that the model's own code computes: softmax of a product of two activations, times a third."""
-    readers: dict[int, list[Node]] = {}
-    softmaxes = []
-    for at, node in enumerate(trace.nodes):
-        if node.op in SOFTMAX:
-            softmaxes.append((at, node))
-        for key in node.inputs:
-            readers.setdefault(key, []).append(node)
     out = []
-    for at, node in softmaxes:
+    for at, node in enumerate(trace.nodes):
+        if node.op not in SOFTMAX:
+            continue
         scores = _product_before(trace, node.inputs[0])
         if scores is None or node.call is None:
             continue
-        after = _product_after(trace, node.outputs[0], readers)
+        after = _product_after(trace, node.outputs[0])
         if after is None:
             continue
         lhs, rhs = scores.inputs[-2:]
@@ -121,12 +116,12 @@ def _product_before(trace: Trace, key: int) -> Node | None:
     return None
 
 
-def _product_after(trace: Trace, key: int, readers: dict[int, list[Node]]) -> int | None:
+def _product_after(trace: Trace, key: int) -> int | None:
     """Key of the activation that the probabilities are multiplied with."""
     todo, seen = [key], {key}
     while todo:
         key = todo.pop(0)
-        for node in readers.get(key, []):
+        for node in trace.readers.get(key, []):
             if node.op in PRODUCT:
                 other = [operand for operand in node.inputs[-2:] if operand != key]
                 if other and other[0] in trace.active:

@@ -101,7 +101,7 @@ class _Maps:
 
     def __init__(self, model: nn.Module, trace: Trace) -> None:
         self._model, self._trace = model, trace
-        self._known: dict[Any, tuple[Replay, dict[str, tuple[Block, ...]]]] = {}
+        self._known: dict[Any, tuple[Replay, dict[str, ParamMap]]] = {}
 
     def of(self, call: Call, found: list[Seen]) -> tuple[Replay, tuple[ParamMap, ...]]:
         """What the replay showed, and the call's parameters under their names in the model."""
@@ -109,24 +109,43 @@ class _Maps:
         key = program(self._trace, call, found)
         if key not in self._known:
             shown = replay(call, set(names), len(found), all(one.scores is None for one in found))
-            self._known[key] = shown, {name: _blocks(rows) for name, rows in shown.rows.items()}
-        shown, blocks = self._known[key]
-        maps = (
-            ParamMap(names[name], rows.shape, rows.dim, rows.kind, blocks[name]) for name, rows in shown.rows.items()
-        )
-        return shown, tuple(sorted(maps, key=lambda param: param.name))
+            self._known[key] = (
+                shown,
+                {
+                    name: ParamMap(
+                        name, rows.shape, rows.dim, self._trace.use(names[name]), _blocks(name, rows, shown)
+                    )
+                    for name, rows in shown.rows.items()
+                },
+            )
+        shown, maps = self._known[key]
+        named = (replace(param, name=names[name]) for name, param in maps.items())
+        return shown, tuple(sorted(named, key=lambda param: param.name))
 
 
-def _blocks(rows: Rows) -> tuple[Block, ...]:
-    """Neighbouring rows that feed the same things, as blocks; rows that feed neither q nor k are left out."""
+def _blocks(name: str, rows: Rows, shown: Replay) -> tuple[Block, ...]:
+    """Neighbouring rows that feed the same things, as blocks; rows that feed neither q nor k are left out.
+
+    Raises UnknownLayoutError where heads come out with different numbers of rows: nothing is built like that, so some
+    rows must have been missed.
+    """
     feeds = torch.stack([rows.q, rows.k, rows.v], 1).long()
-    head = torch.where((feeds == feeds.new_tensor([1, 0, 0])).all(1), rows.q_head, -1)
-    head = torch.where((feeds == feeds.new_tensor([0, 1, 0])).all(1), rows.k_head, head)
+    head = torch.full_like(feeds[:, 0], -1)
+    for column, of, heads in ((0, rows.q_head, shown.num_heads), (1, rows.k_head, shown.num_kv_heads)):
+        alone = (feeds[:, column] == 1) & (feeds.sum(1) == 1)
+        sizes = torch.bincount(of[alone & (of >= 0)], minlength=heads)
+        if len(set(sizes.tolist())) == 1:
+            head[alone] = of[alone]
+        elif len(rows.shape) < 3:  # in a stack (of experts), a row serves whichever heads its matrix was chosen for
+            raise UnknownLayoutError(
+                f"{name}: {int(sizes.min())} to {int(sizes.max())} rows seem to make a {'qk'[column]} head, where all "
+                f"heads should have the same number; {build.BY_HAND}"
+            )
     runs, lengths = torch.unique_consecutive(torch.cat([feeds, head[:, None]], 1), return_counts=True, dim=0)
     blocks, start = [], 0
-    for (q, k, v, of), length in zip(runs.tolist(), lengths.tolist(), strict=True):
+    for (q, k, v, one), length in zip(runs.tolist(), lengths.tolist(), strict=True):
         if q or k:
-            blocks.append(Block(start, start + length, "q" * q + "k" * k + "v" * v, None if of < 0 else of))
+            blocks.append(Block(start, start + length, "q" * q + "k" * k + "v" * v, None if one < 0 else one))
         start += length
     return tuple(blocks)
 

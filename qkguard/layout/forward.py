@@ -37,6 +37,11 @@ def attended(model: nn.Module) -> Iterator[tuple[Trace, list[Seen]]]:
 
     Raises UnknownLayoutError where nothing runs or nothing attends.
     """
+    config: Any = model.config
+    if known := WITHOUT.get(config.model_type):
+        raise UnknownLayoutError(
+            f"{type(model).__name__} {known}; for queries and keys to guard, choose a model with softmax attention"
+        )
     failures: list[str] = []
     for device in ("meta", "cpu"):
         with contextlib.ExitStack() as stack:
@@ -114,9 +119,6 @@ def _tokens(trace: Trace, found: Seen) -> set[int]:
 
 def _sentence(model: nn.Module, failures: list[str]) -> str:
     name = type(model).__name__
-    config: Any = model.config
-    if known := WITHOUT.get(config.model_type):
-        return f"{name} {known}; for queries and keys to guard, choose a model with softmax-attention layers"
     if NOTHING in failures:
         what = f"{name}: {NOTHING} in a forward pass; if it attends in a way of its own, {BY_HAND}"
     else:

@@ -15,7 +15,6 @@ from qkguard.layout.trace import Call, Trace
 # Entries of `config.layer_types` and its older namesakes, by whether such a layer attends with a softmax.
 SOFTMAX_TYPES = frozenset(
     {
-        "attention",
         "full_attention",
         "sliding_attention",
         "chunked_attention",
@@ -30,7 +29,8 @@ SOFTMAX_TYPES = frozenset(
     }
 )
 OTHER_TYPES = frozenset({"linear_attention", "conv", "moe", "mlp", "mamba", "recurrent"})
-TYPE_FIELDS = ("layer_types", "layers_block_type")
+TYPE_FIELDS = ("layer_types", "layers_block_type", "attention_layers")
+OLDER_NAMES = {"attention": "full_attention", "global": "full_attention", "local": "sliding_attention"}
 
 
 class Layers:
@@ -72,7 +72,7 @@ def layer_types(config: Any) -> list[str] | None:
     config = config.get_text_config(decoder=True)
     for field in TYPE_FIELDS:
         if types := getattr(config, field, None):
-            return list(types)
+            return [OLDER_NAMES.get(kind, kind) for kind in types]
     return None
 
 
@@ -119,10 +119,3 @@ def output_dim(owner: nn.Module, reached: Sequence[Sequence[Tensor]]) -> int:
         return float((torch.stack([masks[dim] for masks in reached]).sum(0) > 1).float().mean())
 
     return min(range(dims), key=lambda dim: (shared(dim), dim != usual))
-
-
-def kind_of(owner: nn.Module, shape: tuple[int, ...]) -> str:
-    """ "weight", "bias" (a vector next to a matrix) or "norm" (a vector alone)."""
-    if sum(n > 1 for n in shape) > 1:
-        return "weight"
-    return "bias" if any(p is not None and p.dim() > 1 for p in owner._parameters.values()) else "norm"

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from qkguard.errors import UnknownLayoutError
 from qkguard.layout.capture import Seen, watching
-from qkguard.layout.geometry import kind_of, output_dim
-from qkguard.layout.materialise import Fill, inputs_like, map_tensors, materialised
+from qkguard.layout.geometry import output_dim
+from qkguard.layout.materialise import Fill, inputs_like, materialised
+from qkguard.layout.modes import FixedStatistics, StraightThrough
 from qkguard.layout.rotary import pairing
 from qkguard.layout.trace import Call, Trace
 
@@ -25,7 +25,6 @@ class Rows:
 
     shape: tuple[int, ...]
     dim: int
-    kind: str
     q: Tensor
     k: Tensor
     v: Tensor
@@ -59,11 +58,12 @@ def replay(call: Call, feeding: set[str], attentions: int, direct: bool) -> Repl
     """
     with materialised(call.module, feeding, Fill()) as params:
 
-        def attend() -> list[Operands]:
+        def attend(mode: StraightThrough) -> list[Operands]:
             args, kwargs = inputs_like((call.args, call.kwargs), Fill(1))  # afresh: caches are written to
-            return operands(call.module, args, kwargs, enough=attentions if direct else None)
+            with mode:
+                return operands(call.module, args, kwargs, enough=attentions if direct else None)
 
-        found = attend()
+        found = attend(StraightThrough())
         if len(found) != attentions:
             raise UnknownLayoutError(f"{call.name} attends {attentions} times in the model, {len(found)} times alone")
         reached = [_union([_reach(heads[i], params) for heads in found]) for i in range(3)]
@@ -74,8 +74,8 @@ def replay(call: Call, feeding: set[str], attentions: int, direct: bool) -> Repl
             if name in reached[0] or name in reached[1]
         }
         dims = {name: output_dim(owners[name], by_role) for name, by_role in masks.items()}
-        with FixedStatistics(), _outputs(call.module) as outputs:
-            q, k, _ = attend()[0]
+        with _outputs(call.module) as outputs:
+            q, k, _ = attend(FixedStatistics())[0]
         kv_of = _distinct_heads(found[0][1])
         q_heads = _heads(q, list(range(q.shape[1])), params, {name: dims[name] for name in reached[0]})
         k_heads = _heads(k, kv_of, params, {name: dims[name] for name in reached[1]})
@@ -86,7 +86,7 @@ def replay(call: Call, feeding: set[str], attentions: int, direct: bool) -> Repl
             of_role = (by_dim[dim] for by_dim in masks[name])
             none = torch.full((shape[dim],), -1)
             heads = (found.get(name, none) for found in (q_heads, k_heads))
-            rows[name] = Rows(shape, dim, kind_of(owners[name], shape), *of_role, *heads)
+            rows[name] = Rows(shape, dim, *of_role, *heads)
     return Replay(rows, q.shape[1], max(kv_of) + 1, q.shape[-1], rotary, rotary_dim)
 
 
@@ -176,9 +176,12 @@ def _heads(
         pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for _ in range(tries):
             back = fill.normal(target.shape) * first_copies
-            plain, coded = _gradients(target, back, only), _gradients(target, back * code, only)
-            for name, grad in plain.items():
-                pairs.setdefault(name, []).append((_sample(grad, dims[name]), _sample(coded[name], dims[name])))
+            plain, coded = (
+                {name: _sample(grad, dims[name]) for name, grad in _gradients(target, fed, only).items()}
+                for fed in (back, back * code)
+            )
+            for name, sample in plain.items():
+                pairs.setdefault(name, []).append((sample, coded[name]))
         for name, samples in pairs.items():
             all_plain, all_coded = (torch.cat(side, 1) for side in zip(*samples, strict=True))
             out[name] = _decode(all_plain, all_coded, max(head_of) + 1)
@@ -225,38 +228,3 @@ def _outputs(module: nn.Module) -> Iterator[dict[str, Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-class FixedStatistics(TorchFunctionMode):
-    """Treats means, variances and norms as constants of the graph.
-
-    q/k normalisation ties every row to every other one of its group through the statistics; with them held fixed, a
-    row reaches only the channels that it is multiplied into.
-    """
-
-    NAMES = frozenset({"mean", "var", "std", "rsqrt", "sqrt", "norm", "vector_norm", "max", "amax"})
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if name in self.NAMES:
-            return map_tensors(func(*args, **kwargs), lambda tensor: tensor.detach())
-        if name in ("rms_norm", "layer_norm"):
-            return _fixed_norm(name, *args, **kwargs)
-        return func(*args, **kwargs)
-
-
-def _fixed_norm(
-    name: str,
-    x: Tensor,
-    normalized_shape: Any,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float | None = None,
-) -> Tensor:
-    dims = tuple(range(-len(normalized_shape), 0))
-    if name == "layer_norm":
-        x = x - x.detach().mean(dims, keepdim=True)
-    x = x * (x.detach().pow(2).mean(dims, keepdim=True) + (eps or 1e-6)).rsqrt()
-    x = x if weight is None else x * weight
-    return x if bias is None else x + bias

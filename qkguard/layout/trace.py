@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qkguard.layout.materialise import map_tensors
+from qkguard.layout.weightless import STAND_INS
 
 SOFTMAX = frozenset({"_softmax", "_safe_softmax"})
 PRODUCT = frozenset({"bmm", "baddbmm", "mm", "addmm", "convolution", "_grouped_mm"})
@@ -70,8 +71,7 @@ class Node:
 class Trace(TorchDispatchMode):
     """Records operations while active. Tensors get integer keys; writing in place makes a new key.
 
-    On meta, where values do not exist, questions about values are answered as if nothing was selected, and grouped
-    products (experts) come out with the right shape in any dtype.
+    On meta, operations that ask for values run their stand-ins (`weightless`).
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -144,8 +144,8 @@ class Trace(TorchDispatchMode):
         _sort(args, read, constants)
         _sort(tuple(kwargs.items()), read, constants)
         inputs = tuple(self.key(tensor) for tensor in read)
-        if read and read[0].is_meta and op in _WITHOUT_VALUES:
-            out = _WITHOUT_VALUES[op](*args, **kwargs)
+        if read and read[0].is_meta and op in STAND_INS:
+            out = STAND_INS[op](*args, **kwargs)
         else:
             out = self._run(func, read, constants, args, kwargs)
         made: list[Tensor] = []
@@ -189,6 +189,32 @@ class Trace(TorchDispatchMode):
                 seen.update(fresh)
                 todo.extend(fresh)
         return found
+
+    def use(self, name: str) -> str:
+        """How a parameter meets the activations: "weight" (in a product), "bias" (added) or "norm" (scaling)."""
+        todo = [key for key, known in self.parameters.items() if known == name]
+        seen, uses = set(todo), set()
+        while todo:
+            key = todo.pop()
+            for node in self.readers.get(key, []):
+                if not any(i in self.active for i in node.inputs):  # parameters among themselves: views, 1 + gain
+                    todo += [o for o in node.outputs if o not in seen]
+                    seen.update(node.outputs)
+                elif node.op in PRODUCT:
+                    added = node.op in ("addmm", "baddbmm") and node.inputs[0] == key
+                    uses.add("bias" if added or (node.inputs[2:] == (key,) and node.op == "convolution") else "weight")
+                else:
+                    uses.add("bias" if node.op in ("add", "add_", "sub") else "norm")
+        return next((use for use in ("weight", "bias", "norm") if use in uses), "norm")
+
+    @functools.cached_property
+    def readers(self) -> dict[int, list[Node]]:
+        """Operations by the tensors they read, in order; to be asked for once the recording is over."""
+        readers: dict[int, list[Node]] = {}
+        for node in self.nodes:
+            for key in dict.fromkeys(node.inputs):
+                readers.setdefault(key, []).append(node)
+        return readers
 
     def program(self, call: Call) -> tuple:
         """Operations of a call in a form that is equal for calls that do the same thing."""
@@ -242,30 +268,3 @@ def _sort(values: Any, tensors: list[Tensor], constants: list[Any]) -> None:
             constants.append("number")  # a scale changes no map
         else:
             constants.append(value)
-
-
-def _nothing_nonzero(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return tensor.new_empty((0, tensor.dim()), dtype=torch.long)
-
-
-def _stay(tensor: Tensor, *, device: Any = None, dtype: torch.dtype | None = None, **kwargs: Any) -> Tensor:
-    return torch.empty_like(tensor, dtype=dtype or tensor.dtype, device="meta")
-
-
-def _grouped_product(lhs: Tensor, rhs: Tensor, offs: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
-    groups = (
-        [offs.shape[0]]
-        if offs is not None and lhs.dim() == rhs.dim() == 2
-        else list(rhs.shape[:-2] if offs is None else [])
-    )
-    return lhs.new_empty((*groups, lhs.shape[-2], rhs.shape[-1]))
-
-
-_WITHOUT_VALUES: dict[str, Callable] = {
-    "_local_scalar_dense": lambda tensor: 0.0 if tensor.is_floating_point() else 0,
-    "nonzero": _nothing_nonzero,
-    "_to_copy": _stay,
-    "_grouped_mm": _grouped_product,
-    "equal": lambda *_: False,
-    "is_nonzero": lambda _: False,
-}
