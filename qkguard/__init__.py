@@ -9,14 +9,14 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from qkguard.callback import QKGuardCallback
+    from qkguard.checkpoint.offline import restore_checkpoint
+    from qkguard.checkpoint.verification import verify
     from qkguard.config import QKGuardConfig
     from qkguard.drift_offline import drift_report
     from qkguard.errors import QKGuardError
     from qkguard.layout import AttentionSpec, find_attention
     from qkguard.lora.merge import merge_adapter
-    from qkguard.offline import restore_checkpoint
     from qkguard.swap import restored
-    from qkguard.verification import verify
 
 # public name -> module, imported on first use: the command line must start faster than torch and transformers import
 _WHERE = {
@@ -27,9 +27,9 @@ _WHERE = {
     "drift_report": "drift_offline",
     "find_attention": "layout",
     "merge_adapter": "lora.merge",
-    "restore_checkpoint": "offline",
+    "restore_checkpoint": "checkpoint.offline",
     "restored": "swap",
-    "verify": "verification",
+    "verify": "checkpoint.verification",
 }
 
 __all__ = [

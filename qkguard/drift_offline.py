@@ -77,7 +77,7 @@ def drift_report(
     Raises:
         QKGuardError: as `restore_checkpoint`.
     """
-    from qkguard.offline import find_pair, open_folders
+    from qkguard.checkpoint.offline import find_pair, open_folders
 
     folders = open_folders(base, tuned, allow_pickle=bool(options.pop("allow_pickle", False)))
     pair = find_pair(folders, **options)

@@ -13,10 +13,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from qkguard import ranks, sharding
+from qkguard.checkpoint.safetensors_io import sha256_of
+from qkguard.checkpoint.safetensors_writer import SafetensorsWriter
 from qkguard.errors import QKGuardError, WrongReferenceError
 from qkguard.layout.spec import AttentionSpec, ParamMap
-from qkguard.safetensors_io import sha256_of
-from qkguard.safetensors_writer import SafetensorsWriter
 from qkguard.sharding import Param, Span
 
 Selection = Sequence[tuple[AttentionSpec, tuple[ParamMap, ...]]]

@@ -17,17 +17,17 @@ from torch import nn
 from transformers import TrainerState, TrainingArguments
 
 from qkguard import ranks, sharding
-from qkguard.checkpoint import RestoredWrite
+from qkguard.checkpoint.export import export_model, holds_weights, link_checkpoint
+from qkguard.checkpoint.restored import RestoredWrite
+from qkguard.checkpoint.weights import open_weights
 from qkguard.config import QKGuardConfig
 from qkguard.drift import DriftTracker, Tracker
 from qkguard.errors import QKGuardError
-from qkguard.export import export_model, holds_weights, link_checkpoint
 from qkguard.layout import disk_names, find_attention, select
 from qkguard.probing import Probing
 from qkguard.reference import ReferenceFile
 from qkguard.start import RUN_FOLDER, establish_reference, retire_later_checkpoints, warnings_at_start
 from qkguard.tracking import Tracking
-from qkguard.weights import open_weights
 
 logger = logging.getLogger(__name__)
 

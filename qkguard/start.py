@@ -13,13 +13,13 @@ import transformers
 from transformers import TrainingArguments
 
 from qkguard import __version__, ranks, sharding
+from qkguard.checkpoint.manifest import MANIFEST as RESTORED_MANIFEST
+from qkguard.checkpoint.sources import FolderSource, identify
+from qkguard.checkpoint.weights import open_weights, resolve_folder
 from qkguard.config import QKGuardConfig
 from qkguard.errors import QKGuardError, WrongReferenceError
 from qkguard.layout import ParamMap, disk_names
-from qkguard.manifest import MANIFEST as RESTORED_MANIFEST
 from qkguard.reference import Reference, ReferenceFile, Selection, compare_with_base
-from qkguard.sources import FolderSource, identify
-from qkguard.weights import open_weights, resolve_folder
 
 logger = logging.getLogger(__name__)
 

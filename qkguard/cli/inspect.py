@@ -28,8 +28,8 @@ def inspect(
     """
     quiet_transformers()
     from qkguard.layout import find_attention
+    from qkguard.layout.report import layout_report
     from qkguard.layout.spec_file import dump_specs
-    from qkguard.layout_report import layout_report
 
     if write_spec is not None and write_spec.exists():
         raise QKGuardError(f"{write_spec} exists; choose another file, your corrections may be in it")

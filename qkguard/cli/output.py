@@ -19,7 +19,7 @@ def quiet_transformers() -> None:
 
 def print_json(data: Any) -> None:
     """JSON on stdout, nothing else; NaN and Inf become null."""
-    from qkguard.manifest import dump
+    from qkguard.checkpoint.manifest import dump
 
     sys.stdout.write(dump(data))
 

@@ -38,7 +38,7 @@ def restore(
     chosen = opt.parse_parts(parts), opt.parse_layers(layers)
     opt.parse_choice("--entangled", entangled, opt.ENTANGLED)
     quiet_transformers()
-    from qkguard.offline import restore_checkpoint
+    from qkguard.checkpoint.offline import restore_checkpoint
 
     with progress_bar("restoring") as progress:
         manifest = restore_checkpoint(

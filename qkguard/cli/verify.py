@@ -24,7 +24,7 @@ def verify(
     Recomputes the hashes of all restored rows, file sizes, headers and sampled bytes, here and in the raw checkpoint,
     where that is still in its place. Exit code 0 only if everything agrees.
     """
-    from qkguard.verification import verify as check
+    from qkguard.checkpoint.verification import verify as check
 
     report = check(folder, raw=raw, full=full)
     if as_json:

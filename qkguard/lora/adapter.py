@@ -12,9 +12,9 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from qkguard.checkpoint.safetensors_io import Header, read_header
+from qkguard.checkpoint.weights import TEMPORARY, resolve_folder
 from qkguard.errors import QKGuardError
-from qkguard.safetensors_io import Header, read_header
-from qkguard.weights import TEMPORARY, resolve_folder
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 

@@ -16,23 +16,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkguard.card import read_card
-from qkguard.checkpoint import describe_rows
-from qkguard.companions import companions
+from qkguard.checkpoint.card import read_card
+from qkguard.checkpoint.companions import companions
+from qkguard.checkpoint.files import write_text
+from qkguard.checkpoint.manifest import build_manifest, describe_file
+from qkguard.checkpoint.offline import tensor_names
+from qkguard.checkpoint.patched_folder import Job, OpenFile, PatchedFolder, Progress, check_target
+from qkguard.checkpoint.restored import describe_rows
+from qkguard.checkpoint.safetensors_io import sha256_of, write_rows
+from qkguard.checkpoint.safetensors_writer import SafetensorsWriter
+from qkguard.checkpoint.sources import FolderSource, identify
+from qkguard.checkpoint.weights import INDEX, SafetensorsFolder, open_weights, resolve_folder
 from qkguard.drift_offline import projection_drift
 from qkguard.errors import QKGuardError
-from qkguard.files import write_text
 from qkguard.layout import disk_names, find_attention
 from qkguard.layout.spec import AttentionSpec, Block, ParamMap, select
 from qkguard.lora.adapter import CONFIG, TENSORS, Adapter, open_adapter
 from qkguard.lora.skeleton import Change, Skeleton
-from qkguard.manifest import build_manifest, describe_file
-from qkguard.offline import tensor_names
-from qkguard.patched_folder import Job, OpenFile, PatchedFolder, Progress, check_target
-from qkguard.safetensors_io import sha256_of, write_rows
-from qkguard.safetensors_writer import SafetensorsWriter
-from qkguard.sources import FolderSource, identify
-from qkguard.weights import INDEX, SafetensorsFolder, open_weights, resolve_folder
 
 _BASE_CONFIGS = ("config.json", "generation_config.json")
 _ADDED = ""  # the raw file of a weight file that the base does not have

@@ -21,15 +21,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qkguard import ranks, sharding
-from qkguard.card import adapter_card, read_card
-from qkguard.companions import companions
+from qkguard.checkpoint.card import adapter_card, read_card
+from qkguard.checkpoint.companions import companions
+from qkguard.checkpoint.files import Staging, copy_file, link_or_copy, write_text
+from qkguard.checkpoint.manifest import FORMAT, MANIFEST, describe_file, dump, versions
+from qkguard.checkpoint.patched_folder import check_target, readable_errors
 from qkguard.errors import QKGuardError
-from qkguard.files import Staging, copy_file, link_or_copy, write_text
 from qkguard.layout.spec import AttentionSpec, ParamMap
 from qkguard.lora.adapter import CONFIG, TENSORS, check_tensors, open_adapter
 from qkguard.lora.skeleton import quiet
-from qkguard.manifest import FORMAT, MANIFEST, describe_file, dump, versions
-from qkguard.patched_folder import check_target, readable_errors
 from qkguard.reference import same_bits
 
 PREFIX = "base_model.model."

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qkguard.checkpoint.weights import resolve_folder
 from qkguard.errors import QKGuardError
 from qkguard.probe.forward import check_chunks, input_device
 from qkguard.probe.generation import NEW_TOKENS, answer_prompts, generated, read_prompts
@@ -23,7 +24,6 @@ from qkguard.probe.prober import TASKS, Prober, Progress
 from qkguard.probe.prompt import Encoder, make_frame
 from qkguard.probe.results import ProbeResult
 from qkguard.probe.undisturbed import undisturbed
-from qkguard.weights import resolve_folder
 
 CHUNK_ABOVE = 32768  # tokens: longer contexts are read in chunks of this size, where the model's cache allows it
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qkguard import cli, offline
+from qkguard import cli
+from qkguard.checkpoint import offline
 from tests.models import noised, save_pair, tiny_model
 from tests.oracle import differences, expected, load_folder
 

@@ -271,7 +271,7 @@ def wrong_start(folder: Path) -> None:
 
 def failing_write(folder: Path) -> None:
     """A write that fails on one rank: training goes on everywhere, and with `strict` it ends on all ranks alike."""
-    from qkguard.checkpoint import RestoredWrite
+    from qkguard.checkpoint.restored import RestoredWrite
 
     base = base_model(folder)
     original = RestoredWrite.run

@@ -266,7 +266,7 @@ def test_nan_weights_are_reported(base, tmp_path, caplog):
 
 
 def test_a_failed_write_lets_training_go_on_unless_strict(base, tmp_path, monkeypatch, caplog):
-    from qkguard.checkpoint import RestoredWrite
+    from qkguard.checkpoint.restored import RestoredWrite
 
     def full(self, *args, **kwargs):
         raise OSError(28, "No space left on device")

@@ -12,10 +12,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from qkguard.checkpoint.safetensors_io import read_header, read_rows, write_rows
+from qkguard.checkpoint.weights import open_weights, opened, resolve_folder
 from qkguard.errors import QKGuardError
 from qkguard.layout import Block, ParamMap
-from qkguard.safetensors_io import read_header, read_rows, write_rows
-from qkguard.weights import open_weights, opened, resolve_folder
 from tests.models import save_pair
 
 INDEX = "model.safetensors.index.json"

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
 from qkguard import ranks, sharding
-from qkguard.companions import companions
-from qkguard.files import Staging, copy_file, link_or_copy
-from qkguard.safetensors_writer import SafetensorsWriter
-from qkguard.weights import INDEX, open_weights
-from qkguard.weights import SINGLE as WEIGHTS
+from qkguard.checkpoint.companions import companions
+from qkguard.checkpoint.files import Staging, copy_file, link_or_copy
+from qkguard.checkpoint.safetensors_writer import SafetensorsWriter
+from qkguard.checkpoint.weights import INDEX, open_weights
+from qkguard.checkpoint.weights import SINGLE as WEIGHTS
 
 SHARD_BYTES = 5 * 10**9
 

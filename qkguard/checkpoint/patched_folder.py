@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qkguard.card import model_card, read_card
-from qkguard.companions import companions
+from qkguard.checkpoint.card import model_card, read_card
+from qkguard.checkpoint.companions import companions
+from qkguard.checkpoint.files import CREATE, Staging, can_clone, copy_bytes, copy_file, link_or_copy, write_text
+from qkguard.checkpoint.manifest import MANIFEST, describe_file, dump
+from qkguard.checkpoint.pickles import PickleFolder
+from qkguard.checkpoint.safetensors_io import TensorEntry
+from qkguard.checkpoint.weights import INDEX, SafetensorsFolder, WeightFolder, opened
 from qkguard.errors import QKGuardError
-from qkguard.files import CREATE, Staging, can_clone, copy_bytes, copy_file, link_or_copy, write_text
-from qkguard.manifest import MANIFEST, describe_file, dump
-from qkguard.pickles import PickleFolder
-from qkguard.safetensors_io import TensorEntry
-from qkguard.weights import INDEX, SafetensorsFolder, WeightFolder, opened
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""

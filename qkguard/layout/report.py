@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qkguard.checkpoint.weights import open_weights
 from qkguard.errors import QKGuardError
 from qkguard.layout import AttentionSpec, ParamMap, build, find_attention, geometry
 from qkguard.layout.spec import join_ranges
-from qkguard.weights import open_weights
 
 
 def layout_report(model: Any, *, spec: Any = None, trust_remote_code: bool = False) -> dict[str, Any]:

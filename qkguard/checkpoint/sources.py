@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from qkguard.checkpoint.weights import SafetensorsFolder, WeightFolder
 from qkguard.errors import QKGuardError
 from qkguard.layout.spec import ParamMap
-from qkguard.weights import SafetensorsFolder, WeightFolder
 
 
 class QKSource(Protocol):

@@ -11,10 +11,10 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from qkguard.checkpoint.safetensors_io import TensorEntry, bytes_of, write_header
+from qkguard.checkpoint.weights import PICKLE_INDEX, PICKLE_SINGLE, read_index
 from qkguard.errors import QKGuardError
 from qkguard.layout.spec import ParamMap
-from qkguard.safetensors_io import TensorEntry, bytes_of, write_header
-from qkguard.weights import PICKLE_INDEX, PICKLE_SINGLE, read_index
 
 NAMES = {
     torch.float64: "F64",

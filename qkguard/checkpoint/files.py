@@ -11,8 +11,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from qkguard.checkpoint.weights import TEMPORARY
 from qkguard.errors import QKGuardError
-from qkguard.weights import TEMPORARY
 
 FICLONE = 0x40049409  # ioctl: share all extents with another file (btrfs, xfs, bcachefs, overlay on them)
 CHUNK = 64 << 20

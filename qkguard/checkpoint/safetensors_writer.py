@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qkguard.checkpoint.safetensors_io import bytes_of, write_header
 from qkguard.errors import QKGuardError
-from qkguard.safetensors_io import bytes_of, write_header
 
 DTYPE_NAMES = {
     torch.float64: "F64",

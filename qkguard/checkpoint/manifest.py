@@ -11,9 +11,9 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from qkguard.checkpoint.safetensors_io import read_header, sample_sha256
+from qkguard.checkpoint.weights import opened
 from qkguard.errors import QKGuardError
-from qkguard.safetensors_io import read_header, sample_sha256
-from qkguard.weights import opened
 
 MANIFEST = "qkguard.json"
 FORMAT = 1

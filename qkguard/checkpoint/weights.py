@@ -17,9 +17,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from qkguard.checkpoint.safetensors_io import Header, TensorEntry, read_header, read_rows
 from qkguard.errors import QKGuardError
 from qkguard.layout.spec import ParamMap
-from qkguard.safetensors_io import Header, TensorEntry, read_header, read_rows
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE_SINGLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -108,7 +108,7 @@ def open_weights(folder: Path, *, allow_pickle: bool = False) -> WeightFolder:
                 f"{folder} holds its weights as pickles (pytorch_model*.bin), which can run code when loaded; save "
                 "them as safetensors, or pass --allow-pickle (allow_pickle=True) to load them weights-only"
             )
-        from qkguard.pickles import open_pickles
+        from qkguard.checkpoint.pickles import open_pickles
 
         return open_pickles(folder)
     raise QKGuardError(_why_no_weights(folder))

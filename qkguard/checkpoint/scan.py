@@ -10,8 +10,8 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from qkguard.safetensors_io import FLOATS, Header, bytes_of, read_exactly
-from qkguard.weights import WeightFolder, opened
+from qkguard.checkpoint.safetensors_io import FLOATS, Header, bytes_of, read_exactly
+from qkguard.checkpoint.weights import WeightFolder, opened
 
 CHUNK = 4 << 20  # bytes: stays in the cache between the read and the sum
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qkguard.checkpoint import Selection, write_restored
+from qkguard.checkpoint.patched_folder import Progress, check_target
+from qkguard.checkpoint.restored import Selection, write_restored
+from qkguard.checkpoint.scan import BackgroundScan
+from qkguard.checkpoint.sources import FolderSource
+from qkguard.checkpoint.weights import WeightFolder, open_weights, resolve_folder
 from qkguard.errors import QKGuardError
 from qkguard.layout.spec import AttentionSpec, ParamMap, select
-from qkguard.patched_folder import Progress, check_target
-from qkguard.scan import BackgroundScan
-from qkguard.sources import FolderSource
-from qkguard.weights import WeightFolder, open_weights, resolve_folder
 
 GEOMETRY = (
     *("hidden_size", "n_embd", "d_model", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head"),

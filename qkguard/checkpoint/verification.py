@@ -7,11 +7,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from qkguard.checkpoint.manifest import MANIFEST, describe_file, load_manifest
+from qkguard.checkpoint.safetensors_io import read_exactly, sha256_of
+from qkguard.checkpoint.weights import (
+    TEMPORARY,
+    SafetensorsFolder,
+    WeightFolder,
+    open_weights,
+    opened,
+    safetensors_entrance,
+)
 from qkguard.errors import QKGuardError
 from qkguard.layout.spec import Block, ParamMap
-from qkguard.manifest import MANIFEST, describe_file, load_manifest
-from qkguard.safetensors_io import read_exactly, sha256_of
-from qkguard.weights import TEMPORARY, SafetensorsFolder, WeightFolder, open_weights, opened, safetensors_entrance
 
 CHUNK = 8 << 20
 

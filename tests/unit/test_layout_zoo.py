@@ -1,0 +1,155 @@
+"""Every causal-LM type of transformers at tiny size: its row map against what its own attention does.
+
+The judge is independent of the package: it changes rows and watches queries, keys and values in transformers' attention
+function, or the probabilities where a type computes its softmax itself.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+from torch import nn
+
+from qkguard.errors import UnknownLayoutError
+from qkguard.layout import AttentionSpec, find_attention
+from tests.unit import zoo
+
+RECURRENT = ("falcon_mamba", "mamba", "mamba2", "rwkv", "xlstm")
+REFUSED = dict.fromkeys(RECURRENT, "recurrent throughout") | {
+    "reformer": "hash buckets",
+    # drafting heads that take queries from another model's states, not from text
+    "gemma4_assistant": "cannot be built",
+    "gemma4_unified_assistant": "shared_kv_states",
+}
+if importlib.util.find_spec("timm") is None:
+    REFUSED["gemma3n"] = "requires the timm library"
+# Rows that feed keys and values alike, beyond gains of norms: MLA's latent, DeepSeek-V4's shared key-value.
+PARTIAL = {
+    *("axk1", "axk2", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4", "dots3_note"),
+    *("dots3_note_text", "glm4_moe_lite", "glm_moe_dsa", "hy_v4", "kimi_linear", "longcat_flash", "minicpm3", "youtu"),
+}
+# Types that compute their softmax themselves, whatever attention function the config names.
+EAGER = {
+    *("big_bird", "bloom", "codegen", "cpmant", "falcon", "git", "gpt_neo", "gpt_neox_japanese", "gptj", "mpt", "mvp"),
+    *("megatron-bert", "openai-gpt", "prophetnet", "rembert", "roformer", "trocr", "xglm", "xlm", "xlnet"),
+}
+HEAD = 16
+# Row orders of the types above that fuse their projections, by hand: (role, head) of every 16 rows; "" for values.
+FUSED = {
+    "bloom": [("q", 0), ("k", 0), "", ("q", 1), ("k", 1), "", ("q", 2), ("k", 2), "", ("q", 3), ("k", 3), ""],
+    "codegen": [("q", 0), "", ("k", 0), ("q", 1), "", ("k", 1), ("q", 2), "", ("k", 2), ("q", 3), "", ("k", 3)],
+    "falcon": [("q", 0), ("q", 1), ("q", 2), ("q", 3), ("k", 0), ""],
+    "gpt_neox_japanese": [("q", 0), ("k", 0), "", ("q", 1), ("k", 1), "", ("q", 2), ("k", 2), "", ("q", 3), ("k", 3), ""],
+    "mpt": [("q", 0), ("q", 1), ("q", 2), ("q", 3), ("k", 0), ("k", 1), ("k", 2), ("k", 3), "", "", "", ""],
+    "openai-gpt": [("q", 0), ("q", 1), ("q", 2), ("q", 3), ("k", 0), ("k", 1), ("k", 2), ("k", 3), "", "", "", ""],
+}
+
+
+@pytest.mark.parametrize("model_type", sorted(zoo.CONFIGS))
+def test_type(model_type: str) -> None:
+    if model_type in REFUSED:
+        with pytest.raises(UnknownLayoutError, match=REFUSED[model_type]):
+            find_attention(zoo.tiny_config(model_type))
+        return
+    model = zoo.tiny_model(model_type, "eager" if model_type in EAGER else zoo.ORACLE)
+    specs = find_attention(model)
+    entangled = any(b.entangled for s in specs for p in s.params for b in p.blocks if p.kind != "norm")
+    assert entangled == (model_type in PARTIAL)
+    assert len({p.name for s in specs for p in s.params}) == len({(p.name, p.blocks) for s in specs for p in s.params})
+    (judge_eager if model_type in EAGER else judge)(model, specs)
+    if model_type in FUSED:
+        check_fused(specs, FUSED[model_type])
+
+
+def test_counts() -> None:
+    """187 or 188 types, of which at least 162 are exact."""
+    assert len(zoo.CONFIGS) == 188
+    assert len(zoo.CONFIGS) - len(REFUSED) - len(PARTIAL) >= 162
+
+
+def judge(model: nn.Module, specs: list[AttentionSpec]) -> None:
+    """Every attending module is mapped; rows move exactly what their role says; other rows move neither q nor k."""
+    modules, params = dict(model.named_modules()), dict(model.named_parameters())
+    names = {id(param): name for name, param in params.items()}
+    attentions = zoo.Attentions(model)
+    mapped = {modules[spec.module] for spec in specs}
+    owners = {id(p): m for m in mapped for p in m.parameters()}
+    for module in attentions.modules:  # tied copies of a mapped module share all of its mapped parameters
+        assert module in mapped or any(id(p) in owners for p in module.parameters())
+    for spec in one_of_each(specs):
+        module = modules[spec.module]
+        before = attentions.again(module)
+
+        def moved(rows: zoo.Rows, module: nn.Module = module, before: zoo.Seen = before) -> str:
+            with zoo.changed(params, rows):
+                after = attentions.again(module)
+            return "".join(role for role, a, b in zip("qkv", before, after, strict=True) if not torch.equal(a, b))
+
+        for role in {b.role for p in spec.params for b in p.blocks}:
+            assert moved(rows_with(spec, role)) == role, f"{spec.module}: {role}"
+        rest = others(spec, module, names)
+        assert moved(rest) in ("", "v"), f"{spec.module}: rows outside of the map"
+
+
+def judge_eager(model: nn.Module, specs: list[AttentionSpec]) -> None:
+    """Mapped rows move the attention probabilities and, the probabilities held fixed, nothing else; others do not."""
+    modules, params = dict(model.named_modules()), dict(model.named_parameters())
+    names = {id(param): name for name, param in params.items()}
+    calls = zoo.first_calls(model)
+    for spec in one_of_each(specs):
+        module = modules[spec.module]
+
+        def run(rows: zoo.Rows, module: nn.Module = module, **options: bool) -> tuple[list[torch.Tensor], torch.Tensor]:
+            probabilities: list[torch.Tensor] = []
+            args, kwargs = calls[module]
+            with zoo.changed(params, rows), zoo.watched_softmax(probabilities, **options), torch.no_grad():
+                out = module(*args, **kwargs)
+            return probabilities, out[0] if isinstance(out, tuple) else out
+
+        before, _ = run({})
+        _, fixed = run({}, uniform=True)
+        for role in ("q", "k"):
+            rows = rows_with(spec, role)
+            assert rows, f"{spec.module}: no {role}"
+            assert not same(before, run(rows)[0])
+            assert torch.equal(fixed, run(rows, uniform=True)[1])
+            for name in rows:
+                assert {"q": ("q", "query"), "k": ("k", "key")}[role][0] in name.rpartition(spec.module)[2]
+        assert same(before, run(others(spec, module, names))[0])
+
+
+def one_of_each(specs: list[AttentionSpec]) -> list[AttentionSpec]:
+    """One layer for every distinct map."""
+    return list({(s.kind, tuple((p.name.count("."), p.shape, p.dim, p.blocks) for p in s.params)): s for s in specs}.values())
+
+
+def rows_with(spec: AttentionSpec, role: str) -> zoo.Rows:
+    rows = {p.name: (p.dim, [i for b in p.blocks if b.role == role for i in range(b.start, b.stop)]) for p in spec.params}
+    return {name: chosen for name, chosen in rows.items() if chosen[1]}
+
+
+def others(spec: AttentionSpec, module: nn.Module, names: dict[int, str]) -> zoo.Rows:
+    """All rows of the module that the map leaves out; parameters named in its notes choose, and are left alone."""
+    mapped = {p.name: p for p in spec.params}
+    rows: zoo.Rows = {}
+    for param in module.parameters():
+        name = names[id(param)]
+        if name in mapped:
+            taken = {i for b in mapped[name].blocks for i in range(b.start, b.stop)}
+            rows[name] = (mapped[name].dim, [i for i in range(param.shape[mapped[name].dim]) if i not in taken])
+        elif not any(name in note for note in spec.notes):
+            rows[name] = (0, list(range(len(param))))
+    return rows
+
+
+def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return len(a) == len(b) > 0 and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def check_fused(specs: list[AttentionSpec], order: list) -> None:
+    for spec in specs:
+        for param in spec.params:
+            wanted = [(HEAD * i, HEAD * i + HEAD, *label) for i, label in enumerate(order) if label]
+            assert [(b.start, b.stop, b.role, b.head) for b in param.blocks] == wanted
