@@ -46,7 +46,8 @@ def fine_tune(
         # The one expert as a plain loop: twice as fast on a CPU.
         model_init_kwargs={"dtype": "float32", "experts_implementation": "eager", "device_map": None},
     )
-    guard = QKGuardCallback(routing_drift_steps="logging")
+    # No probes in between: the demo measures recall itself, before and after, on more samples
+    guard = QKGuardCallback(routing_drift_steps="logging", probe_steps="0")
     trainer = SFTTrainer(
         model=str(model),
         args=args,
