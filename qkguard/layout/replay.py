@@ -76,7 +76,7 @@ def replay(call: Call, feeding: set[str], attentions: int, direct: bool) -> Repl
         dims = {name: output_dim(owners[name], by_role) for name, by_role in masks.items()}
         with _outputs(call.module) as outputs:
             q, k, _ = attend(FixedStatistics())[0]
-        kv_of = _distinct_heads(found[0][1])
+        kv_of = distinct_heads(found[0][1])
         q_heads = _heads(q, list(range(q.shape[1])), params, {name: dims[name] for name in reached[0]})
         k_heads = _heads(k, kv_of, params, {name: dims[name] for name in reached[1]})
         rotary, rotary_dim = pairing(q, q_heads, outputs)
@@ -123,7 +123,7 @@ def _none(param: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.zeros(n, dtype=torch.bool) for n in param.shape)
 
 
-def _distinct_heads(key: Tensor) -> list[int]:
+def distinct_heads(key: Tensor) -> list[int]:
     """Key-value head of every key head as attended: equal heads, bit for bit, are copies of one (grouped queries)."""
     firsts: list[int] = []
     of: list[int] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from qkguard.layout.discover import find_attention
 from qkguard.layout.forward import attended
 from qkguard.layout.materialise import Fill, inputs_like, materialised
 from qkguard.layout.owners import by_owner, feeding, program
-from qkguard.layout.replay import Operands, operands
+from qkguard.layout.replay import Operands, distinct_heads, operands
 from qkguard.layout.spec import AttentionSpec, Block, ParamMap
 from qkguard.layout.trace import Call
 
@@ -45,9 +45,9 @@ def verify_layout(
 ) -> list[Verdict]:
     """Check a layout (by default the one that `find_attention` gives) on random weights, one module per program.
 
-    Every comparison is bit for bit: other numbers in the rows of one role move exactly what the role says; with the
-    mapped rows of a base and everything else of a tuned model, q and k are the base's and v is the tuned model's
-    (with the entangled rows left tuned, v still is).
+    Every comparison is bit for bit. Other numbers in the rows of one role move exactly what the role says, and already
+    the first and the last row of a block do so, in their own head. With the mapped rows of a base and everything else
+    of a tuned model, q and k are the base's and v is the tuned model's (with entangled rows left tuned, v still is).
 
     Raises:
         UnknownLayoutError: the model does not run, or an entry's module does not attend.
@@ -100,7 +100,9 @@ def _check(
         fill = Fill(5)
         tuned = {name: fill.parameter(param).data for name, param in params.items()}
 
-        def attend(values: Values, rows: Values, keep: Callable[[Block], bool]) -> list[Operands]:
+        def attend(
+            values: Values, rows: Values, keep: Callable[[Block], bool], maps: dict[str, ParamMap] = maps
+        ) -> list[Operands]:
             """q, k and v of every attention with `values`, but with the chosen mapped rows of `rows`."""
             for name, param in params.items():
                 param.data.copy_(values[name])
@@ -117,6 +119,11 @@ def _check(
             moved = _moved(first, attend(base, tuned, lambda block: block.role == role))  # noqa: B023
             if moved != role:
                 problems.append(f"{call.name}: the rows said to feed {role} move {moved or 'nothing'}")
+        for name, mapped in maps.items():  # no row too many: the first and the last of every block count
+            for edge, only in (("first", _first_row), ("last", _last_row)):
+                edges = replace(mapped, blocks=tuple(only(block) for block in mapped.blocks))
+                idle = _idle(edges, first, attend(base, tuned, lambda _: True, {name: edges}))
+                problems += [f"{call.name}: {name}, block {b.start}:{b.stop}: its {edge} row is idle" for b in idle]
         restored = attend(tuned, base, lambda _: True)
         if lost := _moved(first, restored).replace("v", ""):
             nudged = {name: value + 1e-5 * (tuned[name] - value) for name, value in base.items()}
@@ -131,6 +138,31 @@ def _check(
         if any("v" in role for role in roles):
             partial.append("some rows feed keys and values alike")
     return partial, problems
+
+
+def _first_row(block: Block) -> Block:
+    return replace(block, stop=block.start + 1)
+
+
+def _last_row(block: Block) -> Block:
+    return replace(block, start=block.stop - 1)
+
+
+def _idle(param: ParamMap, before: list[Operands], after: list[Operands]) -> list[Block]:
+    """Blocks that moved nothing of theirs: their own head of the queries or keys where they have one."""
+    idle = []
+    for block in param.blocks:
+        still = True
+        for old, new in zip(before, after, strict=True):
+            for role in block.role:
+                a, b = old["qkv".index(role)], new["qkv".index(role)]
+                if block.head is not None:
+                    head = block.head if role == "q" else distinct_heads(a).index(block.head)
+                    a, b = a[:, head], b[:, head]
+                still &= torch.equal(a, b)
+        if still:
+            idle.append(block)
+    return idle
 
 
 def _moved(before: list[Operands], after: list[Operands]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoConfig
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, Cache
 
 CONFIGS: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "data" / "tiny_configs.json").read_text())
 _TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -53,13 +54,13 @@ def tiny_config(model_type: str, **overrides: Any) -> Any:
 def tiny_model(model_type: str, implementation: str = "eager", **overrides: Any) -> nn.Module:
     """A tiny random float32 model in which vectors (biases, gains) are random too, so that none of them hides."""
     config = tiny_config(model_type, **overrides)
-    model_class = getattr(transformers, CONFIGS[model_type]["class"])
-    if not isinstance(config, model_class.config_class):
-        parts = (getattr(config, name) for name in config.sub_configs)
-        config = next(part for part in parts if isinstance(part, model_class.config_class))
     torch.manual_seed(0)
     with attention(lambda *_, **__: None) if implementation == ORACLE else contextlib.nullcontext():
-        model = model_class._from_config(config, attn_implementation=implementation).eval()
+        if model_type.startswith("musicgen"):  # AutoModelForCausalLM hands the decoder the whole config
+            model_class = getattr(transformers, CONFIGS[model_type]["class"])
+            model = model_class._from_config(config.decoder, attn_implementation=implementation).eval()
+        else:
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for param in model.parameters():
@@ -69,10 +70,12 @@ def tiny_model(model_type: str, implementation: str = "eager", **overrides: Any)
 
 def inputs_for(model: nn.Module) -> Iterator[dict[str, Any]]:
     """Forms of text input, one of which every model accepts: no mask, 4-D mask, 2-D mask, several codebooks."""
-    ids = torch.arange(1, TOKENS + 1)[None] * 7 % 200
+    windows = getattr(model.config, "compress_rates", None) or {}  # DeepSeek-V4 attends to whole windows of the past
+    tokens = max(TOKENS, *(2 * rate for rate in windows.values()), 0)
+    ids = torch.arange(1, tokens + 1)[None] * 7 % 200
     yield {"input_ids": ids}
-    above = torch.ones(TOKENS, TOKENS).triu(1).bool()
-    yield {"input_ids": ids, "attention_mask": torch.zeros(1, 1, TOKENS, TOKENS).masked_fill(above, -1e30)}
+    above = torch.ones(tokens, tokens).triu(1).bool()
+    yield {"input_ids": ids, "attention_mask": torch.zeros(1, 1, tokens, tokens).masked_fill(above, -1e30)}
     yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     yield {"input_ids": ids.expand(getattr(model.config, "num_codebooks", 1), -1)}
 
@@ -94,7 +97,8 @@ def first_calls(model: nn.Module) -> dict[nn.Module, Arguments]:
         calls: dict[nn.Module, Arguments] = {}
 
         def note(module: nn.Module, args: tuple, kwargs: dict, calls: dict = calls) -> None:
-            calls.setdefault(module, (args, dict(kwargs)))
+            fresh = {key: copy.deepcopy(value) if isinstance(value, Cache) else value for key, value in kwargs.items()}
+            calls.setdefault(module, (args, fresh))
 
         hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in model.modules()]
         try:
