@@ -227,8 +227,8 @@ def live_names(model: nn.Module) -> dict[str, str]:
 
 
 def full_shape(param: torch.Tensor) -> tuple[int, ...]:
-    """The unsharded shape: ZeRO-3 keeps it in `ds_shape`; a DTensor's own shape is the full one."""
-    return tuple(getattr(param, "ds_shape", param.shape))
+    """The unsharded shape: ZeRO-3 keeps it in `ds_shape`, 4-bit packing in `quant_state`; a DTensor has it."""
+    return tuple(getattr(param, "ds_shape", getattr(getattr(param, "quant_state", None), "shape", param.shape)))
 
 
 def first_line(error: BaseException) -> str:
