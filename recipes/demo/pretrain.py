@@ -160,7 +160,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--longest", type=int, default=2048, help="longest needle row in tokens")
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--arithmetic", type=float, default=0.5, help="share of the steps on arithmetic")
-    parser.add_argument("--exam", type=float, nargs="+", default=[0.05], help="share of arithmetic rows in exam style")
+    parser.add_argument("--exam", type=float, nargs="+", default=[0.2], help="share of arithmetic rows in exam style")
     parser.add_argument("--fork", type=float, default=0.75, help="share of training after which exam style begins")
     parser.add_argument("--size", type=int, default=600_000, help="tokens of text to draw batches from")
     parser.add_argument("--rows", type=int, default=128, help="samples of each kind for the final evaluation")
