@@ -160,13 +160,21 @@ def own_config(model_class: Any, config: Any) -> Any:
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Random states, default dtype, grad mode and log level are afterwards as they were, whatever happens inside."""
+    """A plain PyTorch inside (float32, on the CPU, gradients, no autocast), and everything as it was afterwards.
+
+    Random states (Python, CPU and CUDA), default dtype and device, grad and inference mode, autocast, log level.
+    """
     from transformers.utils import logging
 
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     python_state, dtype, level = random.getstate(), torch.get_default_dtype(), logging.get_verbosity()
     validates = Distribution._validate_args  # a check of values, which a weightless copy does not have
-    with torch.random.fork_rng(devices), torch.enable_grad():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autocast("cpu", enabled=False))
+        stack.enter_context(torch.device("cpu"))
         try:
             torch.set_default_dtype(torch.float32)
             logging.set_verbosity_error()
@@ -202,22 +210,22 @@ def build_meta(source: Source) -> nn.Module:
 
 
 def bare_name(name: str) -> str:
-    """A parameter's name without what wrappers put in: torch.compile, checkpointing, FSDP1, PEFT's wrapping."""
-    name = name.removeprefix("base_model.model.")
-    return ".".join(part for part in name.split(".") if part not in TRANSPARENT and part != "base_layer")
+    """A parameter's name without what wrappers put in: torch.compile, DDP, checkpointing, FSDP1, PEFT."""
+    name = ".".join(part for part in name.split(".") if part not in TRANSPARENT and part != "base_layer")
+    return name.removeprefix("module.").removeprefix("base_model.model.")
 
 
 def live_names(model: nn.Module) -> dict[str, str]:
     """Name as a bare copy of the class has it -> name in `model.named_parameters()`.
 
     Strips what wrappers put in between: torch.compile, DDP, activation checkpointing, PEFT's `base_model.model.` and
-    `base_layer`. Adapter weights are left out.
+    `base_layer`. Under PEFT the base layers count, or the trained copies in `modules_to_save`.
     """
     by_id = {id(p): name for name, p in model.named_parameters()}
     names = {}
     for name, param in unwrap(model).named_parameters():
         parts = name.split(".")
-        if "original_module" in parts or any(part.startswith("lora_") for part in parts):
+        if "original_module" in parts:  # PEFT trains a copy of it
             continue
         if "modules_to_save" in parts:
             at = parts.index("modules_to_save")

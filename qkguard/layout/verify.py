@@ -157,8 +157,9 @@ def _idle(param: ParamMap, before: list[Operands], after: list[Operands]) -> lis
             for role in block.role:
                 a, b = old["qkv".index(role)], new["qkv".index(role)]
                 if block.head is not None:
-                    head = block.head if role == "q" else distinct_heads(a).index(block.head)
-                    a, b = a[:, head], b[:, head]
+                    heads = range(a.shape[1]) if role == "q" else distinct_heads(a)
+                    its = [i for i, head in enumerate(heads) if head == block.head]
+                    a, b = a[:, its], b[:, its]
                 still &= torch.equal(a, b)
         if still:
             idle.append(block)
