@@ -68,11 +68,12 @@ def test_a_damaged_hybrid_is_judged_as_generation_judges_it() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("mode", ["plain", "chat"])
 def test_a_damaged_pretrained_model_is_judged_as_generation_judges_it(mode: str) -> None:
     model, tokenizer = load_smollm2()
     prober = Prober(
-        tokenizer, lengths=[400], depths=2, samples=4, tasks=["s2", "s3", "mk1"], mode=mode, attention=False
+        tokenizer, lengths=[400], depths=2, samples=2, tasks=["s2", "s3", "mk1"], mode=mode, attention=False
     )
     prober.find_forms(model)
     damage_until_some_are_wrong(model, prober, 0.25)
