@@ -103,6 +103,8 @@ def top_singular_value(delta: Tensor, iterations: int = 12) -> float:
     A block of 8 vectors also finds it where the next ones lie close, as they do for a drift that is mostly noise.
     """
     delta = delta.double()
+    if not delta.isfinite().all():  # reported as such; the factorisations below would raise
+        return float("nan")
     start = torch.Generator().manual_seed(0)  # our own generator: training's RNG is left alone
     width = min(8, *delta.shape)
     block = torch.randn(delta.shape[1], width, generator=start, dtype=torch.float64).to(delta.device)
