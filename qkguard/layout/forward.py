@@ -105,16 +105,17 @@ def _run(model: nn.Module, inputs: dict[str, Any], device: str) -> tuple[Trace, 
     with torch.device(device), watching(trace) as seen:
         model(**inputs)
     if "decoder_input_ids" in inputs:
-        seen = [found for found in seen if _tokens(trace, found) == {inputs["decoder_input_ids"].shape[1]}]
+        own, other = inputs["decoder_input_ids"].shape[1], inputs["input_ids"].shape[1]
+        seen = [found for found in seen if _tokens(trace, found) in ((own, own), (own, own + other))]
     return trace, seen
 
 
-def _tokens(trace: Trace, found: Seen) -> set[int]:
-    """Numbers of query and key tokens."""
-    shapes: list[Tensor] = [trace.tensors[key] for key in (found.query, found.key)]
+def _tokens(trace: Trace, found: Seen) -> tuple[int, int]:
+    """Numbers of query and key tokens: the decoder's own, followed by the encoder's where attention merges both."""
     if found.scores is None:
-        return {tensor.shape[-2] for tensor in shapes}
-    return set(trace.tensors[found.scores].shape[-2:])
+        return trace.tensors[found.query].shape[-2], trace.tensors[found.key].shape[-2]
+    queries, keys = trace.tensors[found.scores].shape[-2:]
+    return queries, keys
 
 
 def _sentence(model: nn.Module, failures: list[str]) -> str:

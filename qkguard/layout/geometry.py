@@ -103,11 +103,11 @@ def check_layer_types(types: list[str] | None, attended: set[int | None], ran: s
             )
 
 
-def output_dim(owner: nn.Module, reached: Sequence[Sequence[Tensor]]) -> int:
-    """The dimension that indexes outputs, given which slices of each dimension q, k and v reach.
+def output_dims(owner: nn.Module, reached: Sequence[Sequence[Tensor]]) -> list[int]:
+    """The dimensions that may index outputs, likeliest first, given which slices of each q, k and v reach.
 
-    The first of a matrix, a vector and a convolution; the second of transformers' transposed Conv1D; the last but one
-    of a stack of matrices (experts). Where another one keeps q, k and v apart better, that one.
+    Those that keep q, k and v apart best. Among them usually the first of a matrix, a vector and a convolution; the
+    second of transformers' transposed Conv1D; the last but one of a stack of matrices (experts).
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -118,4 +118,5 @@ def output_dim(owner: nn.Module, reached: Sequence[Sequence[Tensor]]) -> int:
     def shared(dim: int) -> float:
         return float((torch.stack([masks[dim] for masks in reached]).sum(0) > 1).float().mean())
 
-    return min(range(dims), key=lambda dim: (shared(dim), dim != usual))
+    least = min(map(shared, range(dims)))
+    return sorted((dim for dim in range(dims) if shared(dim) == least), key=lambda dim: dim != usual)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qkguard.errors import UnknownLayoutError
 from qkguard.layout.capture import Seen, watching
-from qkguard.layout.geometry import output_dim
+from qkguard.layout.geometry import output_dims
 from qkguard.layout.materialise import Fill, inputs_like, materialised
 from qkguard.layout.modes import FixedStatistics, StraightThrough
 from qkguard.layout.rotary import pairing
@@ -73,20 +73,21 @@ def replay(call: Call, feeding: set[str], attentions: int, direct: bool) -> Repl
             for name, param in params.items()
             if name in reached[0] or name in reached[1]
         }
-        dims = {name: output_dim(owners[name], by_role) for name, by_role in masks.items()}
+        dims = {name: output_dims(owners[name], by_role) for name, by_role in masks.items()}
         with _outputs(call.module) as outputs:
             q, k, _ = attend(FixedStatistics())[0]
         kv_of = distinct_heads(found[0][1])
         q_heads = _heads(q, list(range(q.shape[1])), params, {name: dims[name] for name in reached[0]})
         k_heads = _heads(k, kv_of, params, {name: dims[name] for name in reached[1]})
-        rotary, rotary_dim = pairing(q, q_heads, outputs)
+        rotary, rotary_dim = pairing(q, {name: head for name, (_, head) in q_heads.items()}, outputs)
         rows = {}
-        for name, dim in dims.items():
+        for name, (usual, *_) in dims.items():
             shape = tuple(params[name].shape)
-            of_role = (by_dim[dim] for by_dim in masks[name])
-            none = torch.full((shape[dim],), -1)
-            heads = (found.get(name, none) for found in (q_heads, k_heads))
-            rows[name] = Rows(shape, dim, *of_role, *heads)
+            dim = next((heads[name][0] for heads in (q_heads, k_heads) if name in heads), usual)
+            none = (dim, torch.full((shape[dim],), -1))
+            alike = (heads.get(name, none) for heads in (q_heads, k_heads))
+            heads = (head if of == dim else none[1] for of, head in alike)
+            rows[name] = Rows(shape, dim, *(by_dim[dim] for by_dim in masks[name]), *heads)
     return Replay(rows, q.shape[1], max(kv_of) + 1, q.shape[-1], rotary, rotary_dim)
 
 
@@ -159,9 +160,11 @@ def _union(found: list[dict[str, tuple[Tensor, ...]]]) -> dict[str, tuple[Tensor
 
 
 def _heads(
-    target: Tensor, head_of: list[int], params: dict[str, nn.Parameter], dims: dict[str, int]
-) -> dict[str, Tensor]:
-    """Per parameter in `dims`, the one head that each slice along that dimension feeds, or -1.
+    target: Tensor, head_of: list[int], params: dict[str, nn.Parameter], dims: dict[str, list[int]]
+) -> dict[str, tuple[int, Tensor]]:
+    """Per parameter in `dims`: a dimension, and the one head that each slice along it feeds, or -1.
+
+    Of the possible dimensions, the first along which slices feed single heads, else the first.
 
     The gradient is linear in what is fed back. Fed back once as it is and once with head h multiplied by h + 1, a
     slice that feeds one head alone comes out multiplied by exactly that number, in all its elements.
@@ -169,28 +172,30 @@ def _heads(
     first_copies = torch.tensor([head not in head_of[:i] for i, head in enumerate(head_of)]).view(1, -1, 1, 1)
     code = torch.tensor(head_of, dtype=torch.float32).view(1, -1, 1, 1) + 1
     fill = Fill(3)
-    out = {}
+    out: dict[str, tuple[int, Tensor]] = {}
     # A slice of a matrix has many elements to compare; a vector's one element needs several random tries.
     for matrices, tries in ((True, 1), (False, 4)):
         only = {name: params[name] for name in dims if (params[name].dim() > 1) == matrices}
-        pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        samples: dict[tuple[str, int], tuple[list[Tensor], list[Tensor]]] = {}
         for _ in range(tries):
             back = fill.normal(target.shape) * first_copies
-            plain, coded = (
-                {name: _sample(grad, dims[name]) for name, grad in _gradients(target, fed, only).items()}
-                for fed in (back, back * code)
-            )
-            for name, sample in plain.items():
-                pairs.setdefault(name, []).append((sample, coded[name]))
-        for name, samples in pairs.items():
-            all_plain, all_coded = (torch.cat(side, 1) for side in zip(*samples, strict=True))
-            out[name] = _decode(all_plain, all_coded, max(head_of) + 1)
+            for side, fed in enumerate((back, back * code)):
+                for name, grad in _gradients(target, fed, only).items():
+                    for dim in dims[name]:
+                        samples.setdefault((name, dim), ([], []))[side].append(_sample(grad, dim))
+        for (name, dim), (plain, coded) in samples.items():
+            head = _decode(torch.cat(plain, 1), torch.cat(coded, 1), max(head_of) + 1)
+            if name not in out or (bool((head >= 0).any()) and not bool((out[name][1] >= 0).any())):
+                out[name] = dim, head
     return out
 
 
 def _sample(grad: Tensor, dim: int) -> Tensor:
     """(slices along `dim`, some of their elements), in float64: enough to tell a common factor."""
-    return (grad.movedim(dim, 0).flatten(1)[:, :128] if grad.dim() > 1 else grad[:, None]).double()
+    if grad.dim() == 1:
+        return grad[:, None].double()
+    slices = grad.movedim(dim, 0).flatten(1)
+    return slices[:, :: max(1, slices.shape[1] // 128)].double()
 
 
 def _decode(plain: Tensor, coded: Tensor, heads: int) -> Tensor:
