@@ -21,7 +21,7 @@ from qkguard.checkpoint.export import export_model, holds_weights, link_checkpoi
 from qkguard.checkpoint.restored import RestoredWrite
 from qkguard.checkpoint.weights import open_weights
 from qkguard.config import QKGuardConfig
-from qkguard.drift import DriftTracker, Tracker
+from qkguard.drift_live import DriftTracker, Tracker
 from qkguard.errors import QKGuardError
 from qkguard.layout import disk_names, find_attention, select
 from qkguard.probing import Probing

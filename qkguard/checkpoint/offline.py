@@ -15,7 +15,9 @@ from qkguard.checkpoint.scan import BackgroundScan
 from qkguard.checkpoint.sources import FolderSource
 from qkguard.checkpoint.weights import WeightFolder, open_weights, resolve_folder
 from qkguard.errors import QKGuardError
+from qkguard.layout.remembered import remembered
 from qkguard.layout.spec import AttentionSpec, ParamMap, select
+from qkguard.layout.spec_file import dump_specs, parse_specs
 
 GEOMETRY = (
     *("hidden_size", "n_embd", "d_model", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head"),
@@ -80,10 +82,8 @@ def find_pair(
     Raises:
         QKGuardError: whatever `find_attention`, `select` and `disk_names` refuse, or a base without those rows.
     """
-    from qkguard.layout import find_attention  # imports transformers
-
     base_weights, weights = folders.base, folders.tuned
-    specs = find_attention(weights.folder, spec=spec, trust_remote_code=trust_remote_code)
+    specs = folder_attention(weights.folder, spec=spec, trust_remote_code=trust_remote_code)
     selection = select(
         specs,
         parts=parts,
@@ -165,6 +165,22 @@ def restore_checkpoint(
         )
 
 
+def folder_attention(folder: Path, *, spec: Any = None, trust_remote_code: bool = False) -> list[AttentionSpec]:
+    """`find_attention` of a folder; what is settled by its config alone is remembered (`layout.remembered`)."""
+    from qkguard.layout import find_attention  # imports transformers
+
+    config = read_config(folder)
+    if spec is not None or trust_remote_code or "auto_map" in config:
+        return find_attention(folder, spec=spec, trust_remote_code=trust_remote_code)
+
+    def find() -> str | None:
+        text = dump_specs(specs := find_attention(folder))
+        return text if parse_specs(text, "layout") == specs else None  # a layout that the format does not hold
+
+    text = remembered("attention", config, find)
+    return find_attention(folder) if text is None else parse_specs(text, "layout")
+
+
 def tensor_names(params: Sequence[ParamMap], weights: WeightFolder, model: Path, *, by_hand: bool) -> dict[str, str]:
     """Parameter name -> name in the files, as the class of `model` (a folder with a config) loads them.
 
@@ -173,9 +189,16 @@ def tensor_names(params: Sequence[ParamMap], weights: WeightFolder, model: Path,
     shapes = weights.shapes()
     if by_hand and all(shapes.get(param.name) == param.shape for param in params):
         return {param.name: param.name for param in params}
-    from qkguard.layout import disk_names
+    config = read_config(model)
 
-    return disk_names(params, shapes, model)
+    def find() -> dict[str, str]:
+        from qkguard.layout import disk_names
+
+        return disk_names(params, shapes, model)
+
+    if "auto_map" in config:
+        return find()
+    return remembered("names", [config, shapes, [(param.name, param.shape) for param in params]], find)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -19,6 +19,9 @@ def inspect(
     write_spec: Annotated[
         Path | None, typer.Option("--write-spec", help="Write the layout as YAML, to correct and use with --spec.")
     ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Prove it: change the rows of a copy and watch what moves, bit for bit.")
+    ] = False,
     as_json: opt.Json = False,
 ) -> None:
     """Show which layers have softmax attention and which rows of which tensors make their queries and keys.
@@ -34,14 +37,27 @@ def inspect(
     if write_spec is not None and write_spec.exists():
         raise QKGuardError(f"{write_spec} exists; choose another file, your corrections may be in it")
     specs = find_attention(model, spec=spec, trust_remote_code=trust_remote_code)
-    report = layout_report(model, spec=specs, trust_remote_code=trust_remote_code)
+    report = layout_report(model, spec=specs, verify=verify, trust_remote_code=trust_remote_code)
     if write_spec is not None:
         write_spec.write_text(dump_specs(specs), encoding="utf-8")
     if as_json:
         print_json(report)
-        return
-    warn(report["warnings"])
-    _print(report)
+    else:
+        warn(report["warnings"])
+        _print(report)
+    if verify:
+        _judge(report["verified"], quiet=as_json)
+
+
+def _judge(verified: list[dict[str, Any]], *, quiet: bool) -> None:
+    """One line for every distinct kind of layer; an error where the layout is wrong."""
+    for verdict in verified:
+        layers = ", ".join(map(str, verdict["layers"]))
+        if verdict["problems"]:
+            raise QKGuardError(f"layers {layers}: the layout is wrong: {'; '.join(verdict['problems'])}")
+        if not quiet:
+            proven = "the rows move exactly what they should"
+            say(f"layers {layers}: {proven}" + "".join(f"; partial: {why}" for why in verdict["partial"]))
 
 
 def _print(report: dict[str, Any]) -> None:

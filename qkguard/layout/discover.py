@@ -22,6 +22,8 @@ from qkguard.layout.spec_file import load_specs
 from qkguard.layout.static import static_specs
 from qkguard.layout.trace import Call, Trace
 
+BORROWED = "keys are borrowed from an earlier layer"
+
 
 def find_attention(model_or_config: Any, *, spec: Any = None, trust_remote_code: bool = False) -> list[AttentionSpec]:
     """Every softmax-attention layer of a model with the rows that make its queries and keys.
@@ -77,10 +79,13 @@ def _discover(source: build.Source) -> list[AttentionSpec]:
                     params=params,
                     rotary=shown.rotary,
                     rotary_dim=shown.rotary_dim,
+                    rotary_start=shown.rotary_start,
                     notes=tuple(_notes(trace, call, found, params)),
                 )
             )
         geometry.check_layer_types(types, seen_layers, layers.ran(trace), layers.count)
+    if any(BORROWED in spec.notes for spec in specs):  # from which layer is not known
+        specs = [replace(spec, shares_keys=True) for spec in specs]
     return specs
 
 
@@ -89,7 +94,7 @@ def _notes(trace: Trace, call: Call, found: list[Seen], params: tuple[ParamMap, 
     mapped = {param.name for param in params}
     reaching = {key: trace.reaching(key, call.start) for one in found for key in (one.query, one.key)}
     if not all(reaching[one.key] for one in found):
-        yield "keys are borrowed from an earlier layer"
+        yield BORROWED
     if chosen := sorted(set().union(*reaching.values()) - mapped):
         yield f"queries or keys also depend on a choice made by {', '.join(chosen)}, which has no rows of theirs"
     if any(block.entangled and param.kind != "norm" for param in params for block in param.blocks):

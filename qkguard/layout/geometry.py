@@ -29,7 +29,7 @@ SOFTMAX_TYPES = frozenset(
     }
 )
 OTHER_TYPES = frozenset({"linear_attention", "conv", "moe", "mlp", "mamba", "recurrent"})
-TYPE_FIELDS = ("layer_types", "layers_block_type", "attention_layers")
+TYPE_FIELDS = ("layer_types", "layers_block_type", "attention_layers", "mixer_types")
 OLDER_NAMES = {"attention": "full_attention", "global": "full_attention", "local": "sliding_attention"}
 
 

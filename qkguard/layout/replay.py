@@ -42,6 +42,7 @@ class Replay:
     head_dim: int
     rotary: str | None
     rotary_dim: int
+    rotary_start: int
 
 
 Operands = tuple[Tensor, Tensor, Tensor]  # q, k, v, each (1, heads, tokens, channels)
@@ -79,7 +80,7 @@ def replay(call: Call, feeding: set[str], attentions: int, direct: bool) -> Repl
         kv_of = distinct_heads(found[0][1])
         q_heads = _heads(q, list(range(q.shape[1])), params, {name: dims[name] for name in reached[0]})
         k_heads = _heads(k, kv_of, params, {name: dims[name] for name in reached[1]})
-        rotary, rotary_dim = pairing(q, {name: head for name, (_, head) in q_heads.items()}, outputs)
+        rotary, rotary_dim, rotary_start = pairing(q, {name: head for name, (_, head) in q_heads.items()}, outputs)
         rows = {}
         for name, (usual, *_) in dims.items():
             shape = tuple(params[name].shape)
@@ -88,7 +89,7 @@ def replay(call: Call, feeding: set[str], attentions: int, direct: bool) -> Repl
             alike = (heads.get(name, none) for heads in (q_heads, k_heads))
             heads = (head if of == dim else none[1] for of, head in alike)
             rows[name] = Rows(shape, dim, *(by_dim[dim] for by_dim in masks[name]), *heads)
-    return Replay(rows, q.shape[1], max(kv_of) + 1, q.shape[-1], rotary, rotary_dim)
+    return Replay(rows, q.shape[1], max(kv_of) + 1, q.shape[-1], rotary, rotary_dim, rotary_start)
 
 
 def operands(module: nn.Module, args: tuple, kwargs: dict, *, enough: int | None) -> list[Operands]:

@@ -10,21 +10,25 @@ from typing import Any
 
 from qkguard.checkpoint.weights import open_weights
 from qkguard.errors import QKGuardError
-from qkguard.layout import AttentionSpec, ParamMap, build, find_attention, geometry
+from qkguard.layout import AttentionSpec, ParamMap, build, find_attention, geometry, verify_layout
 from qkguard.layout.spec import join_ranges
 
 
-def layout_report(model: Any, *, spec: Any = None, trust_remote_code: bool = False) -> dict[str, Any]:
+def layout_report(
+    model: Any, *, spec: Any = None, verify: bool = False, trust_remote_code: bool = False
+) -> dict[str, Any]:
     """The attention layout of a model as JSON values.
 
     Args:
         model: whatever `find_attention` takes: a folder, a hub id, the path of a config.json, a config, a live model.
         spec: a layout by hand.
+        verify: prove the layout by replay (`verify_layout`).
         trust_remote_code: allow the model's own code to be imported.
 
     Returns:
         {"model", "model_type", "layer_kinds" {kind: count}, "layers" [...], "parameters" {total, query_key, share},
-        "bytes" of the query and key rows, "dtype", "warnings"}.
+        "bytes" of the query and key rows, "dtype", "warnings", "verified"}: the last None, or one entry
+        {"layers", "module", "ok", "problems", "partial"} for every distinct program.
 
     Raises:
         QKGuardError: the layout cannot be established; the message says what was seen.
@@ -52,7 +56,16 @@ def layout_report(model: Any, *, spec: Any = None, trust_remote_code: bool = Fal
         "bytes": pure * itemsize,
         "dtype": dtype,
         "warnings": _warnings(specs),
+        "verified": _verified(model, specs, trust_remote_code) if verify else None,
     }
+
+
+def _verified(model: Any, specs: Sequence[AttentionSpec], trust_remote_code: bool) -> list[dict[str, Any]]:
+    return [
+        {"layers": list(v.layers), "module": v.module, "ok": v.ok}
+        | {"problems": list(v.problems), "partial": list(v.partial)}
+        for v in verify_layout(model, specs, trust_remote_code=trust_remote_code)
+    ]
 
 
 def _layer(spec: AttentionSpec, seen: set[str], itemsize: int) -> dict[str, Any]:
@@ -114,14 +127,22 @@ def _size(model: Any, source: build.Source | None) -> tuple[int | None, int, str
                 return sum(map(prod, shapes.values())), dtype.itemsize, str(dtype).removeprefix("torch.")
             except QKGuardError:
                 pass  # quantised: the size below is that of the unquantised model
+    total = None
+    if source is not None and source.model_class is not None:
+        with build.undisturbed():
+            total = sum(p.numel() for p in build.build_meta(source).parameters())
+    return total, *_dtype(source)
+
+
+def _dtype(source: build.Source | None) -> tuple[int, str]:
+    """Bytes of an element and name of the config's dtype; bfloat16 where it does not say."""
     import torch
 
-    if source is None:
-        return None, torch.bfloat16.itemsize, "bfloat16"
-    with build.undisturbed():
-        meta = build.build_meta(source)
-    dtype = getattr(source.config, "dtype", None) or torch.bfloat16
-    return sum(p.numel() for p in meta.parameters()), dtype.itemsize, str(dtype).removeprefix("torch.")
+    said = next(
+        (d for key in ("dtype", "torch_dtype") if source and (d := getattr(source.config, key, None))), "bfloat16"
+    )
+    name = str(said).removeprefix("torch.")
+    return getattr(torch, name, torch.bfloat16).itemsize, name
 
 
 def _warnings(specs: Sequence[AttentionSpec]) -> list[str]:

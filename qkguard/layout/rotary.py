@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 
-def pairing(query: Tensor, heads: dict[str, Tensor], outputs: dict[str, Tensor]) -> tuple[str | None, int]:
-    """("half" | "interleaved" | "none", rotated channels) of the first query head; (None, 0) where it is neither.
+def pairing(query: Tensor, heads: dict[str, Tensor], outputs: dict[str, Tensor]) -> tuple[str | None, int, int]:
+    """("half" | "interleaved" | "none", rotated channels, the first of them) of the first query head.
+
+    (None, 0, 0) where it is neither.
 
     A rotation makes each channel of the query from two rows of the projection; which two tells the pairing. For
     DeepSeek's interleaved rotation the rows are what is interleaved, whatever order the channels end up in.
@@ -24,7 +26,7 @@ def pairing(query: Tensor, heads: dict[str, Tensor], outputs: dict[str, Tensor])
             continue
         made_of = _made_of(query, output, rows)
         return _classify(made_of)
-    return None, 0
+    return None, 0, 0
 
 
 def _made_of(query: Tensor, output: Tensor, rows: Tensor) -> list[list[int]]:
@@ -45,15 +47,15 @@ def _made_of(query: Tensor, output: Tensor, rows: Tensor) -> list[list[int]]:
     return made_of
 
 
-def _classify(made_of: list[list[int]]) -> tuple[str | None, int]:
-    """Per channel the rows that it is made of -> pairing and number of rotated channels."""
+def _classify(made_of: list[list[int]]) -> tuple[str | None, int, int]:
+    """Per channel the rows that it is made of -> pairing, number of rotated channels, the first of them."""
     if any(len(rows) not in (1, 2) for rows in made_of):
-        return None, 0
+        return None, 0, 0
     pairs = sorted({tuple(rows) for rows in made_of if len(rows) == 2})
     if not pairs:
-        return "none", 0
+        return "none", 0, 0
     if sorted(row for pair in pairs for row in pair) != list(range(pairs[0][0], pairs[0][0] + 2 * len(pairs))):
-        return None, 0
+        return None, 0, 0
     if all(b - a == len(pairs) for a, b in pairs):
-        return "half", 2 * len(pairs)
-    return ("interleaved", 2 * len(pairs)) if all(b - a == 1 for a, b in pairs) else (None, 0)
+        return "half", 2 * len(pairs), pairs[0][0]
+    return ("interleaved", 2 * len(pairs), pairs[0][0]) if all(b - a == 1 for a, b in pairs) else (None, 0, 0)

@@ -195,8 +195,9 @@ class AttentionSpec:
     `layer` counts decoder layers of any kind from 0 (None where the module is outside the layer list); `module` is
     the attention module's name; `kind` follows `config.layer_types` ("full_attention", "sliding_attention", ...).
     `rotary` is "half", "interleaved", "none" (NoPE, or positions added elsewhere) or None where unknown;
-    `rotary_dim` is the number of rotated channels per head. Under grouped-query attention query head h reads
-    key head `h // (num_heads // num_kv_heads)`.
+    `rotary_dim` is the number of rotated channels per head, `rotary_start` the first of them (as rows of the head).
+    Under grouped-query attention query head h reads key head `h // (num_heads // num_kv_heads)`; `shares_keys` says
+    that keys of the model may serve more layers than the one that makes them.
     """
 
     layer: int | None
@@ -208,6 +209,8 @@ class AttentionSpec:
     params: tuple[ParamMap, ...]
     rotary: str | None = None
     rotary_dim: int = 0
+    rotary_start: int = 0
+    shares_keys: bool = False
     notes: tuple[str, ...] = field(default=())
 
     @property

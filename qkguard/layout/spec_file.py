@@ -19,9 +19,10 @@
             blocks:
               - [0, 16, k, 0]
 
-Optional: in a layer `rotary` (half, interleaved, none), `rotary_dim`, `notes`; in a parameter `dim` (1 where columns
-are meant, as in GPT-2's transposed Conv1D; default 0) and `kind` (weight, bias, norm; default by the name). A block
-whose rows serve several heads has no head; one that feeds keys and values alike has the role kv.
+Optional: in a layer `rotary` (half, interleaved, none), `rotary_dim`, `rotary_start`, `shares_keys`, `notes`; in a
+parameter `dim` (1 where columns are meant, as in GPT-2's transposed Conv1D; default 0) and `kind` (weight, bias, norm;
+default by the name). A block whose rows serve several heads has no head; one that feeds keys and values alike has the
+role kv.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from qkguard.layout.spec import AttentionSpec, Block, ParamMap
 VERSION = 1
 ROLES = ("q", "k", "qk", "qv", "kv", "qkv")
 REQUIRED = ("module", "kind", "num_heads", "num_kv_heads", "head_dim", "params")
-OPTIONAL = ("rotary", "rotary_dim", "notes")
+OPTIONAL = ("rotary", "rotary_dim", "rotary_start", "shares_keys", "notes")
 
 
 def dump_specs(specs: Iterable[AttentionSpec]) -> str:
@@ -66,17 +67,24 @@ def load_specs(path: Path) -> list[AttentionSpec]:
         QKGuardError: not readable, a key missing, unknown or of a wrong type, blocks that overlap or leave the shape.
     """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return parse_specs(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
         raise QKGuardError(f"cannot read the layout {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise QKGuardError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    where = str(path)
+    except UnicodeDecodeError as error:
+        raise QKGuardError(f"{path} is not valid YAML: {error}") from None
+
+
+def parse_specs(text: str, where: str) -> list[AttentionSpec]:
+    """`load_specs` of a text; `where` names it in errors."""
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise QKGuardError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
     _check_keys(data, where, ("version", "attention"), ())
     if data["version"] != VERSION:
-        raise QKGuardError(f"{path} has version {data['version']!r}, this qkguard reads {VERSION}")
+        raise QKGuardError(f"{where} has version {data['version']!r}, this qkguard reads {VERSION}")
     if not isinstance(data["attention"], list) or not data["attention"]:
-        raise QKGuardError(f"{path}: attention must be a list with one entry per kind of layer")
+        raise QKGuardError(f"{where}: attention must be a list with one entry per kind of layer")
     specs = [s for i, entry in enumerate(data["attention"]) for s in _specs(entry, f"{where}: attention[{i}]")]
     return sorted(specs, key=lambda s: (s.layer is None, s.layer or 0))
 

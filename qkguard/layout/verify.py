@@ -54,6 +54,11 @@ def verify_layout(
     """
     specs = find_attention(model_or_config, trust_remote_code=trust_remote_code) if specs is None else specs
     source = build.resolve(model_or_config, trust_remote_code=trust_remote_code)
+    if source.model_class is None:
+        raise UnknownLayoutError(
+            f"the code of {source.config.model_type} is not imported, so its layout, which comes from a fixed rule, "
+            "cannot be proven here"
+        )
     left = {build.bare_name(spec.module): spec for spec in specs}
     checked: dict[Any, tuple[AttentionSpec, list[int | None], tuple[list[str], list[str]]]] = {}
     with build.undisturbed():

@@ -93,7 +93,7 @@ def top_of_product(b: Tensor, a: Tensor) -> float:
 
 
 class AdapterTracker:
-    """Drift of a live PEFT model; the metrics and their keys are `qkguard.drift.DriftTracker`'s."""
+    """Drift of a live PEFT model; the metrics and their keys are `qkguard.drift_live.DriftTracker`'s."""
 
     def __init__(self, model: nn.Module, selection: Selection, weights: list[AdaptedWeight]) -> None:
         self.selection, self.weights = selection, {w.pmap.name: w for w in weights}

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import TrainerState, TrainingArguments
 
 from qkguard import ranks
-from qkguard.drift import Tracker
+from qkguard.drift_live import Tracker
 from qkguard.errors import QKGuardError
 from qkguard.lora.adapter import TENSORS
 from qkguard.lora.drift import AdapterTracker
