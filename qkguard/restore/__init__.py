@@ -7,30 +7,22 @@ compact tensors in any float dtype, rounded once when they are written, and what
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
-from qkguard.errors import QKGuardError
+from qkguard.restore.apply import restore_layer
+from qkguard.restore.interpolate import interpolate
 from qkguard.restore.plain import Restored, restore
+from qkguard.restore.procrustes import procrustes
+from qkguard.restore.qk_pro import qk_pro
+from qkguard.restore.registry import METHODS, Method, check_options, get_method
 
-
-@dataclass(frozen=True)
-class Method:
-    """A registered method and the options (of `QKGuardConfig`) that it reads."""
-
-    name: str
-    function: Callable[..., Restored]
-    options: tuple[str, ...] = ()
-
-
-METHODS = {method.name: method for method in (Method("restore", restore),)}
-
-
-def get_method(name: str) -> Method:
-    """The method of that name; QKGuardError with the names there are otherwise."""
-    if name not in METHODS:
-        raise QKGuardError(f"unknown restore method {name!r}; expected one of: {', '.join(METHODS)}")
-    return METHODS[name]
-
-
-__all__ = ["METHODS", "Method", "Restored", "get_method", "restore"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "Restored",
+    "check_options",
+    "get_method",
+    "interpolate",
+    "procrustes",
+    "qk_pro",
+    "restore",
+    "restore_layer",
+]

@@ -1,0 +1,79 @@
+"""One layer through one method: its options, its rows in the dtype they will be kept in, and what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkguard.layout.spec import AttentionSpec, ParamMap
+from qkguard.restore.plain import Restored
+from qkguard.restore.registry import Method, layer_options
+
+
+def restore_layer(
+    method: Method,
+    options: Mapping[str, Any],
+    spec: AttentionSpec,
+    maps: Sequence[ParamMap],
+    pre: Mapping[str, Tensor],
+    post: Mapping[str, Tensor],
+    *,
+    gains: Mapping[str, Tensor] | None = None,
+    device: str | torch.device = "cpu",
+) -> Restored:
+    """New rows of one layer in the dtypes of `post`, and the layer's entry in the manifest.
+
+    Args:
+        method, options: as from `check_options`.
+        spec, maps: the layer and its selected parameters.
+        pre, post: compact CPU tensors by parameter name.
+        gains: for methods that rotate, the compact gains of q/k norms that are not selected.
+        device: where the float64 arithmetic runs.
+
+    Returns:
+        CPU rows; `restore` hands back the tensors of `pre` themselves. The report has what the method says ("group",
+        "ridge_absolute", "fallback", ...), "distance" (relative Frobenius distance of the new weights from those
+        before and after SFT) and "routing_error" (`routing_drift` of the new weights from before SFT, over heads).
+    """
+    mine = layer_options(method, options, spec.layer)
+    if method.name == "restore":
+        return method.function(spec, maps, pre, post)
+
+    def there(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+    if method.gains(mine):
+        mine["gains"] = there(gains or {})
+    before, after = there(pre), there(post)
+    new = method.function(spec, maps, before, after, **mine)
+    rows = {name: tensor.to(post[name].dtype).cpu() for name, tensor in new.rows.items()}
+    return Restored(rows, new.report | _distances(spec, maps, pre, post, rows))
+
+
+def _distances(
+    spec: AttentionSpec,
+    maps: Sequence[ParamMap],
+    pre: Mapping[str, Tensor],
+    post: Mapping[str, Tensor],
+    new: dict[str, Tensor],
+) -> dict[str, Any]:
+    from qkguard.drift import head_weights, routing_drift
+    from qkguard.drift_offline import projection_drift
+
+    before = {name: tensor.to(new[name].dtype) for name, tensor in pre.items()}
+    out: dict[str, Any] = {
+        "distance": {
+            f"{role}_from_{which}": value
+            for which, other in (("before", before), ("tuned", post))
+            for role in "qk"
+            if (value := projection_drift(maps, other, new).get(f"{role}_rel")) is not None
+        }
+    }
+    now, then = head_weights(spec, maps, new), head_weights(spec, maps, before)
+    if now and then:
+        errors = routing_drift(now[0], then[0], now[1], then[1]).tolist()
+        out["routing_error"] = {"mean": sum(errors) / len(errors), "max": max(errors)}
+    return out
