@@ -8,7 +8,7 @@ from types import FrameType
 
 import typer
 
-from qkguard.cli import demo, drift, inspect, merge, probe, restore, verify
+from qkguard.cli import demo, drift, inspect, merge, probe, recipes, restore, sft, verify
 from qkguard.errors import QKGuardError
 
 app = typer.Typer(
@@ -22,6 +22,8 @@ app = typer.Typer(
 )
 
 app.command("demo")(demo.demo)
+app.command("sft", context_settings=sft.PASSED_ON)(sft.sft)
+app.add_typer(recipes.app, name="recipes")
 
 CHECKPOINTS = "Checkpoints on disk"
 app.command("inspect", rich_help_panel=CHECKPOINTS)(inspect.inspect)

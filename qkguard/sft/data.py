@@ -1,0 +1,331 @@
+"""The rows a training reads: hub data sets and local files, mapped to TRL's forms, mixed by weight."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qkguard.errors import QKGuardError
+
+FILES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+SAMPLED = 256  # rows that a plan or a length check looks at
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
+DEFAULT_TEMPLATE = "{solution}\n\n{answer}"
+
+
+@dataclass
+class Columns:
+    """Which columns of a data set mean what."""
+
+    messages_column: str = field(
+        default="messages",
+        metadata={"help": "Column of chat messages ({role, content}, or ShareGPT's {from, value})."},
+    )
+    prompt_column: str = field(default="prompt", metadata={"help": "Column of prompts; trained on are completions."})
+    completion_column: str = field(default="completion", metadata={"help": "Column of completions."})
+    problem_column: str = field(
+        default="problem", metadata={"help": "Column of problems, the user's turn of a chat made from columns."}
+    )
+    solution_column: str = field(
+        default="solution", metadata={"help": "Column of chains of thought, the first part of the assistant's turn."}
+    )
+    answer_column: str = field(
+        default="answer", metadata={"help": "Column of final answers; without such a column the turn is the solution."}
+    )
+    completion_template: str = field(
+        default=DEFAULT_TEMPLATE,
+        metadata={
+            "help": "How solution and answer make the assistant's turn, in Python's format syntax; "
+            r'for thinking models "<think>\n{solution}\n</think>\n\n{answer}" in a recipe.'
+        },
+    )
+
+
+@dataclass
+class Source(Columns):
+    """One data set of a mixture."""
+
+    path: str = ""
+    config: str | None = None
+    split: str = "train"
+    weight: float | None = None
+
+    @property
+    def file_type(self) -> str | None:
+        """The builder that reads a local file; None for a hub id or a folder."""
+        return FILES.get(Path(self.path).suffix)
+
+
+@dataclass
+class DataArguments(Columns):
+    """What to train on: one data set, or several mixed."""
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Hub id, local .jsonl, .json, .parquet or .csv file, or a data set's folder."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration, where it has several."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str | None = field(default=None, metadata={"help": "Split to evaluate on. Default: none."})
+    datasets: list[dict[str, Any]] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Several data sets instead of dataset_name: a list of {path, config, split, weight, *_column}, "
+            "on the command line as JSON. With weights, rows are drawn in these proportions until the first data set "
+            "is used up; without, all rows are taken."
+        },
+    )
+    max_samples: int | None = field(default=None, metadata={"help": "Use only so many rows, for a trial run."})
+
+    def sources(self) -> list[Source]:
+        """The data sets to read; columns given for all apply where one does not name its own.
+
+        Raises:
+            QKGuardError: none is given, both forms are, an entry has an unknown key, or weights are missing in part.
+        """
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(Columns)}
+        if self.datasets is None:
+            if not self.dataset_name:
+                raise QKGuardError(
+                    "dataset_name is missing: what to train on; give a hub id or a local .jsonl or .parquet file, "
+                    "or several in `datasets`"
+                )
+            path, config, split = self.dataset_name, self.dataset_config, self.dataset_train_split
+            return [Source(**own, path=path, config=config, split=split)]
+        if self.dataset_name:
+            raise QKGuardError("dataset_name and datasets are both given; keep one (--datasets null drops the list)")
+        entries = json.loads(self.datasets) if isinstance(self.datasets, str) else self.datasets
+        known = {f.name for f in dataclasses.fields(Source)}
+        for entry in entries:
+            if not isinstance(entry, dict) or not entry.get("path"):
+                raise QKGuardError(f"datasets: expected a list of {{path: ..., weight: ...}}, found {entry!r}")
+            if unknown := sorted(set(entry) - known):
+                raise QKGuardError(f"datasets: unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}")
+        sources = [Source(**own | entry) for entry in entries]
+        weights = [s.weight for s in sources]
+        if any(w is not None for w in weights) and not all(w is not None and w > 0 for w in weights):
+            raise QKGuardError(f"datasets: weights are {weights}; give every entry one above 0, or none of them")
+        return sources
+
+
+# -- one row -----------------------------------------------------------------------------------------------------
+
+
+def form_of(source: Source, columns: Sequence[str]) -> str:
+    """ "messages", "prompt_completion" or "problem": what a data set's columns make of it.
+
+    Raises:
+        QKGuardError: naming the columns found; one that was mapped by hand must be there.
+    """
+    default = Columns()
+    forms = {
+        "messages": ("messages_column",),
+        "prompt_completion": ("prompt_column", "completion_column"),
+        "problem": ("problem_column", "solution_column"),
+    }
+    found = f"{source.path} has the columns {', '.join(columns)}"
+    mapped = [f.name for f in dataclasses.fields(Columns) if f.name.endswith("_column")]
+    for key in mapped:
+        name = getattr(source, key)
+        if name != getattr(default, key) and name not in columns:
+            raise QKGuardError(f"{found}, and no {name!r} ({key}); map one of these")
+    by_hand = {key for key in mapped if getattr(source, key) != getattr(default, key)}
+    for form, keys in sorted(forms.items(), key=lambda item: not by_hand & set(item[1])):
+        if all(getattr(source, key) in columns for key in keys):
+            return form
+    raise QKGuardError(
+        f"{found}; expected messages, prompt and completion, or problem and solution: map them with messages_column, "
+        "prompt_column, completion_column, problem_column, solution_column, answer_column"
+    )
+
+
+def convert(row: dict[str, Any], source: Source, form: str, *, chat: bool, as_messages: bool) -> dict[str, Any]:
+    """A row in one of TRL's forms: `messages`, or `prompt` and `completion`.
+
+    Args:
+        chat: the tokenizer has a chat template; problems become chats, else plain text.
+        as_messages: chats made from problems become `messages` rows, to mix with those.
+    """
+    if form == "messages":
+        return {"messages": [_message(m) for m in row[source.messages_column]]}
+    if form == "prompt_completion":
+        return {"prompt": row[source.prompt_column], "completion": row[source.completion_column]}
+    problem, solution = row[source.problem_column], _text(row[source.solution_column])
+    if source.answer_column in row and source.answer_column != source.solution_column:
+        solution = source.completion_template.format(solution=solution, answer=_text(row[source.answer_column]))
+    user, assistant = {"role": "user", "content": problem}, {"role": "assistant", "content": solution}
+    if as_messages:
+        return {"messages": [user, assistant]}
+    if chat:
+        return {"prompt": [user], "completion": [assistant]}
+    return {"prompt": f"{problem}\n", "completion": solution}
+
+
+def _message(message: dict[str, Any]) -> dict[str, str]:
+    if "role" in message:
+        return {"role": message["role"], "content": message["content"]}
+    role = SHAREGPT_ROLES.get(message["from"])
+    if role is None:
+        raise QKGuardError(f"a message is from {message['from']!r}; known are {', '.join(SHAREGPT_ROLES)}")
+    return {"role": role, "content": message["value"]}
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):  # s1K keeps several trajectories of which the first is trained on
+        value = value[0] if value else ""
+    return "" if value is None else str(value)
+
+
+# -- reading -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Sampled:
+    """A look at the training rows without reading all of them.
+
+    Attributes:
+        rows: some rows, in TRL's form.
+        total: how many rows the training has; None where the hub does not say.
+        form: "messages" or "prompt_completion".
+    """
+
+    rows: list[dict[str, Any]]
+    total: int | None
+    form: str
+
+
+def look(arguments: DataArguments, *, chat: bool) -> Sampled:
+    """A sample of the training rows; hub data sets are streamed, so that nothing large is downloaded.
+
+    Raises:
+        QKGuardError: a data set cannot be found, lacks a column, or does not fit the others.
+    """
+    sources = arguments.sources()
+    opened = [
+        _open(source, streaming=source.file_type is None and not os.path.isdir(source.path)) for source in sources
+    ]
+    forms = [form_of(source, _columns(data)) for source, data in zip(sources, opened, strict=True)]
+    as_messages = _common_form(sources, forms)
+    rows: list[dict[str, Any]] = []
+    for source, data, form in zip(sources, opened, forms, strict=True):
+        rows += [
+            convert(row, source, form, chat=chat, as_messages=as_messages)
+            for row in _spread(data, max(1, SAMPLED // len(sources)))
+        ]
+    if not rows:
+        raise QKGuardError(f"{sources[0].path} has no rows")
+    sizes = [_size(source, data) for source, data in zip(sources, opened, strict=True)]
+    return Sampled(rows, _total(sizes, [s.weight for s in sources], arguments.max_samples), _form_name(rows[0]))
+
+
+def load(arguments: DataArguments, *, chat: bool, seed: int, split: str | None = None) -> Any:
+    """The rows to train on (or of `split`) as one `datasets.Dataset` in TRL's form.
+
+    Raises:
+        QKGuardError: as `look`.
+    """
+    import datasets
+
+    sources = arguments.sources()
+    if split is not None:
+        sources = [dataclasses.replace(source, split=split) for source in sources]
+    opened = [_open(source, streaming=False) for source in sources]
+    forms = [form_of(source, data.column_names) for source, data in zip(sources, opened, strict=True)]
+    as_messages = _common_form(sources, forms)
+    converted = []
+    for source, data, form in zip(sources, opened, forms, strict=True):
+        options = {"source": source, "form": form, "chat": chat, "as_messages": as_messages}
+        converted.append(data.map(convert, fn_kwargs=options, remove_columns=data.column_names, desc=source.path))
+    weights = [source.weight for source in sources]
+    if len(converted) == 1:
+        mixed = converted[0]
+    elif all(weights):
+        shares = [w / sum(weights) for w in weights]  # type: ignore[arg-type, operator]
+        mixed = datasets.interleave_datasets(converted, shares, seed=seed, stopping_strategy="first_exhausted")
+    else:
+        mixed = datasets.concatenate_datasets(converted)
+    if arguments.max_samples and split is None:
+        mixed = mixed.select(range(min(arguments.max_samples, len(mixed))))
+    return mixed
+
+
+def _open(source: Source, *, streaming: bool) -> Any:
+    from datasets import load_dataset, load_from_disk
+
+    try:
+        if source.file_type:
+            if not os.path.isfile(source.path):
+                raise QKGuardError(f"{source.path} does not exist; expected a file of rows, or a hub id")
+            return load_dataset(source.file_type, data_files=source.path, split="train")
+        if os.path.isfile(os.path.join(source.path, "state.json")):
+            return load_from_disk(source.path)
+        return load_dataset(source.path, source.config, split=source.split, streaming=streaming)
+    except QKGuardError:
+        raise
+    except Exception as error:
+        first = str(error).strip().split("\n")[0]
+        raise QKGuardError(
+            f"data set {source.path!r} could not be read ({type(error).__name__}: {first[:300]}); expected a hub id, "
+            "a folder, or a .jsonl, .json, .parquet or .csv file, with its config and split"
+        ) from error
+
+
+def _columns(data: Any) -> list[str]:
+    names = data.column_names
+    return list(names) if names else list(next(iter(data)))
+
+
+def _spread(data: Any, count: int) -> Iterator[dict[str, Any]]:
+    """`count` rows: from everywhere of a data set on disk, the first of a streamed one."""
+    if hasattr(data, "__len__"):
+        return (data[i] for i in range(0, len(data), max(1, -(-len(data) // count))))
+    return iter(data.take(count))
+
+
+def _size(source: Source, data: Any) -> int | None:
+    if hasattr(data, "__len__"):
+        return len(data)
+    split = (getattr(data.info, "splits", None) or {}).get(source.split)
+    return getattr(split, "num_examples", None)
+
+
+def _total(sizes: list[int | None], weights: list[float | None], at_most: int | None) -> int | None:
+    if any(size is None for size in sizes):
+        return at_most
+    counts = [size for size in sizes if size is not None]
+    shares = [w for w in weights if w is not None]
+    total = sum(counts)
+    if shares:  # until the first is used up
+        total = int(min(n * sum(shares) / w for n, w in zip(counts, shares, strict=True)))
+    return min(total, at_most) if at_most else total
+
+
+def _common_form(sources: list[Source], forms: list[str]) -> bool:
+    """Whether problems must become `messages`, so that all rows have one form."""
+    if "messages" in forms and "prompt_completion" in forms:
+        other = sources[forms.index("prompt_completion")].path
+        raise QKGuardError(
+            f"{sources[forms.index('messages')].path} has messages and {other} prompts and completions: these cannot "
+            "be mixed; map them to one form"
+        )
+    return "messages" in forms
+
+
+def _form_name(row: dict[str, Any]) -> str:
+    return "messages" if "messages" in row else "prompt_completion"
+
+
+def token_lengths(rows: Sequence[dict[str, Any]], tokenizer: Any) -> list[int]:
+    """Tokens of every row as TRL will have them, the chat template applied."""
+    return [len(_ids(row, tokenizer)) for row in rows]
+
+
+def _ids(row: dict[str, Any], tokenizer: Any) -> Sequence[int]:
+    if "messages" in row or isinstance(row["prompt"], list):
+        messages = row["messages"] if "messages" in row else [*row["prompt"], *row["completion"]]
+        return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+    return [*tokenizer(row["prompt"] + row["completion"])["input_ids"], tokenizer.eos_token_id]

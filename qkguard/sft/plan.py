@@ -1,0 +1,242 @@
+"""`--dry-run`: what a training would do, computed from configs and a sample of the rows alone."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qkguard.checkpoint.manifest import MANIFEST
+from qkguard.errors import QKGuardError
+from qkguard.layout import build
+from qkguard.layout.geometry import layer_types
+from qkguard.probe.lengths import default_lengths
+from qkguard.probe.schedule import interval
+from qkguard.session import RESTORED, run_folder
+from qkguard.sft.arguments import Settings
+from qkguard.sft.preflight import Preflight
+
+ADAM_STATES = 12  # bytes of a trained parameter's float32 master copy and Adam's two moments
+FORWARD_SHARE = 1 / 3  # of a training step's arithmetic per token; a fourth with gradient checkpointing
+ORDER = {
+    "single": (1, 1, 1),
+    "ddp": (1, 1, 1),
+    "zero1": (1, 1, 0),
+    "zero2": (1, 0, 0),
+    "zero3": (0, 0, 0),
+    "fsdp2": (0, 0, 0),
+}  # 1: every process holds all of it (weights, gradients, optimizer); 0: they share it
+
+
+def plan(settings: Settings, found: Preflight, *, accelerate: str | None, processes: int) -> dict[str, Any]:
+    """The plan as JSON values; `report` turns it into lines."""
+    total, trained = parameters(settings, found)
+    return {
+        "model": _model(settings, found, total, trained),
+        "data": _data(settings, found, processes),
+        "guard": _guard(settings, found),
+        "probes": _probes(settings, found, processes),
+        "files": _files(settings),
+        "memory": memory(settings, found.config, total, trained, accelerate or "single", processes),
+        "processes": processes,
+        "warnings": found.warnings,
+    }
+
+
+def parameters(settings: Settings, found: Preflight) -> tuple[int | None, int | None]:
+    """(parameters of the model, trained ones): counted on a copy without weights; None for models known by rule.
+
+    Raises:
+        QKGuardError: the adapter's target modules are not in the model.
+    """
+    source = build.resolve(found.config, trust_remote_code=bool(settings.training.trust_remote_code))
+    if source.model_class is None:
+        return None, None
+    with build.undisturbed():
+        model: Any = build.build_meta(source)
+        total = sum(p.numel() for p in model.parameters())
+        if not settings.model.use_peft:
+            return total, total
+        from peft import get_peft_model
+        from trl import get_peft_config
+
+        adapter: Any = get_peft_config(settings.model)
+        try:
+            with torch.device("meta"):
+                adapted = get_peft_model(model, adapter)
+        except ValueError as error:
+            raise QKGuardError(f"the adapter does not fit {settings.model_name}: {build.first_line(error)}") from error
+        return total, sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+
+
+def held_dtype(settings: Settings, config: Any) -> torch.dtype:
+    """The dtype the weights, and so the reference, are held in."""
+    name = settings.model.dtype
+    if name in (None, "auto"):
+        name = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    return getattr(torch, name)
+
+
+def _model(settings: Settings, found: Preflight, total: int | None, trained: int | None) -> dict[str, Any]:
+    types = layer_types(found.config) or [spec.kind for spec in found.specs]
+    counts = {kind: types.count(kind) for kind in dict.fromkeys(types)}
+    return {
+        "name": settings.model_name,
+        "type": found.config.model_type,
+        "layer_kinds": counts,
+        "parameters": total,
+        "trained": trained,
+        "adapter": settings.model.use_peft,
+    }
+
+
+def _guard(settings: Settings, found: Preflight) -> dict[str, Any]:
+    itemsize = held_dtype(settings, found.config).itemsize
+    unique = {pmap.name: pmap for _, maps in found.selection for pmap in maps}
+    adapter = settings.model.use_peft
+    return {
+        "layers": [spec.layer for spec, _ in found.selection],
+        "parameters": len(unique),
+        "elements": sum(pmap.numel for pmap in unique.values()),
+        "reference_bytes": 0 if adapter else sum(pmap.numel for pmap in unique.values()) * itemsize,
+        "method": settings.guard.method,
+        "drift_steps": settings.guard.drift_steps,
+        "routing_drift_steps": settings.guard.routing_drift_steps,
+    }
+
+
+def _data(settings: Settings, found: Preflight, processes: int) -> dict[str, Any]:
+    training, lengths = settings.training, found.lengths
+    steps = max_steps(settings, found, processes)
+    middle = lengths[len(lengths) // 2] if lengths else None
+    return {
+        "sources": [source.path for source in settings.data.sources()],
+        "rows": found.sampled.total,
+        "form": found.sampled.form,
+        "looked_at": len(found.sampled.rows),
+        "tokens": {"median": middle, "longest": lengths[-1] if lengths else None},
+        "max_length": training.max_length,
+        "packing": bool(training.packing),
+        "batch": training.per_device_train_batch_size * training.gradient_accumulation_steps * processes,
+        "steps": steps,
+    }
+
+
+def tokens_per_row(settings: Settings, found: Preflight) -> float | None:
+    limit = settings.training.max_length
+    if not found.lengths:
+        return float(limit) if limit else None
+    return sum(min(n, limit) if limit else n for n in found.lengths) / len(found.lengths)
+
+
+def max_steps(settings: Settings, found: Preflight, processes: int) -> int | None:
+    """Optimizer steps; with packing from the mean length of the rows looked at."""
+    training, rows = settings.training, found.sampled.total
+    if training.max_steps > 0:
+        return training.max_steps
+    if rows is None:
+        return None
+    if training.packing and training.max_length and (mean := tokens_per_row(settings, found)):
+        rows = math.ceil(rows * mean / training.max_length)
+    batches = math.ceil(math.ceil(rows / processes) / training.per_device_train_batch_size)
+    return max(1, math.ceil(batches / training.gradient_accumulation_steps * training.num_train_epochs))
+
+
+def _probes(settings: Settings, found: Preflight, processes: int) -> dict[str, Any]:
+    """When and on what; the cost in tokens read, against the tokens trained on."""
+    guard, training = settings.guard, settings.training
+    off = None
+    if guard.probe_steps == "0":
+        off = "probe_steps is 0"
+    elif settings.model.use_peft:
+        off = "adapters are not probed during training; use `qkguard probe` on merged checkpoints"
+    lengths = list(guard.probe_lengths or default_lengths(found.config, training.max_length))
+    if not off and not lengths:
+        off = "no default length fits the model's max_position_embeddings; set qkguard.probe_lengths"
+    if off:
+        return {"off": off}
+    samples = len(guard.probe_tasks) * len(lengths) * guard.probe_depths * guard.probe_samples
+    tokens = sum(lengths) * len(guard.probe_tasks) * guard.probe_depths * guard.probe_samples
+    steps = max_steps(settings, found, processes)
+    every = interval(guard.probe_steps, training.eval_strategy != "no", steps) if steps else None
+    share = None
+    per_row = tokens_per_row(settings, found)
+    if steps and per_row:
+        if training.packing:
+            per_row = float(training.max_length or per_row)
+        batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * processes
+        forward = FORWARD_SHARE if not training.gradient_checkpointing else 1 / 4
+        share = tokens * forward / (steps * batch * per_row)
+    ends = 3 if guard.probe_restored else 2  # before the first step, and at the end raw (and restored)
+    return {
+        "off": None,
+        "tasks": list(guard.probe_tasks),
+        "lengths": lengths,
+        "samples": samples,
+        "tokens": tokens,
+        "every": every,
+        "schedule": guard.probe_steps,
+        "count": (steps - 1) // every if every and steps else None,
+        "share_of_training": share,
+        "budget": guard.probe_budget,
+        "within_budget": max(0, int(guard.probe_budget / share) - ends) if share else None,
+        "restored_too": guard.probe_restored,
+    }
+
+
+def _files(settings: Settings) -> dict[str, str | None]:
+    out, guard = settings.output_dir, settings.guard
+    folder = run_folder(guard, settings.training)
+    final = guard.final_export and guard.restore_on != "never"
+    adapter = "/<adapter_name>" if settings.model.use_peft else ""
+    return {
+        "raw": str(out / "checkpoint-N"),
+        "restored": str(out / "checkpoint-N" / RESTORED) + adapter if guard.restore_on in ("save", "best") else None,
+        "manifest": MANIFEST,
+        "reference": str(folder / "reference.safetensors"),
+        "metrics": str(folder / "metrics.jsonl"),
+        "final": str(folder / "final") if final else None,
+    }
+
+
+def memory(
+    settings: Settings, config: Any, total: int | None, trained: int | None, accelerate: str, processes: int
+) -> dict[str, Any] | None:
+    """Bytes per process of weights, gradients and optimizer; activations come on top.
+
+    Frozen parameters take their dtype's bytes, trained ones 16: in bfloat16 under DeepSpeed 2 (weights) + 2
+    (gradients) + 12 (float32 master copy, Adam's moments); in float32 4 + 4 + 8. What an arrangement divides among the
+    processes is in ORDER. Plain bfloat16 without DeepSpeed or FSDP2 has no master copy: 2 + 2 + 4.
+    """
+    if total is None or trained is None:
+        return None
+    itemsize = held_dtype(settings, config).itemsize
+    name = Path(accelerate).stem
+    deepspeed = name.startswith("zero")
+    whole = ORDER.get(name, (1, 1, 1))
+
+    def divided(count: float, part: int) -> float:
+        return count if whole[part] else count / processes
+
+    adapter = settings.model.use_peft
+    if deepspeed:
+        weight = grad = itemsize if settings.training.fp16 or not settings.training.bf16 else 2
+        states = ADAM_STATES if weight == 2 else 8
+    elif name == "fsdp2" or adapter:  # float32 trained parameters, with mixed precision
+        weight, grad, states = 4, 4, 8
+    else:
+        weight, grad, states = itemsize, itemsize, 2 * itemsize
+    frozen = total if adapter else 0
+    parts = {
+        "weights": divided(frozen * itemsize + trained * weight, 0),
+        "gradients": divided(trained * grad, 1),
+        "optimizer": divided(trained * states, 2),
+    }
+    return {
+        **{key: int(value) for key, value in parts.items()},
+        "per_process": int(sum(parts.values())),
+        "per_trained_parameter": weight + grad + states,
+        "arrangement": name,
+    }

@@ -1,0 +1,160 @@
+"""What can be checked before any weight is loaded: the model's layout, its tokenizer, the rows, packing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qkguard.errors import QKGuardError
+from qkguard.layout import AttentionSpec, ParamMap, find_attention, select
+from qkguard.layout.build import load_config
+from qkguard.probe.prober import Prober
+from qkguard.probe.schedule import default_lengths
+from qkguard.sft.arguments import Settings
+from qkguard.sft.data import Sampled, look, token_lengths
+from qkguard.sft.packing import check_packing
+
+Selection = Sequence[tuple[AttentionSpec, Sequence[ParamMap]]]
+
+
+@dataclass
+class Preflight:
+    """What was found.
+
+    Attributes:
+        config: the model's config.
+        specs: its softmax-attention layers.
+        selection: the query and key rows that the guard will keep.
+        tokenizer: None where the model's folder has none (a bare config.json).
+        sampled: some training rows.
+        lengths: their tokens, ascending; empty without a tokenizer.
+        warnings: one sentence each.
+    """
+
+    config: Any
+    specs: list[AttentionSpec]
+    selection: Selection
+    tokenizer: Any
+    sampled: Sampled
+    lengths: list[int]
+    warnings: list[str]
+
+
+def preflight(settings: Settings) -> Preflight:
+    """Check everything that needs no weights.
+
+    Raises:
+        QKGuardError: no softmax attention, packing that mixes samples, rows or columns that are missing, messages
+            without a chat template; all in one line.
+    """
+    config = model_config(settings)
+    specs = find_attention(
+        config, spec=settings.guard.spec, trust_remote_code=bool(settings.training.trust_remote_code)
+    )
+    if not specs:
+        raise QKGuardError(
+            f"{settings.model_name} ({config.model_type}) has no softmax-attention layer, so there are no queries and "
+            "keys to guard; train it with `trl sft`"
+        )
+    selection = select(specs, **settings.guard.selection_options)  # type: ignore[arg-type]
+    if not selection:
+        raise QKGuardError(
+            "no query or key rows are selected; check qkguard.layers, qkguard.parts and qkguard.include_sliding_window"
+        )
+    warnings = check_packing(config, settings.training)
+    tokenizer = load_tokenizer(settings)
+    sampled = look(settings.data, chat=has_template(tokenizer))
+    if tokenizer is None:
+        warnings.append(
+            f"{settings.model_name} has no tokenizer: sample lengths are not known, and no training can start"
+        )
+    elif needs_template(sampled) and not has_template(tokenizer):
+        raise QKGuardError(
+            f"the rows are chats and the tokenizer of {settings.model_name} has no chat template; set "
+            "chat_template_path (a .jinja file, or a model that has one), or train on prompt and completion"
+        )
+    check_probes(settings, config, tokenizer)
+    lengths = sorted(token_lengths(sampled.rows, tokenizer)) if tokenizer is not None else []
+    warnings += cut_warning(lengths, settings.training)
+    return Preflight(config, specs, selection, tokenizer, sampled, lengths, warnings)
+
+
+def model_config(settings: Settings) -> Any:
+    """The model's config: from a folder, a config.json or the hub (`model_revision`).
+
+    Raises:
+        QKGuardError: there is none, or its code is its own and not trusted.
+    """
+    name, revision = settings.model_name, settings.model.model_revision
+    trusted = bool(settings.training.trust_remote_code)
+    if revision not in (None, "main"):
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trusted)
+        except Exception as error:
+            raise QKGuardError(f"no config of {name} at revision {revision}: {str(error).splitlines()[0]}") from error
+    return load_config(name, trust_remote_code=trusted)
+
+
+def load_tokenizer(settings: Settings) -> Any:
+    """The model's tokenizer with the chat template the training will use; None where there is no tokenizer."""
+    from transformers import AutoTokenizer
+
+    options = {"trust_remote_code": bool(settings.training.trust_remote_code)}
+    path = Path(settings.model_name)
+    folder = str(path.parent if path.suffix == ".json" else path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, revision=settings.model.model_revision, **options)
+    except Exception as error:
+        if path.is_dir() and any(path.glob("tokenizer*")):
+            raise QKGuardError(f"the tokenizer in {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+        return None
+    template = settings.training.chat_template_path
+    if template:
+        if Path(template).is_file():
+            tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+        else:
+            tokenizer.chat_template = AutoTokenizer.from_pretrained(template, **options).chat_template
+    return tokenizer
+
+
+def check_probes(settings: Settings, config: Any, tokenizer: Any) -> None:
+    """Make the probe samples of the shortest length: the one that tasks may not fit into.
+
+    Raises:
+        QKGuardError: they do not fit.
+    """
+    guard = settings.guard
+    lengths = guard.probe_lengths or default_lengths(config, settings.training.max_length)
+    if guard.probe_steps == "0" or settings.model.use_peft or tokenizer is None or not lengths:
+        return
+    options = {"depths": 1, "samples": 1, "tasks": guard.probe_tasks, "haystack": guard.haystack}
+    Prober(tokenizer, lengths=[min(lengths)], **options).prepare(0, 1)  # type: ignore[arg-type]
+
+
+def has_template(tokenizer: Any) -> bool:
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def needs_template(sampled: Sampled) -> bool:
+    row = sampled.rows[0]
+    return sampled.form == "messages" or isinstance(row["prompt"], list)
+
+
+def cut_warning(lengths: Sequence[int], training: Any) -> list[str]:
+    """A sentence where `max_length` cuts samples: their ends, the answers, are then never trained on."""
+    limit = training.max_length
+    if limit is None or not lengths or (training.packing and training.packing_strategy != "bfd"):
+        return []
+    cut = sum(n > limit for n in lengths)
+    if not cut:
+        return []
+    share, most = cut / len(lengths), lengths[min(len(lengths) - 1, int(0.95 * len(lengths)))]
+    return [
+        f"max_length={limit} cuts {share:.0%} of the samples ({cut} of {len(lengths)} looked at; 95% are at most "
+        f"{most:,} tokens, the longest {lengths[-1]:,}): the ends of these chains of thought, with their answers, are "
+        "not trained on; raise max_length"
+    ]

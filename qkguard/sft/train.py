@@ -1,0 +1,84 @@
+"""One training on this rank: rows, TRL's SFTTrainer, the guard."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from trl import SFTTrainer, get_peft_config, get_quantization_config
+
+from qkguard import ranks, sharding
+from qkguard.callback import QKGuardCallback
+from qkguard.errors import QKGuardError
+from qkguard.session import RESTORED, run_folder
+from qkguard.sft.arguments import Settings
+from qkguard.sft.data import load
+from qkguard.sft.launch import check_zero3, refuse_data_parallel
+from qkguard.sft.preflight import has_template, load_tokenizer, preflight
+
+logger = logging.getLogger(__name__)
+
+
+def train(settings: Settings) -> Path | None:
+    """Train as the settings say; ALL ranks.
+
+    Returns:
+        The folder of the final restored model, None where none was asked for.
+
+    Raises:
+        QKGuardError: on all ranks, when a check before the first step fails.
+    """
+    training = settings.training
+    refuse_data_parallel(training.use_cpu)
+    check_zero3(training.world_size)
+    guard = QKGuardCallback(settings.guard)
+    found = ranks.on_rank_zero("checking the recipe", lambda: preflight(settings).warnings)
+    if ranks.rank() == 0:
+        for warning in found:
+            logger.warning("%s", warning)
+    tokenizer = load_tokenizer(settings)
+    if tokenizer is None:
+        raise QKGuardError(f"{settings.model_name} has no tokenizer; save one beside the model")
+    with training.main_process_first(desc="reading the rows"):
+        chat = has_template(tokenizer)
+        rows = load(settings.data, chat=chat, seed=training.seed)
+        test = settings.data.dataset_test_split
+        held_out = load(settings.data, chat=chat, seed=training.seed, split=test) if test else None
+
+    given: Any = training.model_init_kwargs or {}
+    training.model_init_kwargs = {
+        "revision": settings.model.model_revision,
+        "attn_implementation": settings.model.attn_implementation,
+        "dtype": settings.model.dtype,
+        **given,
+    }
+    trainer = SFTTrainer(
+        model=settings.model_name,
+        args=training,
+        train_dataset=rows,
+        eval_dataset=held_out if training.eval_strategy != "no" else None,
+        quantization_config=get_quantization_config(settings.model),
+        peft_config=get_peft_config(settings.model),
+        callbacks=[guard],
+    )
+    keep_names_on_save(trainer.model)
+    resume = training.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(resume).lower(), resume))
+    if training.push_to_hub:
+        trainer.save_model(training.output_dir)
+        trainer.push_to_hub()
+    if hasattr(trainer, "end"):  # transformers 5.18 and later: trackers and the process group
+        trainer.end()
+    final = run_folder(settings.guard, training) / "final" / RESTORED
+    return final if final.is_dir() else None
+
+
+def keep_names_on_save(model: Any) -> None:
+    """Forget weight conversions that loading never used: under ZeRO-3 transformers would reverse them on save.
+
+    Qwen3.5's checkpoints would otherwise get tensor names that no class loads (transformers 5.23).
+    """
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions and sharding.backend(model) == "zero3":
+        model._weight_conversions = [c for c in conversions if not hasattr(c, "was_used") or c.was_used()]
