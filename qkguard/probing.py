@@ -20,10 +20,10 @@ from transformers import IntervalStrategy, TrainerControl, TrainerState, Trainin
 from qkguard import ranks, sharding
 from qkguard.config import QKGuardConfig
 from qkguard.errors import QKGuardError, RankLostError, WrongReferenceError
-from qkguard.probe.lengths import check_lengths, hard_limit
+from qkguard.probe.lengths import check_lengths, default_lengths
 from qkguard.probe.prober import Prober
 from qkguard.probe.results import Drop, ProbeResult
-from qkguard.probe.schedule import Budget, default_lengths, interval
+from qkguard.probe.schedule import Budget, interval
 from qkguard.probe.setting import training_prose, why_not
 from qkguard.reference import Reference, write_json
 from qkguard.swap import restored
@@ -69,10 +69,7 @@ class Probing:
         self._cost = 0.0  # seconds of one pass over the samples
         self._last_step = {False: -1, True: -1}  # of the raw and of the restored weights
         self.budget = Budget(config.probe_budget)
-        max_length = getattr(args, "max_length", None)
-        room = hard_limit(model)
-        fitting = [n for n in default_lengths(getattr(model, "config", None), max_length) if room is None or n <= room]
-        lengths = list(config.probe_lengths or fitting)
+        lengths = list(config.probe_lengths or default_lengths(model, getattr(args, "max_length", None)))
         why = why_not(config, args, model, tokenizer, lengths)
         self.prober: Prober | None = None
         if why is None:

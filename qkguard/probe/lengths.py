@@ -10,21 +10,19 @@ from torch import nn
 from qkguard.errors import QKGuardError
 from qkguard.probe.forms import SLACK
 
-STANDARD = (512, 1024, 2048)
+SHORT = (512, 1024, 2048)
+"""Lengths that are cheap and where recall moves first."""
 
 
-def default_lengths(model: nn.Module, max_length: int | None = None) -> tuple[int, ...]:
-    """512, 1K, 2K, and 2x and 4x the training's `max_length`, as far as they fit the model.
+def default_lengths(model: Any, max_length: int | None = None) -> list[int]:
+    """512, 1024, 2048, and 2 and 4 times the training's `max_length`, as far as they fit the model (or its config).
 
-    A probe inside the training length alone may rise while recall beyond it collapses. A model for which none of
-    these fits is probed at the longest context it has.
+    A probe inside the training length alone may rise while recall beyond it collapses. Empty where none fits.
     """
-    wanted = {*STANDARD, *((2 * max_length, 4 * max_length) if max_length else ())}
-    limits = [n for n in (hard_limit(model), soft_limit(model)) if n is not None]
-    limit = min(limits, default=None)
-    if limit is None:
-        return tuple(sorted(wanted))
-    return tuple(sorted(n for n in wanted if n <= limit)) or (limit,)
+    limits = [soft_limit(model), hard_limit(model) if isinstance(model, nn.Module) else None]
+    limit = min((n for n in limits if n is not None), default=None)
+    lengths = {*SHORT, *(factor * max_length for factor in (2, 4) if max_length)}
+    return sorted(n for n in lengths if limit is None or n <= limit)
 
 
 def check_lengths(model: nn.Module, lengths: Sequence[int]) -> list[str]:
@@ -55,9 +53,9 @@ def hard_limit(model: nn.Module) -> int | None:
     return min(tables, default=None)
 
 
-def soft_limit(model: nn.Module) -> int | None:
-    """What the configuration says is the longest context; None where it says nothing."""
-    config: Any = getattr(model, "config", None)
+def soft_limit(model: Any) -> int | None:
+    """What the configuration of a model, or a configuration, says is the longest context; None where it is silent."""
+    config: Any = getattr(model, "config", model)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     limit = getattr(config, "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None

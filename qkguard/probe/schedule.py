@@ -1,20 +1,8 @@
-"""When to probe, at which lengths, and what the budget allows: pure functions."""
+"""When to probe, and what the budget allows: pure functions."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-SHORT = (512, 1024, 2048)
-"""Lengths that are cheap and where recall moves first."""
-
-
-def default_lengths(model_config: Any, max_length: int | None) -> list[int]:
-    """512, 1024, 2048 and 2 and 4 times the training length, as far as the model's positions go."""
-    text = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
-    room = getattr(text, "max_position_embeddings", None)
-    lengths = {*SHORT, *(factor * max_length for factor in (2, 4) if max_length)}
-    return sorted(n for n in lengths if not room or n <= room)
 
 
 def interval(probe_steps: str, evaluates: bool, max_steps: int) -> int | None:

@@ -9,7 +9,7 @@ from qkguard.config import QKGuardConfig
 from qkguard.errors import QKGuardError
 from qkguard.probe.haystack import Prose, load_prose
 
-TEXT_ROWS, TEXT_CHARACTERS = 400, 2_000_000  # training examples that a haystack is made of, at most
+TEXT_ROWS = 400  # training examples that a haystack is made of, at most
 
 
 def why_not(config: QKGuardConfig, args: Any, model: Any, tokenizer: Any, lengths: list[int]) -> str | None:
@@ -46,17 +46,13 @@ def training_prose(dataset: Any, tokenizer: Any) -> Prose:
     if not type(dataset).__module__.startswith("datasets.") or not hasattr(dataset, "__getitem__"):
         return Prose()
     plain = dataset.with_format(None)
-    rows: Any = (plain[i] for i in range(0, len(plain), max(1, len(plain) // TEXT_ROWS)))
+    rows = (plain[i] for i in range(0, len(plain), max(1, len(plain) // TEXT_ROWS)))
     decoder = getattr(tokenizer, "tokenizer", tokenizer)
-    texts: Any = rows
-    if "input_ids" in plain.column_names:
-        texts, left = [], TEXT_CHARACTERS
-        for row in rows:
-            texts.append(decoder.decode(row["input_ids"], skip_special_tokens=True)[:left])
-            left -= len(texts[-1])
-            if left <= 0:
-                break
+
+    def decode(tokens: list[int]) -> str:
+        return str(decoder.decode(tokens, skip_special_tokens=True))
+
     try:
-        return load_prose(texts, without=decoder.all_special_tokens, origin="training text")
+        return load_prose(rows, without=decoder.all_special_tokens, decode=decode, origin="training text")
     except QKGuardError:
         return Prose()

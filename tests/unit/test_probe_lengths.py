@@ -41,9 +41,9 @@ def test_rotary_models_are_warned_for() -> None:
 
 def test_defaults_go_beyond_the_training_length() -> None:
     long = tiny_model("llama", max_position_embeddings=40_000)
-    assert default_lengths(long, 8192) == (512, 1024, 2048, 16384, 32768)
-    assert default_lengths(long, 16384) == (512, 1024, 2048, 32768)
-    assert default_lengths(long, 512) == (512, 1024, 2048)
-    assert default_lengths(long) == (512, 1024, 2048)
-    assert default_lengths(tiny_model("llama"), 8192) == (128,)
-    assert default_lengths(nn.Linear(1, 1), 4096) == (512, 1024, 2048, 8192, 16384)
+    assert default_lengths(long, 8192) == default_lengths(long.config, 8192) == [512, 1024, 2048, 16384, 32768]
+    assert default_lengths(long, 16384) == [512, 1024, 2048, 32768]
+    assert default_lengths(long, 512) == default_lengths(long) == [512, 1024, 2048]
+    assert default_lengths(tiny_model("llama"), 8192) == []
+    assert default_lengths(tiny_model("gpt2", n_positions=600)) == [512]
+    assert default_lengths(nn.Linear(1, 1), 4096) == [512, 1024, 2048, 8192, 16384]

@@ -19,11 +19,11 @@ from qkguard import QKGuardCallback, QKGuardConfig, QKGuardError, restored
 from qkguard.probe.prober import Prober
 from qkguard.probe.results import ProbeResult
 from qkguard.probe.samples import plan
-from qkguard.probe.schedule import Budget, default_lengths, interval
+from qkguard.probe.schedule import Budget, interval
 from qkguard.probe.setting import training_prose, why_not
 from qkguard.probing import alarm
 from tests import judge
-from tests.models import tiny_config, tiny_model
+from tests.models import tiny_model
 from tests.probing import bpe_tokenizer
 from tests.training import arguments, save_base, train
 
@@ -55,14 +55,6 @@ def recalls(folder: Path, suffix: str = "") -> list[tuple[int, float]]:
 
 
 # -- pure parts ----------------------------------------------------------------------------------------------------
-
-
-def test_lengths_reach_beyond_the_training_length_as_far_as_the_model_goes():
-    config = tiny_config("llama", max_position_embeddings=16384)
-    assert default_lengths(config, 4096) == [512, 1024, 2048, 8192, 16384]
-    assert default_lengths(config, 8192) == [512, 1024, 2048, 16384]
-    assert default_lengths(config, None) == [512, 1024, 2048]
-    assert default_lengths(tiny_config("llama"), 512) == []
 
 
 @pytest.mark.parametrize(
