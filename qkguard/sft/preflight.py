@@ -10,8 +10,8 @@ from typing import Any
 from qkguard.errors import QKGuardError
 from qkguard.layout import AttentionSpec, ParamMap, find_attention, select
 from qkguard.layout.build import load_config
+from qkguard.probe.lengths import default_lengths
 from qkguard.probe.prober import Prober
-from qkguard.probe.schedule import default_lengths
 from qkguard.sft.arguments import Settings
 from qkguard.sft.data import Sampled, look, token_lengths
 from qkguard.sft.packing import check_packing
