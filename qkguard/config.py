@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 
 from qkguard.errors import QKGuardError
-from qkguard.restore import METHODS
+from qkguard.restore.registry import DEFAULTS, METHODS, check_options, get_method
 
 _CHOICES = {
     "method": METHODS,
@@ -30,7 +30,42 @@ class QKGuardConfig:
             'weights handed to the trainer. "live" takes those without comparing them with their checkpoint\'s files.'
         },
     )
-    method: str = field(default="restore", metadata={"help": f"Restore method: {', '.join(METHODS)}."})
+    method: str = field(
+        default="restore",
+        metadata={
+            "help": f"Restore method: {', '.join(METHODS)}. `qkguard sweep` measures which suits a run; restore takes "
+            "queries and keys back whole."
+        },
+    )
+    ridge: float = field(
+        default=DEFAULTS["ridge"],
+        metadata={
+            "help": "qk-pro: 0 is restore, larger keeps more of the tuned queries; in units of the mean eigenvalue of "
+            "the keys' Gram matrix."
+        },
+    )
+    gram: str = field(
+        default=DEFAULTS["gram"],
+        metadata={"help": "qk-pro: the Gram matrix of each key head (head) or in the space of the inputs (input)."},
+    )
+    alpha: float = field(
+        default=DEFAULTS["alpha"],
+        metadata={
+            "help": "interpolate: from 0 (tuned) to 1 (before SFT). For adapters, 1 - alpha of the queries' and keys' "
+            "scaling stays."
+        },
+    )
+    align: bool = field(
+        default=DEFAULTS["align"],
+        metadata={
+            "help": "interpolate: first rotate the queries and keys from before SFT towards the tuned ones, as far as "
+            "attention does not change by it."
+        },
+    )
+    strengths: dict | None = field(
+        default=None,
+        metadata={"help": "ridge (qk-pro) or alpha (interpolate) of single layers: {3: 0.5, 7: 1.0}."},
+    )
     parts: list[str] = field(
         default_factory=lambda: ["q", "k"], metadata={"help": "Which projections to restore, of q and k."}
     )
@@ -149,6 +184,8 @@ class QKGuardConfig:
             raise QKGuardError(f"parts={self.parts!r} is not known; expected q, k or both")
         if self.layers is not None and not list(self.layers):
             raise QKGuardError("layers=[] restores nothing; leave it out for every softmax layer, or name some")
+        for name, value in check_options(self.method, vars(self), self.parts).items():
+            setattr(self, name, value)
         for name in ("drift_steps", "routing_drift_steps"):
             value = str(getattr(self, name))
             if value != "logging" and not value.isdigit():
@@ -184,6 +221,11 @@ class QKGuardConfig:
         if value == "logging":
             return logging_now
         return int(value) > 0 and step % int(value) == 0
+
+    @property
+    def method_options(self) -> dict[str, object]:
+        """The fields that `method` reads, as keyword arguments of `restore_checkpoint`."""
+        return {name: getattr(self, name) for name in get_method(self.method).options}
 
     @property
     def selection_options(self) -> dict[str, object]:

@@ -10,7 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +187,9 @@ class Probing:
                 raise
             return ranks.all_reduce_sum(vector)
 
-        swap = restored(self.model, self.reference) if swapped and self.reference else nullcontext()
+        swap: AbstractContextManager[None] = nullcontext()
+        if swapped and self.reference:
+            swap = restored(self.model, self.reference, method=self.config.method, **self.config.method_options)
         try:
             with swap:
                 try:

@@ -29,11 +29,14 @@ class Reference:
 
     `pieces[name]` is the 1-D part of the flattened compact tensor of parameter `name` that lies in this rank's tile
     `spans[name]` of the full parameter, in the dtype the weights had at step 0. Over all ranks the pieces make the
-    selection exactly once, so it costs the bytes of Q and K divided by the number of ranks.
+    selection exactly once, so it costs the bytes of Q and K divided by the number of ranks. `selection` has the same
+    parameters layer by layer.
     """
 
-    def __init__(self, maps: dict[str, ParamMap], spans: dict[str, Span], pieces: dict[str, Tensor]) -> None:
-        self.maps, self.spans, self.pieces = maps, spans, pieces
+    def __init__(
+        self, selection: Selection, maps: dict[str, ParamMap], spans: dict[str, Span], pieces: dict[str, Tensor]
+    ) -> None:
+        self.selection, self.maps, self.spans, self.pieces = selection, maps, spans, pieces
 
     @classmethod
     def take(cls, model: nn.Module, selection: Selection) -> Reference:
@@ -44,7 +47,7 @@ class Reference:
         for name, pmap in maps.items():
             flat = sharding.read(params[name], spans[name])
             pieces[name] = _keep(pmap.take_flat(flat, spans[name][0]))
-        return cls(maps, spans, pieces)
+        return cls(selection, maps, spans, pieces)
 
     @classmethod
     def scatter(cls, model: nn.Module, selection: Selection, source: Any) -> Reference:
@@ -69,7 +72,7 @@ class Reference:
             shares = [(pmap.compact_offset(a), pmap.compact_offset(b)) for a, b in tiles]
             spans[name] = tiles[ranks.rank()]
             pieces[name] = _keep(ranks.scatter_flat(full, shares, dtype))
-        return cls(maps, spans, pieces)
+        return cls(selection, maps, spans, pieces)
 
     @property
     def nbytes(self) -> int:
@@ -97,14 +100,14 @@ class Reference:
     def gather(self, model: nn.Module, name: str, dst: int = 0) -> tuple[Tensor, Tensor] | None:
         """(pre, live) compact tensors of one parameter on rank `dst`, None elsewhere; a collective."""
         pmap, params = self.maps[name], self.params(model)
-        shares = self._shares([name])[0]
+        shares = self.shares([name])[0]
         live = pmap.take_flat(self.live(params, name), self.spans[name][0])
         pair = [ranks.gather_flat(piece, shares, dst) for piece in (self.pieces[name], live)]
         if pair[0] is None or pair[1] is None:
             return None
         return pair[0].view(pmap.compact_shape), pair[1].view(pmap.compact_shape)
 
-    def _shares(self, names: Sequence[str]) -> list[list[Span]]:
+    def shares(self, names: Sequence[str]) -> list[list[Span]]:
         """[name][rank]: which elements of the flattened compact tensor every rank keeps; a collective."""
         mine = [[self.maps[name].compact_offset(p) for p in self.spans[name]] for name in names]
         table = ranks.all_gather_table(torch.tensor(mine, dtype=torch.int64))
@@ -141,7 +144,7 @@ class Reference:
             write_json(folder / MANIFEST, {"format": 1, **about, "tensors": described})
 
         writer = ranks.held_by(writer_rank, "writing the reference", begin)
-        for (name, pmap), shares in zip(self.maps.items(), self._shares(list(self.maps)), strict=True):
+        for (name, pmap), shares in zip(self.maps.items(), self.shares(list(self.maps)), strict=True):
             flat = ranks.gather_flat(self.pieces[name], shares, writer_rank)
             if flat is not None and writer is not None:
                 full = flat.cpu().view(pmap.compact_shape)

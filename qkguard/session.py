@@ -24,8 +24,10 @@ from qkguard.config import QKGuardConfig
 from qkguard.drift_live import DriftTracker, Tracker
 from qkguard.errors import QKGuardError
 from qkguard.layout import disk_names, find_attention, select
+from qkguard.layout.spec import unselected_norms
 from qkguard.probing import Probing
 from qkguard.reference import ReferenceFile
+from qkguard.restore import check_strengths, get_method
 from qkguard.start import RUN_FOLDER, establish_reference, retire_later_checkpoints, warnings_at_start
 from qkguard.tracking import Tracking
 
@@ -58,6 +60,7 @@ class Session:
         self.selection = select(self.specs, **config.selection_options)  # type: ignore[arg-type]
         if not self.selection:
             raise QKGuardError("no query or key rows are selected; check layers, parts and include_sliding_window")
+        check_strengths(vars(config), self.selection)
         self.tracker = self._establish(state, writers)
         self.drift: dict[str, float] = {}
         self._shared_disk: bool | None = None
@@ -170,6 +173,8 @@ class Session:
         def build() -> RestoredWrite:
             shapes = open_weights(raw).shapes()
             maps = [pmap for _, pmaps in self.selection for pmap in pmaps]
+            if get_method(self.config.method).gains(vars(self.config)):
+                maps += unselected_norms(self.selection)
             names = disk_names(maps, shapes, self.model.config)
             return RestoredWrite(
                 raw,
@@ -178,7 +183,7 @@ class Session:
                 names,
                 ReferenceFile(self.folder),
                 method=self.config.method,
-                options=vars(self.config),
+                options=self.config.method_options,
                 selected=self.config.selection_options,
                 staging=self.folder,
                 overwrite=True,

@@ -83,6 +83,15 @@ def _body(manifest: Mapping[str, Any], base: str) -> str:
 
 def _restored(manifest: Mapping[str, Any], base: str) -> tuple[str, str, str]:
     """(title, first paragraph, heading of the table) of a restored checkpoint's card."""
+    name = manifest["method"]["name"]
+    if name != "restore":
+        return (
+            "Fine-tuned model with queries and keys taken towards those before SFT",
+            f"{_WHY} In this checkpoint the {_parts(manifest)} projections of {len(manifest['layers'])} "
+            f"softmax-attention layer(s) were made from those of the fine-tuned checkpoint and of the base model "
+            f"`{base}` with method `{name}`; every other weight is bit for bit that of the fine-tuned checkpoint.",
+            "How far SFT had moved them",
+        )
     return (
         "Fine-tuned model with its pre-SFT queries and keys",
         f"{_WHY} In this checkpoint the {_parts(manifest)} projections of {len(manifest['layers'])} softmax-attention "

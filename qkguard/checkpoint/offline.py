@@ -16,8 +16,9 @@ from qkguard.checkpoint.sources import FolderSource
 from qkguard.checkpoint.weights import WeightFolder, open_weights, resolve_folder
 from qkguard.errors import QKGuardError
 from qkguard.layout.remembered import remembered
-from qkguard.layout.spec import AttentionSpec, ParamMap, select
+from qkguard.layout.spec import AttentionSpec, ParamMap, select, unselected_norms
 from qkguard.layout.spec_file import dump_specs, parse_specs
+from qkguard.restore import check_options, get_method
 
 GEOMETRY = (
     *("hidden_size", "n_embd", "d_model", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head"),
@@ -76,8 +77,11 @@ def find_pair(
     entangled: str = "keep",
     spec: Any = None,
     trust_remote_code: bool = False,
+    gains: bool = False,
 ) -> Pair:
     """Find the queries and keys of the tuned checkpoint and where the base keeps the same rows.
+
+    With `gains` the names include those of the q/k norms in the tuned checkpoint that are not selected.
 
     Raises:
         QKGuardError: whatever `find_attention`, `select` and `disk_names` refuse, or a base without those rows.
@@ -104,6 +108,8 @@ def find_pair(
         base_names = tensor_names(params, base_weights, weights.folder, by_hand=spec is not None)
     source = FolderSource(base_weights, base_names, model_id=folders.base_id)
     source.check(params)
+    if gains and (norms := unselected_norms(selection)):
+        names = names | tensor_names(norms, weights, weights.folder, by_hand=spec is not None)
     return Pair(weights, specs, selection, names, source, folders.warnings)
 
 
@@ -113,12 +119,18 @@ def restore_checkpoint(
     out: str | os.PathLike[str],
     *,
     method: str = "restore",
+    ridge: float = 1.0,
+    gram: str = "head",
+    alpha: float = 1.0,
+    align: bool = False,
+    strengths: Mapping[int, float] | None = None,
     parts: Sequence[str] = ("q", "k"),
     layers: Sequence[int] | None = None,
     include_norms: bool = False,
     include_sliding_window: bool = True,
     entangled: str = "keep",
     spec: Any = None,
+    device: str = "cpu",
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     overwrite: bool = False,
@@ -129,15 +141,22 @@ def restore_checkpoint(
     Args:
         base, tuned: folders, or hub ids whose safetensors the hub or its cache has.
         out: the folder to write; it must not exist, or with `overwrite` be an earlier restored one.
-        method: a restore method (`qkguard.restore.METHODS`).
+        method: a restore method: restore, qk-pro, procrustes or interpolate.
+        ridge, gram: of qk-pro: 0 is restore, larger keeps more of the tuned queries, in units of the mean eigenvalue
+            of the keys' Gram matrix; that matrix by "head" or in the "input" space.
+        alpha, align: of interpolate: from 0 (tuned) to 1 (before SFT), after rotating the base's queries and keys
+            towards the tuned ones if `align`.
+        strengths: ridge or alpha of single layers, in place of the common one.
         parts, layers, include_norms, include_sliding_window, entangled: which rows (`layout.select`).
         spec: a layout by hand, for models that cannot be probed.
+        device: where the arithmetic of methods beyond copying runs ("cuda"); one layer is in memory at a time.
         allow_pickle: also read `pytorch_model*.bin`, weights-only.
         trust_remote_code: allow the checkpoints' own model code to be imported.
         progress: called with (bytes done, bytes in all).
 
     Returns:
-        The manifest, as written to `out/qkguard.json`.
+        The manifest, as written to `out/qkguard.json`: for every layer what the method did, among it "fallback" where
+        it could not be applied.
 
     Raises:
         QKGuardError: bad input or a full disk; nothing is left behind.
@@ -147,9 +166,12 @@ def restore_checkpoint(
     chosen: dict[str, Any] = {"parts": list(parts), "layers": None if layers is None else list(layers)}
     chosen |= {"include_norms": include_norms, "include_sliding_window": include_sliding_window}
     chosen |= {"entangled": entangled}
+    options = {"ridge": ridge, "gram": gram, "alpha": alpha, "align": align, "strengths": strengths}
+    options = check_options(method, options, parts)
     folders = open_folders(base, tuned, allow_pickle=allow_pickle)
     with BackgroundScan(folders.tuned) as scan:
-        pair = find_pair(folders, **chosen, spec=spec, trust_remote_code=trust_remote_code)
+        gains = get_method(method).gains(options)
+        pair = find_pair(folders, **chosen, spec=spec, trust_remote_code=trust_remote_code, gains=gains)
         return write_restored(
             pair.weights.folder,
             target,
@@ -157,7 +179,9 @@ def restore_checkpoint(
             pair.names,
             pair.source,
             method=method,
+            options=options,
             selected=chosen,
+            device=device,
             overwrite=overwrite,
             allow_pickle=allow_pickle,
             extra=lambda: {"warnings": pair.warnings, "nonfinite": scan.result()},

@@ -24,8 +24,8 @@ from qkguard.checkpoint.sources import QKSource
 from qkguard.checkpoint.weights import open_weights
 from qkguard.drift_offline import projection_drift
 from qkguard.errors import QKGuardError
-from qkguard.layout.spec import AttentionSpec, ParamMap
-from qkguard.restore import get_method
+from qkguard.layout.spec import AttentionSpec, ParamMap, unselected_norms
+from qkguard.restore import check_device, check_options, check_strengths, get_method, restore_layer
 
 Selection = Sequence[tuple[AttentionSpec, tuple[ParamMap, ...]]]
 
@@ -39,15 +39,19 @@ class RestoredWrite(PatchedFolder):
         selection: layers and their parameters to restore (`layout.select`).
         names: parameter name -> tensor name in the raw files (`layout.disk_names`).
         source: the rows before SFT.
-        method, options: a restore method (`qkguard.restore`) and options; those it does not know are ignored.
+        method, options: a restore method (`qkguard.restore`) and its options; keys that are none are ignored.
         selected: the options of `layout.select` that `selection` was made with, for the manifest.
         staging: assemble in this folder (on the file system of `out`) instead of beside `out`; needed where a
             background upload watches the folder around `out`.
         overwrite: replace an earlier restored folder at `out`.
         allow_pickle: also read `pytorch_model*.bin`; they are written as safetensors.
+        device: where the arithmetic of methods beyond copying runs.
+
+    Methods that rotate look at the gains of q/k norms: `names` should hold those too (`unselected_norms`).
 
     Raises:
-        QKGuardError: the raw folder is not a whole checkpoint, a parameter is missing, of another shape or quantised.
+        QKGuardError: the raw folder is not a whole checkpoint, a parameter is missing, of another shape or quantised,
+            or options that the method does not take.
     """
 
     def __init__(
@@ -64,12 +68,13 @@ class RestoredWrite(PatchedFolder):
         staging: Path | None = None,
         overwrite: bool = False,
         allow_pickle: bool = False,
+        device: str = "cpu",
     ) -> None:
         super().__init__(open_weights(Path(raw), allow_pickle=allow_pickle), out, staging=staging, overwrite=overwrite)
         self.selection, self.names, self.source = list(selection), names, source
-        self.method = get_method(method)
+        self.method, self.device = get_method(method), check_device(device)
         self.selected = {"parts": ["q", "k"]} | dict(selected or {})
-        self.options = {k: v for k, v in (options or {}).items() if k in self.method.options}
+        self.options = check_options(method, options or {}, self.selected["parts"])
         self._check_selection()
         layers: dict[str, set[int]] = {file: set() for file in self.weights.files}
         for index, (_, params) in enumerate(self.selection):
@@ -80,6 +85,7 @@ class RestoredWrite(PatchedFolder):
     def _check_selection(self) -> None:
         if not self.selection:
             raise QKGuardError("nothing to restore: no layer was selected; check layers= and parts=")
+        check_strengths(self.options, self.selection)
         shapes = self.weights.shapes()
         for param in (p for _, params in self.selection for p in params):
             name = self.names.get(param.name)
@@ -108,7 +114,9 @@ class RestoredWrite(PatchedFolder):
             post[param.name] = self.weights.read(self.names[param.name], param)
             if has_nonfinite(post[param.name]):
                 file.record["nonfinite"].append(self.names[param.name])
-        new = self.method.function(spec, params, pre, post, **self.options)
+        new = restore_layer(
+            self.method, self.options, spec, params, pre, post, gains=self._gains(index), device=self.device
+        )
         tensors = []
         for param in params:
             if self._file(param) == file.job.file:
@@ -130,6 +138,13 @@ class RestoredWrite(PatchedFolder):
             )
         for tensor, hashes in tensors:
             file.record["tensors"].append(tensor | {f"sha256_{which}": h.result() for which, h in hashes.items()})
+
+    def _gains(self, index: int) -> dict[str, Tensor]:
+        """The gains of a layer's q/k norms that stay as tuned, for methods that ask for them."""
+        if not self.method.gains(self.options):
+            return {}
+        norms = [p for p in unselected_norms(self.selection[index : index + 1]) if p.name in self.names]
+        return {p.name: self.weights.read(self.names[p.name], p) for p in norms}
 
     def _rows_before(self, param: ParamMap) -> Tensor:
         rows = self.source.get(param)
@@ -155,7 +170,7 @@ class RestoredWrite(PatchedFolder):
             companions=taken,
             left_out=left,
             partial=sorted(skipped),
-            warnings=[],
+            warnings=fallbacks(self.method.name, [layer for record in results for layer in record["layers"]]),
             extra=extra,
         )
 
@@ -191,6 +206,15 @@ def round_to(rows: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     if has_nonfinite(out):
         raise QKGuardError(f"{name}: the rows to write hold NaN or Inf in {dtype}; they came from {rows.dtype}")
     return out
+
+
+def fallbacks(method: str, layers: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One sentence for each reason for which a method did less than its name says, with the layers concerned."""
+    found: dict[str, list[str]] = {}
+    for layer in sorted(layers, key=lambda layer: layer["index"]):
+        if "fallback" in layer:
+            found.setdefault(layer["fallback"], []).append(str(layer["layer"]))
+    return [f"{method} fell back in layer(s) {', '.join(where)} to {what}" for what, where in found.items()]
 
 
 def _entangled(spec: AttentionSpec) -> Iterator[str]:

@@ -29,6 +29,19 @@ Spec = Annotated[
     Path | None,
     typer.Option("--spec", help="Attention layout by hand (YAML), for models that cannot be probed.", dir_okay=False),
 ]
+Method = Annotated[str, typer.Option(help="Restore method: restore, qk-pro, procrustes or interpolate.")]
+Ridge = Annotated[
+    float, typer.Option(help="qk-pro: 0 is restore, larger keeps more of the tuned queries (units: mean eigenvalue).")
+]
+Gram = Annotated[str, typer.Option(help="qk-pro: Gram matrix of each key head (head) or of the inputs (input).")]
+Alpha = Annotated[float, typer.Option(help="interpolate: from 0 (tuned) to 1 (before SFT).")]
+Align = Annotated[
+    bool, typer.Option("--align", help="interpolate: first rotate the base's heads towards the tuned ones.")
+]
+Strengths = Annotated[
+    str | None,
+    typer.Option(help="Ridge or alpha of single layers, e.g. 3=0.5,7=1.", metavar="LAYER=VALUE,..."),
+]
 AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Also read pytorch_model*.bin, with torch's weights-only unpickler.")
 ]
@@ -59,6 +72,20 @@ def parse_layers(text: str | None) -> list[int] | None:
     if not layers:
         raise QKGuardError(f"--layers {text!r} is not a list of layer numbers such as 3,7,11 or 0-15")
     return sorted(layers)
+
+
+def parse_strengths(text: str | None) -> dict[int, float] | None:
+    """ "3=0.5,7=1" -> {3: 0.5, 7: 1.0}."""
+    if text is None:
+        return None
+    pairs = [item.partition("=") for item in text.replace(",", " ").split()]
+    try:
+        strengths = {int(layer): float(value) for layer, _, value in pairs}
+    except ValueError:
+        strengths = {}
+    if not strengths or len(strengths) != len(pairs):
+        raise QKGuardError(f"--strengths {text!r} is not a list of layers and values such as 3=0.5,7=1")
+    return strengths
 
 
 def parse_choice(option: str, value: str, choices: tuple[str, ...]) -> str:

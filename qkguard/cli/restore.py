@@ -15,13 +15,19 @@ def restore(
     base: opt.Base,
     tuned: opt.Tuned,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
-    method: Annotated[str, typer.Option(help="Restore method.")] = "restore",
+    method: opt.Method = "restore",
+    ridge: opt.Ridge = 1.0,
+    gram: opt.Gram = "head",
+    alpha: opt.Alpha = 1.0,
+    align: opt.Align = False,
+    strengths: opt.Strengths = None,
     parts: opt.Parts = "q,k",
     layers: opt.Layers = None,
     include_norms: opt.Norms = False,
     sliding_window: opt.Sliding = True,
     entangled: opt.Entangled = "keep",
     spec: opt.Spec = None,
+    device: Annotated[str, typer.Option(help="Where the arithmetic runs: cpu or cuda.")] = "cpu",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier restored folder at OUT.")] = False,
     allow_pickle: opt.AllowPickle = False,
     trust_remote_code: opt.RemoteCode = False,
@@ -33,9 +39,14 @@ def restore(
     such rows are hard-linked, the others copied and patched, so memory stays small whatever the model's size.
     OUT appears complete or not at all, and loads with from_pretrained.
 
+    Methods: restore takes queries and keys back whole. qk-pro takes keys back and as much of the queries as routing
+    needs (--ridge, --gram). interpolate goes part of the way (--alpha, --align). procrustes is restore through rotated
+    heads. Which one keeps recall and skill is a matter of the run: measure with qkguard sweep.
+
     Example: qkguard restore --base Qwen/Qwen3-8B --tuned runs/sft/checkpoint-900 --out qwen3-8b-cot-restored
     """
     chosen = opt.parse_parts(parts), opt.parse_layers(layers)
+    by_layer = opt.parse_strengths(strengths)
     opt.parse_choice("--entangled", entangled, opt.ENTANGLED)
     quiet_transformers()
     from qkguard.checkpoint.offline import restore_checkpoint
@@ -46,12 +57,18 @@ def restore(
             tuned,
             out,
             method=method,
+            ridge=ridge,
+            gram=gram,
+            alpha=alpha,
+            align=align,
+            strengths=by_layer,
             parts=chosen[0],
             layers=chosen[1],
             include_norms=include_norms,
             include_sliding_window=sliding_window,
             entangled=entangled,
             spec=spec,
+            device=device,
             allow_pickle=allow_pickle,
             trust_remote_code=trust_remote_code,
             overwrite=overwrite,
@@ -67,9 +84,18 @@ def restore(
         f"{out}: {len(manifest['tensors'])} tensors of {len(restored)} softmax-attention layers restored; "
         f"{len(made)} weight files ({human_bytes(size)}, {made.count('linked')} linked)"
     )
+    said = "drift taken back" if method == "restore" else "drift by SFT"
     for role, name in (("q_rel", "queries"), ("k_rel", "keys")):
         values = [layer["drift"][role] for layer in restored if layer["drift"].get(role) is not None]
         if values:
             mean, top = sum(values) / len(values), max(values)
-            say(f"drift taken back, {name}: mean {number(mean)}, largest {number(top)} of the norm before SFT")
+            say(f"{said}, {name}: mean {number(mean)}, largest {number(top)} of the norm before SFT")
+    for role, name in (("q", "queries"), ("k", "keys")):
+        found = [
+            [layer["distance"][key] for layer in restored if key in layer.get("distance", {})]
+            for key in (f"{role}_from_before", f"{role}_from_tuned")
+        ]
+        if all(found):
+            before, after = (number(sum(values) / len(values)) for values in found)
+            say(f"{method}, {name} written: mean distance {before} from before SFT, {after} from the tuned ones")
     say(f"next: qkguard verify {out}")

@@ -218,6 +218,14 @@ class AttentionSpec:
         return "sliding" in self.kind or "chunked" in self.kind
 
 
+def unselected_norms(selection: Iterable[tuple[AttentionSpec, Sequence[ParamMap]]]) -> list[ParamMap]:
+    """The q/k norms of selected layers that are not selected themselves: they stay as tuned."""
+    selection = list(selection)
+    chosen = {param.name for _, maps in selection for param in maps}
+    norms = {p.name: p for spec, _ in selection for p in spec.params if p.kind == "norm" and p.name not in chosen}
+    return list(norms.values())
+
+
 def join_ranges(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
     """Sorted half-open ranges with overlapping and touching ones joined."""
     out: list[tuple[int, int]] = []

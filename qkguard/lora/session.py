@@ -38,8 +38,12 @@ class AdapterSession(Session):
                 f"method={self.config.method!r} works on full weights, not on adapters; use restore or interpolate, "
                 "or merge with `qkguard merge --keep-qk` and restore the merged model"
             )
-        alpha = getattr(self.config, "alpha", 1.0) if self.config.method == "interpolate" else 1.0
-        self.share = 1.0 - float(alpha)
+        if self.config.align or self.config.strengths:
+            raise QKGuardError(
+                "align and strengths work on full weights, not on adapters; interpolate with alpha alone, or merge "
+                "with `qkguard merge --keep-qk` and restore the merged model"
+            )
+        self.share = 1.0 - (self.config.alpha if self.config.method == "interpolate" else 1.0)
         self.weights = adapted_weights(self.model, self.selection, merging=self.config.merge_at_end)
         self.guards = any(weight.layer is not None for weight in self.weights)
         self.writable = self._check_writable()

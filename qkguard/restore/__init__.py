@@ -7,18 +7,20 @@ compact tensors in any float dtype, rounded once when they are written, and what
 
 from __future__ import annotations
 
-from qkguard.restore.apply import restore_layer
+from qkguard.restore.apply import check_device, restore_layer
 from qkguard.restore.interpolate import interpolate
 from qkguard.restore.plain import Restored, restore
 from qkguard.restore.procrustes import procrustes
 from qkguard.restore.qk_pro import qk_pro
-from qkguard.restore.registry import METHODS, Method, check_options, get_method
+from qkguard.restore.registry import METHODS, Method, check_options, check_strengths, get_method
 
 __all__ = [
     "METHODS",
     "Method",
     "Restored",
+    "check_device",
     "check_options",
+    "check_strengths",
     "get_method",
     "interpolate",
     "procrustes",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qkguard.errors import QKGuardError
 from qkguard.layout.spec import AttentionSpec, ParamMap
 from qkguard.restore.plain import Restored
 from qkguard.restore.registry import Method, layer_options
@@ -37,10 +38,18 @@ def restore_layer(
         CPU rows; `restore` hands back the tensors of `pre` themselves. The report has what the method says ("group",
         "ridge_absolute", "fallback", ...), "distance" (relative Frobenius distance of the new weights from those
         before and after SFT) and "routing_error" (`routing_drift` of the new weights from before SFT, over heads).
+
+    Raises:
+        QKGuardError: NaN or Inf in `post`, for methods that mix it in.
     """
-    mine = layer_options(method, options, spec.layer)
     if method.name == "restore":
         return method.function(spec, maps, pre, post)
+    if broken := [name for name, tensor in post.items() if not tensor.isfinite().all()]:
+        raise QKGuardError(
+            f"{broken[0]} holds NaN or Inf after SFT, which {method.name} would mix in; find out why, or use method "
+            "restore, which takes nothing from it"
+        )
+    mine = layer_options(method, options, spec.layer)
 
     def there(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.to(device) for name, tensor in tensors.items()}
@@ -51,6 +60,18 @@ def restore_layer(
     new = method.function(spec, maps, before, after, **mine)
     rows = {name: tensor.to(post[name].dtype).cpu() for name, tensor in new.rows.items()}
     return Restored(rows, new.report | _distances(spec, maps, pre, post, rows))
+
+
+def check_device(device: str) -> str:
+    """The device itself; QKGuardError where float64 arithmetic does not run on it."""
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise QKGuardError(
+            f"device {device!r} does no float64 arithmetic here ({reason}); expected cpu or cuda"
+        ) from None
+    return device
 
 
 def _distances(
