@@ -13,6 +13,10 @@ class UnknownLayoutError(QKGuardError):
     """Where queries and keys sit in a model could not be established for certain."""
 
 
+class RearrangedError(QKGuardError):
+    """transformers cuts or joins tensors of the checkpoint while loading, so parameters have no tensor of their own."""
+
+
 class WrongReferenceError(QKGuardError):
     """The pre-SFT reference is missing, damaged or another run's: never continued on."""
 

@@ -58,6 +58,8 @@ def _body(manifest: Mapping[str, Any], base: str) -> str:
     lines = [f"# {title}", "", intro, "", f"Options: {options or 'defaults'}.", ""]
     if manifest["warnings"]:
         lines += ["## Warnings", "", *(f"- {sentence}" for sentence in manifest["warnings"]), ""]
+    if said := (manifest.get("sweep") or {}).get("words"):
+        lines += ["## What was measured", "", *(f"- {sentence}" for sentence in said), ""]
     lines += [
         f"## {heading}",
         "",

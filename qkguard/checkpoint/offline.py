@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from qkguard.checkpoint.patched_folder import Progress, check_target
@@ -14,7 +16,7 @@ from qkguard.checkpoint.restored import Selection, write_restored
 from qkguard.checkpoint.scan import BackgroundScan
 from qkguard.checkpoint.sources import FolderSource
 from qkguard.checkpoint.weights import WeightFolder, open_weights, resolve_folder
-from qkguard.errors import QKGuardError
+from qkguard.errors import QKGuardError, RearrangedError
 from qkguard.layout.remembered import remembered
 from qkguard.layout.spec import AttentionSpec, ParamMap, select, unselected_norms
 from qkguard.layout.spec_file import dump_specs, parse_specs
@@ -101,15 +103,16 @@ def find_pair(
         raise QKGuardError(f"layers {unknown} have no softmax attention; those that have it: {known}")
     params = [param for _, maps in selection for param in maps]
     # Both through the tuned model's class, as when SFT loaded the base: its own class may differ (text-only or not).
-    names = tensor_names(params, weights, weights.folder, by_hand=spec is not None)
+    how: dict[str, Any] = {"by_hand": spec is not None, "trust_remote_code": trust_remote_code}
+    names = tensor_names(params, weights, weights.folder, **how)
     if base_weights.shapes() == weights.shapes():
         base_names = names
     else:
-        base_names = tensor_names(params, base_weights, weights.folder, by_hand=spec is not None)
+        base_names = tensor_names(params, base_weights, weights.folder, **how)
     source = FolderSource(base_weights, base_names, model_id=folders.base_id)
     source.check(params)
     if gains and (norms := unselected_norms(selection)):
-        names = names | tensor_names(norms, weights, weights.folder, by_hand=spec is not None)
+        names = names | tensor_names(norms, weights, weights.folder, **how)
     return Pair(weights, specs, selection, names, source, folders.warnings)
 
 
@@ -134,6 +137,7 @@ def restore_checkpoint(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     overwrite: bool = False,
+    extra: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write the tuned checkpoint with the base's queries and keys to a new folder, in bounded memory.
@@ -152,6 +156,7 @@ def restore_checkpoint(
         device: where the arithmetic of methods beyond copying runs ("cuda"); one layer is in memory at a time.
         allow_pickle: also read `pytorch_model*.bin`, weights-only.
         trust_remote_code: allow the checkpoints' own model code to be imported.
+        extra: further keys for the manifest.
         progress: called with (bytes done, bytes in all).
 
     Returns:
@@ -169,9 +174,19 @@ def restore_checkpoint(
     options = {"ridge": ridge, "gram": gram, "alpha": alpha, "align": align, "strengths": strengths}
     options = check_options(method, options, parts)
     folders = open_folders(base, tuned, allow_pickle=allow_pickle)
-    with BackgroundScan(folders.tuned) as scan:
+    with ExitStack() as stack:
+        scan = stack.enter_context(BackgroundScan(folders.tuned))
         gains = get_method(method).gains(options)
-        pair = find_pair(folders, **chosen, spec=spec, trust_remote_code=trust_remote_code, gains=gains)
+        try:
+            pair = find_pair(folders, **chosen, spec=spec, trust_remote_code=trust_remote_code, gains=gains)
+        except RearrangedError as error:
+            if method != "restore":
+                raise QKGuardError(
+                    f"{error}; or use method restore, which goes through transformers by itself"
+                ) from None
+            target.parent.mkdir(parents=True, exist_ok=True)
+            work = stack.enter_context(TemporaryDirectory(prefix="_qkguard-", dir=target.parent))
+            pair = _through_transformers(folders, Path(work), chosen, trust_remote_code)
         return write_restored(
             pair.weights.folder,
             target,
@@ -184,9 +199,26 @@ def restore_checkpoint(
             device=device,
             overwrite=overwrite,
             allow_pickle=allow_pickle,
-            extra=lambda: {"warnings": pair.warnings, "nonfinite": scan.result()},
+            extra=lambda: {**(extra or {}), "warnings": pair.warnings, "nonfinite": scan.result()},
             progress=progress,
         )
+
+
+def _through_transformers(folders: Folders, work: Path, chosen: dict[str, Any], trust_remote_code: bool) -> Pair:
+    """`find_pair` where tensors are cut or joined on loading (`checkpoint.rearranged`)."""
+    from qkguard.checkpoint.rearranged import selection_on_disk
+
+    specs = folder_attention(folders.tuned.folder, trust_remote_code=trust_remote_code)
+    selection, source = selection_on_disk(
+        folders.base,
+        folders.tuned,
+        select(specs, **chosen),
+        work,
+        base_id=folders.base_id,
+        trust_remote_code=trust_remote_code,
+    )
+    warning = "transformers cuts or joins tensors of this model, so it was loaded and saved to find the rows"
+    return Pair(folders.tuned, specs, selection, source.names, source, [*folders.warnings, warning])
 
 
 def folder_attention(folder: Path, *, spec: Any = None, trust_remote_code: bool = False) -> list[AttentionSpec]:
@@ -205,7 +237,14 @@ def folder_attention(folder: Path, *, spec: Any = None, trust_remote_code: bool 
     return find_attention(folder) if text is None else parse_specs(text, "layout")
 
 
-def tensor_names(params: Sequence[ParamMap], weights: WeightFolder, model: Path, *, by_hand: bool) -> dict[str, str]:
+def tensor_names(
+    params: Sequence[ParamMap],
+    weights: WeightFolder,
+    model: Path,
+    *,
+    by_hand: bool = False,
+    trust_remote_code: bool = False,
+) -> dict[str, str]:
     """Parameter name -> name in the files, as the class of `model` (a folder with a config) loads them.
 
     Names of a layout given by hand are taken as they are where the files have them.
@@ -218,9 +257,9 @@ def tensor_names(params: Sequence[ParamMap], weights: WeightFolder, model: Path,
     def find() -> dict[str, str]:
         from qkguard.layout import disk_names
 
-        return disk_names(params, shapes, model)
+        return disk_names(params, shapes, model, trust_remote_code=trust_remote_code)
 
-    if "auto_map" in config:
+    if trust_remote_code or "auto_map" in config:
         return find()
     return remembered("names", [config, shapes, [(param.name, param.shape) for param in params]], find)
 

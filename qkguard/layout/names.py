@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from qkguard.errors import QKGuardError
+from qkguard.errors import QKGuardError, RearrangedError
 from qkguard.layout import build
 from qkguard.layout.spec import AttentionSpec, ParamMap
 
 
 def disk_names(
-    specs_or_params: Iterable[AttentionSpec | ParamMap], keys: Mapping[str, tuple[int, ...]], config: Any
+    specs_or_params: Iterable[AttentionSpec | ParamMap],
+    keys: Mapping[str, tuple[int, ...]],
+    config: Any,
+    *,
+    trust_remote_code: bool = False,
 ) -> dict[str, str]:
     """Parameter name -> name of the tensor in the checkpoint files that holds exactly this parameter.
 
@@ -19,15 +23,17 @@ def disk_names(
         specs_or_params: what to look up.
         keys: names and shapes of all tensors in the files.
         config: the model's config, or whatever else `find_attention` accepts (a live model settles its class).
+        trust_remote_code: allow a config's own code to be imported.
 
     Raises:
-        QKGuardError: where a parameter has no tensor, several, one of another shape, or one that transformers
-            rearranges while loading. Such a checkpoint has to go through `from_pretrained` and `save_pretrained`.
+        RearrangedError: where transformers cuts or joins a parameter's tensors while loading. Such a checkpoint has
+            to go through `from_pretrained` and `save_pretrained`.
+        QKGuardError: where a parameter has no tensor, or one of another shape.
     """
     wanted = {
         p.name: p for item in specs_or_params for p in (item.params if isinstance(item, AttentionSpec) else (item,))
     }
-    source = build.resolve(config)
+    source = build.resolve(config, trust_remote_code=trust_remote_code)
     if source.model_class is None:  # known by rule, under the names on disk
         loads = {build.bare_name(key): [(key, False)] for key in keys}
     else:
@@ -66,12 +72,8 @@ def _certain(
     found = loads.get(bare, [])
     way_out = "restore it on a model loaded with from_pretrained, and save that"
     if not found:
-        block = bare.rpartition(".")[0].rpartition(".")[0]
-        beside = sorted(
-            {key for name, sources in loads.items() if name.startswith(block) for key, cut in sources if cut}
-        )
-        if beside:
-            raise QKGuardError(
+        if beside := cut_beside(bare, loads):
+            raise RearrangedError(
                 f"{param.name} has no tensor of its own on disk; transformers cuts it out of {beside[0]} while "
                 f"loading; {way_out}"
             )
@@ -79,14 +81,34 @@ def _certain(
             f"none of the checkpoint's {len(keys)} tensors loads as {bare}; is this checkpoint of the same model?"
         )
     if len(found) > 1:
-        raise QKGuardError(
+        raise RearrangedError(
             f"{param.name} is loaded from several tensors ({', '.join(key for key, _ in found)}); {way_out}"
         )
     key, rearranged = found[0]
     if rearranged:
-        raise QKGuardError(f"{param.name}: transformers rearranges {key} while loading it; {way_out}")
+        raise RearrangedError(f"{param.name}: transformers rearranges {key} while loading it; {way_out}")
     if tuple(keys[key]) != param.shape:
         raise QKGuardError(
             f"{key}: the file has shape {tuple(keys[key])}, the model {param.shape}; the checkpoint is another model's"
         )
     return key
+
+
+def cut_beside(bare: str, loads: Mapping[str, list[tuple[str, bool]]]) -> list[str]:
+    """Keys that transformers rearranges into parameters of the same block as `bare`."""
+    block = bare.rpartition(".")[0].rpartition(".")[0]
+    return sorted({key for name, sources in loads.items() if name.startswith(block) for key, cut in sources if cut})
+
+
+def rearranged_sources(
+    params: Iterable[ParamMap], keys: Iterable[str], config: Any, *, trust_remote_code: bool = False
+) -> list[str]:
+    """All keys whose tensors may hold rows of these parameters, for a checkpoint that `disk_names` refuses."""
+    source = build.resolve(config, trust_remote_code=trust_remote_code)
+    with build.undisturbed():
+        loads = _loaded_from(build.build_meta(source), keys)
+    out: set[str] = set()
+    for name in (build.bare_name(param.name) for param in params):
+        out.update(key for key, _ in loads.get(name, ()))
+        out.update(cut_beside(name, loads))
+    return sorted(out)

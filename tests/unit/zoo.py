@@ -134,14 +134,17 @@ class Attentions:
         with attention(attend):
             self._calls = first_calls(model)
 
-    def again(self, module: nn.Module) -> Seen:
+    def arguments(self, module: nn.Module) -> Arguments:
+        return self._calls[module]
+
+    def again(self, module: nn.Module, like: Arguments | None = None) -> Seen:
         seen: list[Seen] = []
 
         def attend(_: nn.Module, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> None:
             seen.append((q.clone(), k.clone(), v.clone()))
             raise Enough
 
-        args, kwargs = self._calls[module]
+        args, kwargs = like or self._calls[module]
         with attention(attend), contextlib.suppress(Enough), torch.no_grad():
             module(*args, **kwargs)
         return seen[0]
