@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from qkguard.layout import AttentionSpec, find_attention
     from qkguard.lora.merge import merge_adapter
     from qkguard.swap import restored
+    from qkguard.sweeping import sweep
 
 # public name -> module, imported on first use: the command line must start faster than torch and transformers import
 _WHERE = {
@@ -29,6 +30,7 @@ _WHERE = {
     "merge_adapter": "lora.merge",
     "restore_checkpoint": "checkpoint.offline",
     "restored": "swap",
+    "sweep": "sweeping",
     "verify": "checkpoint.verification",
 }
 
@@ -43,6 +45,7 @@ __all__ = [
     "merge_adapter",
     "restore_checkpoint",
     "restored",
+    "sweep",
     "verify",
 ]
 

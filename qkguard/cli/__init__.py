@@ -8,7 +8,7 @@ from types import FrameType
 
 import typer
 
-from qkguard.cli import demo, drift, inspect, merge, probe, recipes, restore, sft, verify
+from qkguard.cli import demo, drift, inspect, merge, probe, recipes, restore, sft, sweep, verify
 from qkguard.errors import QKGuardError
 
 app = typer.Typer(
@@ -32,6 +32,7 @@ app.command("merge", rich_help_panel=CHECKPOINTS)(merge.merge)
 app.command("drift", rich_help_panel=CHECKPOINTS)(drift.drift)
 app.command("verify", rich_help_panel=CHECKPOINTS)(verify.verify)
 app.command("probe", rich_help_panel=CHECKPOINTS)(probe.probe)
+app.command("sweep", rich_help_panel=CHECKPOINTS)(sweep.sweep)
 
 
 @app.callback(invoke_without_command=True)

@@ -1,0 +1,192 @@
+"""`qkguard sweep`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qkguard.cli import options as opt
+from qkguard.cli.output import print_json, print_table, progress_bar, quiet_transformers, say, warn
+from qkguard.cli.probe import parse_depths, parse_lengths
+from qkguard.errors import QKGuardError
+
+if TYPE_CHECKING:
+    from qkguard.sweeping import SweepReport
+
+
+def sweep(
+    base: opt.Base,
+    tuned: opt.Tuned,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Rows held out from SFT (JSON lines): prompt and completion or answer, messages, or text. "
+            '"none" measures recall alone.'
+        ),
+    ] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            "--methods",
+            "--grid",
+            help="Methods, with strengths where others than the usual are wanted: "
+            "restore,qk-pro:gram=head/input:ridge=0.3/1/3,interpolate:alpha=0.5:align.",
+            show_default="restore,qk-pro,interpolate",
+        ),
+    ] = None,
+    controls: Annotated[
+        str, typer.Option(help="Also single projections taken back, as a control: some of q,k,v,o,vo, or all.")
+    ] = "",
+    per_layer: Annotated[bool, typer.Option("--per-layer", help="Also restore one layer at a time.")] = False,
+    tolerance: Annotated[
+        float, typer.Option(help="Task quality a recommended point may lose: share of accuracy, or nats of loss.")
+    ] = 0.02,
+    write: Annotated[
+        Path | None, typer.Option("--write", "-w", help="Write the recommended checkpoint to this folder.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier restored folder there.")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write sweep.json, sweep.html and sweep.png to this folder.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the page with picture and table to this file.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Write the picture of the trade-off to this file.")] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(help="Context lengths of the probe in tokens.", show_default="512,1K,2K as far as they fit"),
+    ] = None,
+    depths: Annotated[str, typer.Option(help="How many needle depths, or a list such as 0,0.5,1.")] = "5",
+    samples: Annotated[int, typer.Option(help="Probe samples for every task, length and depth.")] = 2,
+    tasks: Annotated[
+        str, typer.Option(help="RULER tasks: single_1-3 (or S1-S3), multikey_1-3, multivalue, multiquery.")
+    ] = "single_1,single_2,single_3",
+    haystack: Annotated[
+        str | None, typer.Option(help="Text for the haystacks: .txt, .md, .json or .jsonl. Default: generated.")
+    ] = None,
+    mode: Annotated[str, typer.Option(help="auto, chat or plain prompts for the probe.")] = "auto",
+    rows: Annotated[int, typer.Option(help="At most so many rows of the data.")] = 256,
+    max_length: Annotated[int, typer.Option(help="Rows longer than this many tokens are left out.")] = 4096,
+    layers: opt.Layers = None,
+    include_norms: opt.Norms = False,
+    sliding_window: opt.Sliding = True,
+    entangled: opt.Entangled = "keep",
+    spec: opt.Spec = None,
+    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help='"auto" (all accelerators), cpu, cuda:1, ...')] = "auto",
+    batch_tokens: Annotated[int, typer.Option(help="Tokens in one forward pass of the probe.")] = 16384,
+    chunk: Annotated[
+        int | None,
+        typer.Option(
+            help="Read longer contexts in pieces of so many tokens; 0 never. Default: above 32K.", show_default=False
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the samples and of the intervals.")] = 0,
+    trust_remote_code: opt.RemoteCode = False,
+    as_json: opt.Json = False,
+) -> None:
+    """Find the restore that keeps recall and skill on this run, by measurement.
+
+    Needle recall and task quality of the base, the tuned checkpoint and a grid of restores, swapped into one loaded
+    model; which points no other beats, and a recommendation by a stated rule, which may well be to leave the tuned
+    checkpoint as it is. With --write, exit code 1 where that is so and nothing was written.
+
+    Example: qkguard sweep --base B --tuned T --data heldout.jsonl --lengths 1K,4K --out sweep --write restored
+    """
+    quiet_transformers()
+    opt.parse_choice("--entangled", entangled, opt.ENTANGLED)
+    opt.parse_choice("--mode", mode, ("auto", "chat", "plain"))
+    for number, name in ((samples, "--samples"), (rows, "--rows"), (max_length, "--max-length")):
+        if number < 1:
+            raise QKGuardError(f"{name} {number} leaves nothing to measure; expected at least 1")
+    files = _files(out, html, png)
+    chosen = opt.parse_layers(layers)
+    from transformers.utils.logging import disable_progress_bar
+
+    from qkguard.sweeping import sweep as run
+
+    disable_progress_bar()  # transformers draws its own also where stderr is no terminal
+    report = run(
+        base,
+        tuned,
+        data=data,
+        methods=methods,
+        controls=controls,
+        per_layer=per_layer,
+        tolerance=tolerance,
+        write=write,
+        overwrite=overwrite,
+        lengths=None if lengths is None else parse_lengths(lengths),
+        depths=parse_depths(depths),
+        samples=samples,
+        tasks=[t for t in tasks.replace(",", " ").split() if t],
+        haystack=haystack,
+        mode=mode,
+        seed=seed,
+        rows=rows,
+        max_length=max_length,
+        layers=chosen,
+        include_norms=include_norms,
+        include_sliding_window=sliding_window,
+        entangled=entangled,
+        spec=spec,
+        dtype=dtype,
+        device=device,
+        batch_tokens=batch_tokens,
+        chunk=chunk,
+        trust_remote_code=trust_remote_code,
+        bar=lambda label: progress_bar(label, total_is_bytes=False),
+    )
+    written = write is not None and report.recommended.point.recommendable
+    _write_files(report, files)
+    if as_json:
+        print_json(report.to_json() | {"written": str(write) if written else None})
+    else:
+        _show(report, files, write if written else None)
+    if write is not None and not written:
+        raise typer.Exit(1)
+
+
+def _files(out: Path | None, html: Path | None, png: Path | None) -> dict[str, list[Path]]:
+    """Where the JSON, the page and the picture go, their folders checked before anything is measured."""
+    files: dict[str, list[Path]] = {"json": [], "html": [html] if html else [], "png": [png] if png else []}
+    for file in (html, png):
+        if file is not None and not file.resolve().parent.is_dir():
+            raise QKGuardError(f"{file}: there is no folder {file.resolve().parent}; make it first")
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        for kind, found in files.items():
+            found.append(out / f"sweep.{kind}")
+    return files
+
+
+def _write_files(report: SweepReport, files: dict[str, list[Path]]) -> None:
+    from qkguard.checkpoint.manifest import dump
+    from qkguard.probe.pictures import png
+    from qkguard.sweeping.report import html_page, picture
+
+    for file in files["json"]:
+        file.write_text(dump(report.to_json()), encoding="utf-8")
+    for file in files["html"]:
+        file.write_text(html_page(report), encoding="utf-8")
+    for file in files["png"]:
+        file.write_bytes(png(picture(report)))
+
+
+def _show(report: SweepReport, files: dict[str, list[Path]], written: Path | None) -> None:
+    from qkguard.sweeping.report import columns
+    from qkguard.sweeping.verdict import rank_layers
+
+    warn(report.warnings)
+    head, rows = columns(report)
+    print_table([*head[:-1], "<"], rows)
+    for row in rank_layers(report.points)[:5]:
+        lost = "" if row["lost"] is None else f", {report.metric} lost {row['lost']:.3f}"
+        say(f"layer {row['layer']} alone: recall {row['gain']:+.3f}{lost}")
+    for sentence in report.words:
+        say(sentence)
+    say(f"rule: {report.rule}")
+    if paths := [str(path) for found in files.values() for path in found]:
+        say(f"wrote {', '.join(paths)}")
+    if written is not None:
+        say(f"wrote {written}; next: qkguard verify {written}")

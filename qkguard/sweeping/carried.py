@@ -1,0 +1,145 @@
+"""The values and the output projection of attention layers, found by what they do: for the sweep's controls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qkguard.errors import QKGuardError
+from qkguard.layout.capture import ATTENTION_NAME, attend_with, attention_function
+from qkguard.layout.spec import AttentionSpec, Block, ParamMap
+from qkguard.probe.forward import input_device
+from qkguard.probe.undisturbed import undisturbed
+
+TOKENS = 8
+
+
+def find_carried(model: nn.Module, specs: Sequence[AttentionSpec], which: str) -> list[tuple[AttentionSpec, ParamMap]]:
+    """The parameters (or rows of fused ones) that make nothing but values ("v"), or the output projection ("o").
+
+    One forward pass of a few tokens with gradients: rows of a layer's own parameters on which its values depend, but
+    not its queries and keys, are V; the module whose output is the layer's output is O. The model is left as it was.
+
+    Raises:
+        QKGuardError: attention that does not go through transformers' AttentionInterface, or a layer without such
+            parameters (keys and values from one projection).
+    """
+    out = []
+    with _watched(model, [spec.module for spec in specs]) as seen:
+        for spec in specs:
+            calls = seen.get(spec.module)
+            if calls is None or "q" not in calls:
+                raise QKGuardError(
+                    f"the attention of {spec.module} does not go through transformers' AttentionInterface, so its "
+                    f"{which.upper()} cannot be told from its other parameters; leave the controls v, o and vo out"
+                )
+            found = _values(model, spec, calls) if which == "v" else _outputs(model, spec, calls)
+            if not found:
+                raise QKGuardError(
+                    f"{spec.module} has no parameter of its own for {which.upper()} alone; leave that control out"
+                )
+            out += [(spec, param) for param in found]
+    return out
+
+
+def _values(model: nn.Module, spec: AttentionSpec, calls: dict[str, Tensor]) -> list[ParamMap]:
+    known = {p.name: p for p in spec.params}
+    params = {n: p for n, p in model.named_parameters() if n.startswith(f"{spec.module}.") or n in known}
+    touched = {role: _gradients(calls[role], params) for role in "qkv"}
+    out = []
+    for name, param in params.items():
+        dim = known[name].dim if name in known else 0
+        others = [d for d in range(param.dim()) if d != dim]
+        reached = {role: grads[name].abs().sum(others) > 0 for role, grads in touched.items() if name in grads}
+        rows = reached.get("v", torch.zeros(param.shape[dim], dtype=torch.bool))
+        for role in "qk":
+            if role in reached:
+                rows = rows & ~reached[role]
+        edges = torch.diff(rows.int(), prepend=rows.new_zeros(1).int(), append=rows.new_zeros(1).int()).cpu()
+        starts, stops = (edges == 1).nonzero()[:, 0].tolist(), (edges == -1).nonzero()[:, 0].tolist()
+        if blocks := tuple(Block(a, b, "v") for a, b in zip(starts, stops, strict=True)):
+            out.append(ParamMap(name, tuple(param.shape), dim, "bias" if param.dim() == 1 else "weight", blocks))
+    return out
+
+
+def _outputs(model: nn.Module, spec: AttentionSpec, calls: dict[str, Any]) -> list[ParamMap]:
+    owner = calls.get("last")
+    if owner is None:
+        return []
+    prefix = next(name for name, module in model.named_modules() if module is owner)
+    return [
+        ParamMap(f"{prefix}.{n}", tuple(p.shape), 0, "bias" if p.dim() == 1 else "weight", (Block(0, len(p), "v"),))
+        for n, p in owner.named_parameters(recurse=False)
+    ]
+
+
+def _gradients(tensor: Tensor, params: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Of a random projection of a tensor, with respect to the parameters that it depends on."""
+    random = torch.Generator().manual_seed(0)
+    back = torch.randn(tensor.shape, generator=random).to(tensor)
+    grads = torch.autograd.grad(tensor, list(params.values()), back, retain_graph=True, allow_unused=True)
+    return {name: grad for name, grad in zip(params, grads, strict=True) if grad is not None}
+
+
+@contextmanager
+def _watched(model: nn.Module, modules: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Module name -> its query, key and value (with their graphs) and the module that made its output, of one pass."""
+    seen: dict[str, Any] = {}
+    inside: list[str] = []
+    names = {id(model.get_submodule(name)): name for name in modules}
+    made: dict[int, nn.Module] = {}
+
+    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Any:
+        if inside:
+            seen.setdefault(inside[-1], {"q": query, "k": key, "v": value})
+        group = query.shape[1] // value.shape[1]
+        return value.repeat_interleave(group, 1).transpose(1, 2)[:, : query.shape[2]].contiguous(), None
+
+    def enter(module: nn.Module, args: Any) -> None:
+        inside.append(names[id(module)])
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) else output
+        if (owner := made.get(id(first))) is not None:
+            seen.setdefault(inside[-1], {})["last"] = owner
+        inside.pop()
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        if inside and isinstance(output, Tensor):
+            made[id(output)] = module
+            kept.append(output)  # no other tensor gets its id meanwhile
+
+    kept: list[Tensor] = []
+    hooks = [m.register_forward_pre_hook(enter) for m in model.modules() if id(m) in names]
+    hooks += [m.register_forward_hook(leave) for m in model.modules() if id(m) in names]
+    hooks += [m.register_forward_hook(note) for m in model.modules() if m._parameters]  # dropout passes on
+    grads = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        with undisturbed(model), torch.enable_grad(), attention_function(attend), _attending(model):
+            for param, _ in grads:
+                param.requires_grad_(param.is_floating_point())
+            model(input_ids=torch.arange(1, TOKENS + 1, device=input_device(model))[None], use_cache=False)
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for param, wanted in grads:
+            param.requires_grad_(wanted)
+
+
+@contextmanager
+def _attending(model: nn.Module) -> Iterator[None]:
+    """The model's configs point at the registered attention function inside the block."""
+    found = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    configs = [config for config in found.values() if hasattr(config, "_attn_implementation_internal")]
+    kept = [(config, config._attn_implementation_internal) for config in configs]
+    try:
+        attend_with(model, ATTENTION_NAME)
+        yield
+    finally:
+        for config, name in kept:
+            config._attn_implementation_internal = name

@@ -1,0 +1,130 @@
+"""What a sweep measures: points, each a choice of tensors that come from before SFT, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+from qkguard.errors import QKGuardError
+from qkguard.restore.registry import DEFAULTS, check_options, get_method
+
+STRENGTHS: dict[str, list[dict[str, Any]]] = {
+    "restore": [{}, {"parts": ("k",)}],
+    "qk-pro": [{"gram": gram, "ridge": ridge} for gram in ("head", "input") for ridge in (1.0, 10.0)],
+    "interpolate": [{"alpha": alpha} for alpha in (0.25, 0.5, 0.75)] + [{"alpha": 0.5, "align": True}],
+    "procrustes": [{}],
+}
+"""What a method stands for in a grid where no strengths are given."""
+
+GRID = ("restore", "qk-pro", "interpolate")
+"""The default grid: 10 points; procrustes attends as restore does and shows only as the alignment of interpolate."""
+
+CONTROLS: dict[str, tuple[str, ...]] = {"q": ("q",), "k": ("k",), "v": ("v",), "o": ("o",), "vo": ("v", "o")}
+"""The experiment's controls: single projections taken back whole."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model to measure.
+
+    `kind` is "base", "raw", "method", "control" or "layer". `tensors` are the projections that change, of q, k, v, o;
+    `layers` the decoder layers, None for all that are selected.
+    """
+
+    name: str
+    kind: str
+    tensors: tuple[str, ...] = ()
+    method: str = "restore"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    layers: tuple[int, ...] | None = None
+
+    @property
+    def recommendable(self) -> bool:
+        """Whether it is a restored checkpoint that `restore_checkpoint` can write."""
+        return self.kind == "method"
+
+
+def method_points(methods: Sequence[str] | str | None = None) -> list[Point]:
+    """The points of a grid.
+
+    Args:
+        methods: entries `name` (that method's usual strengths) or `name:key=value:...`, several values of a key
+            separated by slashes: "qk-pro:gram=head:ridge=0.3/1/3", "interpolate:alpha=0.5:align", "restore:parts=k".
+
+    Raises:
+        QKGuardError: an entry that is not of this form, or options that its method does not take.
+    """
+    if methods is None:
+        methods = GRID
+    entries = methods.replace(",", " ").split() if isinstance(methods, str) else list(methods)
+    points: dict[str, Point] = {}
+    for entry in entries:
+        name, *settings = entry.split(":")
+        get_method(name)
+        for options in _combinations(entry, settings) if settings else STRENGTHS[name]:
+            point = _point(name, dict(options))
+            points[point.name] = point
+    if not points:
+        raise QKGuardError("the grid is empty; name methods such as restore,qk-pro:ridge=0.3/1,interpolate:alpha=0.5")
+    return list(points.values())
+
+
+def control_points(controls: Iterable[str] | str) -> list[Point]:
+    """The controls asked for: some of q, k, v, o, vo, or "all"."""
+    asked = controls.replace(",", " ").split() if isinstance(controls, str) else list(controls)
+    if asked == ["all"]:
+        asked = list(CONTROLS)
+    if unknown := [name for name in asked if name not in CONTROLS]:
+        raise QKGuardError(f"control {unknown[0]!r} is not known; expected some of {', '.join(CONTROLS)}, or all")
+    return [Point(f"{'+'.join(CONTROLS[name]).upper()} only", "control", CONTROLS[name]) for name in asked]
+
+
+def layer_points(layers: Iterable[int | None]) -> list[Point]:
+    """`restore` of one layer at a time."""
+    return [Point(f"layer {n}", "layer", ("q", "k"), layers=(n,)) for n in layers if n is not None]
+
+
+def _point(method: str, options: dict[str, Any]) -> Point:
+    parts = tuple(sorted(options.pop("parts", ("q", "k")), reverse=True))
+    chosen = check_options(method, options, parts)
+    said = [f"{key} {value:g}" for key, value in chosen.items() if key in ("ridge", "alpha")]
+    said += [str(chosen["gram"])] if "gram" in chosen else []
+    said += ["aligned"] if chosen.get("align") else []
+    said += ["" if len(parts) == 2 else f"{parts[0].upper()} only"]
+    return Point(" ".join([method, *filter(None, said)]), "method", parts, method, chosen)
+
+
+def _combinations(entry: str, settings: Sequence[str]) -> list[dict[str, Any]]:
+    choices: dict[str, list[Any]] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        values = text.split("/") if equals else ["true"]
+        try:
+            choices[key] = [_value(key, value) for value in values]
+        except ValueError:
+            raise QKGuardError(
+                f"{entry!r}: {setting!r} is not known; expected ridge=, gram=, alpha=, align or parts=, with several "
+                "values separated by slashes"
+            ) from None
+    return [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
+
+
+def _value(key: str, text: str) -> Any:
+    if key == "parts":
+        if not text or set(text) - {"q", "k"}:
+            raise ValueError
+        return tuple(text)
+    if key == "align":
+        return {"true": True, "yes": True, "false": False, "no": False}[text] if text in _SWITCH else _fail()
+    if key not in DEFAULTS or key == "strengths":
+        raise ValueError
+    return text if key == "gram" else float(text)
+
+
+_SWITCH = ("true", "yes", "false", "no")
+
+
+def _fail() -> Any:
+    raise ValueError

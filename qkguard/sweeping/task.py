@@ -1,0 +1,200 @@
+"""Task quality of a model on rows held out from SFT: loss, and whether answers come out exactly, in forward passes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qkguard.errors import QKGuardError
+from qkguard.probe.forward import LastLogits, input_device
+from qkguard.probe.prober import Progress
+from qkguard.probe.undisturbed import undisturbed
+
+FORMS = 'rows with "prompt" and "completion" or "answer", "messages", or "text"'
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row as token ids: the loss is that of `ids[start:]`, the answer is `ids[answer[0]:answer[1]]`."""
+
+    ids: tuple[int, ...]
+    start: int
+    answer: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """Per row: summed negative log-likelihood (nats), tokens, and whether every answer token was the first choice."""
+
+    nll: tuple[float, ...]
+    tokens: tuple[int, ...]
+    exact: tuple[bool, ...] | None
+
+    @property
+    def loss(self) -> float:
+        """Nats per token over all rows."""
+        return sum(self.nll) / sum(self.tokens)
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of rows whose answer greedy decoding gives, after the true text before it; None without answers."""
+        return None if self.exact is None else sum(self.exact) / len(self.exact)
+
+
+def read_rows(data: Any, limit: int | None = None) -> list[Mapping[str, Any]]:
+    """Rows of a JSON-lines file, or of any iterable of mappings (a `datasets.Dataset`), the first `limit` of them.
+
+    Raises:
+        QKGuardError: no such file, a line that is no JSON object, or no rows.
+    """
+    if not isinstance(data, str | Path):
+        rows = list(data)
+    else:
+        path = Path(data)
+        if not path.is_file():
+            raise QKGuardError(f"no such file: {path}; expected JSON lines, {FORMS}")
+        try:
+            text = path.read_text(encoding="utf-8")
+            whole = text.lstrip().startswith("[")
+            rows = json.loads(text) if whole else [json.loads(line) for line in text.splitlines() if line.strip()]
+        except ValueError as error:
+            raise QKGuardError(f"{path} is not JSON lines ({error}); expected {FORMS}") from None
+    if not rows or not all(isinstance(row, Mapping) for row in rows):
+        raise QKGuardError(f"{data if isinstance(data, str | Path) else 'data'} holds no rows; expected {FORMS}")
+    return rows[:limit]
+
+
+def encode_rows(tokenizer: Any, rows: Iterable[Mapping[str, Any]], max_length: int) -> tuple[list[Row], int]:
+    """Token ids of the rows, as TRL's SFTTrainer makes them, and how many rows were left out as too long.
+
+    "prompt" and "completion" (texts, or lists of messages) train on the completion and the end-of-text token;
+    "prompt" and "answer" are the same without that token; with all three, the answer is looked up in the completion
+    (its last occurrence). Of "messages" the last turn counts, of "text" everything.
+
+    Raises:
+        QKGuardError: rows of another form, or all too long.
+    """
+    found = [_encode(tokenizer, row, number) for number, row in enumerate(rows, 1)]
+    kept = [row for row in found if len(row.ids) <= max_length]
+    if not kept:
+        raise QKGuardError(f"every row is longer than {max_length} tokens; raise --max-length")
+    answered = {row.answer is not None for row in kept}
+    if len(answered) == 2:
+        raise QKGuardError('some rows have an "answer" and some have none; give all of them one, or none')
+    return kept, len(found) - len(kept)
+
+
+def _encode(tokenizer: Any, row: Mapping[str, Any], number: int) -> Row:
+    before, after, answer = _texts(tokenizer, row, number)
+    prompt, special = [], True
+    if before is not None:
+        plain = isinstance(row.get("prompt"), str)
+        prompt = _ids(tokenizer, before, plain)
+        special = plain
+    elif "messages" in row:
+        special = False
+    full, offsets = _ids_with_offsets(tokenizer, (before or "") + after, special)
+    start = 0
+    while start < min(len(prompt), len(full)) and prompt[start] == full[start]:
+        start += 1
+    start = max(1, start)  # the first token has nothing before it that could predict it
+    if start >= len(full):
+        raise QKGuardError(f"row {number} has nothing to score after its prompt; expected {FORMS}")
+    span = None
+    if answer is not None:
+        at = (before or "").__len__() + after.rfind(answer)
+        inside = [i for i, (lo, hi) in enumerate(offsets) if lo < at + len(answer) and hi > at and i >= start]
+        if not answer.strip() or after.rfind(answer) < 0 or not inside:
+            raise QKGuardError(f"row {number}: its answer {answer!r} is not in its completion")
+        span = (inside[0], inside[-1] + 1)
+    return Row(tuple(full), start, span)
+
+
+def _texts(tokenizer: Any, row: Mapping[str, Any], number: int) -> tuple[str | None, str, str | None]:
+    """(prompt, what follows it, answer) of a row, as text."""
+    answer = None if row.get("answer") is None else str(row["answer"])
+    prompt, completion = row.get("prompt"), row.get("completion")
+    end = getattr(tokenizer, "eos_token", None) or ""
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return prompt, completion if completion.endswith(end) else completion + end, answer
+    if isinstance(prompt, str) and answer is not None and completion is None:
+        gap = "" if prompt[-1:].isspace() or answer[:1].isspace() else " "
+        return prompt, gap + answer, answer
+    messages = row.get("messages")
+    if isinstance(prompt, list) and isinstance(completion, list):
+        messages = [*prompt, *completion]
+    if isinstance(messages, list) and len(messages) > 1:
+        turns = len(prompt) if isinstance(prompt, list) else len(messages) - 1
+        whole = tokenizer.apply_chat_template(messages, tokenize=False)
+        begun = tokenizer.apply_chat_template(messages[:turns], tokenize=False, add_generation_prompt=True)
+        if not whole.startswith(begun):
+            begun = tokenizer.apply_chat_template(messages[:turns], tokenize=False)
+        if whole.startswith(begun):
+            return begun, whole[len(begun) :], answer
+        raise QKGuardError(f"row {number}: the chat template writes the prompt differently with its completion")
+    if isinstance(row.get("text"), str):
+        text = row["text"]
+        return None, text if text.endswith(end) else text + end, answer
+    raise QKGuardError(f"row {number} has the keys {', '.join(row) or 'none'}; expected {FORMS}")
+
+
+def _ids(tokenizer: Any, text: str, special: bool) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=special)["input_ids"])
+
+
+def _ids_with_offsets(tokenizer: Any, text: str, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
+    if not getattr(tokenizer, "is_fast", False):
+        ids = _ids(tokenizer, text, special)
+        return ids, [(len(tokenizer.decode(ids[:i])), len(tokenizer.decode(ids[: i + 1]))) for i in range(len(ids))]
+    out = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
+    return list(out["input_ids"]), [tuple(pair) for pair in out["offset_mapping"]]
+
+
+def score_rows(
+    model: nn.Module, rows: Sequence[Row], batch_tokens: int = 16384, progress: Progress | None = None
+) -> TaskResult:
+    """Loss and answers of all rows, in batches of up to `batch_tokens` tokens, padding included.
+
+    Rows are padded at their ends, which a causal model's earlier positions do not see. The model is left as it was.
+    """
+    order = sorted(range(len(rows)), key=lambda i: (len(rows[i].ids), i))
+    batches: list[list[int]] = []
+    for i in order:
+        if batches and (len(batches[-1]) + 1) * len(rows[i].ids) <= batch_tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    nll, exact = [0.0] * len(rows), [False] * len(rows)
+    forward, device = LastLogits(model, None), input_device(model)
+    with undisturbed(model):
+        for done, batch in enumerate(batches, 1):
+            chosen = [rows[i] for i in batch]
+            width = max(len(row.ids) for row in chosen)
+            ids = torch.zeros(len(batch), width, dtype=torch.long)
+            for line, row in zip(ids, chosen, strict=True):
+                line[: len(row.ids)] = torch.tensor(row.ids)
+            first = min(row.start for row in chosen) - 1
+            logits = forward(ids.to(device), width - first)
+            for i, row, line in zip(batch, chosen, logits, strict=True):
+                nll[i], exact[i] = _score(row, line, first)
+            if progress is not None:
+                progress(done, len(batches))
+    answered = rows[0].answer is not None
+    return TaskResult(tuple(nll), tuple(len(row.ids) - row.start for row in rows), tuple(exact) if answered else None)
+
+
+def _score(row: Row, logits: Tensor, first: int) -> tuple[float, bool]:
+    """Summed negative log-likelihood of a row's scored tokens, and whether all of its answer's were first choices."""
+    target = torch.tensor(row.ids[row.start :], device=logits.device)
+    said = logits[row.start - 1 - first : len(row.ids) - 1 - first].float()
+    nll = torch.nn.functional.cross_entropy(said, target, reduction="sum").item()
+    if row.answer is None:
+        return nll, False
+    lo, hi = row.answer[0] - row.start, row.answer[1] - row.start
+    return nll, bool((said[lo:hi].argmax(-1) == target[lo:hi]).all())
