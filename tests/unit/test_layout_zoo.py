@@ -15,9 +15,12 @@ import pytest
 import torch
 from torch import nn
 
+from docs.supported_models import TARGET, describe_specs
 from qkguard.errors import UnknownLayoutError
 from qkguard.layout import AttentionSpec, Block, find_attention
 from tests.unit import zoo
+
+DOCUMENT = TARGET.read_text(encoding="utf-8").splitlines()
 
 RECURRENT = ("falcon_mamba", "mamba", "mamba2", "rwkv", "xlstm")
 REFUSED = dict.fromkeys(RECURRENT, "recurrent throughout") | {
@@ -73,9 +76,11 @@ def test_type(model_type: str) -> None:
     if model_type in REFUSED:
         with pytest.raises(UnknownLayoutError, match=REFUSED[model_type]):
             find_attention(zoo.tiny_config(model_type))
+        assert any(line.startswith(f"| {model_type} | refused | ") for line in DOCUMENT)
         return
     model = zoo.tiny_model(model_type, "eager" if model_type in EAGER else zoo.ORACLE)
     specs = find_attention(model)
+    assert "| {} | {} | {} |".format(model_type, *describe_specs(specs)) in DOCUMENT, "python docs/supported_models.py"
     entangled = any(b.entangled for s in specs for p in s.params for b in p.blocks if p.kind != "norm")
     assert entangled == (model_type in PARTIAL)
     assert len({p.name for s in specs for p in s.params}) == len({(p.name, p.blocks) for s in specs for p in s.params})

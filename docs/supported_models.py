@@ -1,0 +1,93 @@
+"""Writes docs/SUPPORTED_MODELS.md: what `find_attention` says of every causal-LM type of transformers.
+
+python docs/supported_models.py
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import transformers
+
+from qkguard import QKGuardError, find_attention
+from qkguard.layout import AttentionSpec
+from tests.unit import zoo
+
+TARGET = Path(__file__).with_name("SUPPORTED_MODELS.md")
+INTRO = """\
+# Supported models
+
+What `qkguard inspect` finds in every causal-LM type of transformers {version}, on a tiny config of each, by what the
+model does: nothing here is a list of names in the code, so a type that is new tomorrow is looked at in the same way.
+Written by `python docs/supported_models.py`; `tests/unit/test_layout_zoo.py` checks each row map against an
+independent computation, `tests/unit/test_restore_zoo.py` restores a checkpoint of each and compares bits, queries, keys
+and values.
+
+- **exact**: all rows that make queries and keys are restored, nothing else.
+- **partial**: some rows feed keys and values alike. By default they stay tuned (`entangled="keep"`), with `"restore"`
+  they go back with their values.
+- **refused**: there are no queries and keys to restore, or they cannot be established for certain.
+
+Types whose configs come in several kinds (windows, shared keys and values, fused or not) are tested in more of them
+than the table shows. Of {total} types {exact} are exact, {partial} partial, {refused} refused.
+
+| type | | where queries and keys are |
+|---|---|---|
+"""
+
+
+def main() -> None:
+    TARGET.write_text(document(), encoding="utf-8")
+
+
+def document() -> str:
+    """The text of SUPPORTED_MODELS.md."""
+    logging.disable(logging.WARNING)
+    rows = {name: describe(name) for name in sorted(zoo.CONFIGS)}
+    counts = {kind: sum(row[0] == kind for row in rows.values()) for kind in ("exact", "partial", "refused")}
+    intro = INTRO.format(version=transformers.__version__, total=len(rows), **counts)
+    return intro + "".join(f"| {name} | {kind} | {text} |\n" for name, (kind, text) in rows.items())
+
+
+def describe(model_type: str) -> tuple[str, str]:
+    """(exact, partial or refused; the reason or the place) of one type."""
+    try:
+        specs = find_attention(zoo.tiny_config(model_type))
+    except QKGuardError as error:
+        return "refused", " ".join(str(error).split()).replace("|", "\\|")
+    return describe_specs(specs)
+
+
+def describe_specs(specs: list[AttentionSpec]) -> tuple[str, str]:
+    """(exact or partial; the place) of a layout."""
+    text = "; ".join(dict.fromkeys(map(place, specs)))
+    mixed = sorted(
+        {_last(p.name) for s in specs for p in s.params if p.kind != "norm" and any(b.entangled for b in p.blocks)}
+    )
+    return ("partial", f"{text}; rows of {', '.join(mixed)} feed keys and values") if mixed else ("exact", text)
+
+
+def place(spec: AttentionSpec) -> str:
+    """The weights that make one layer's queries and keys, and how they lie there."""
+    kinds = {}
+    for param in sorted(spec.params, key=lambda p: min(b.role != "q" for b in p.blocks)):
+        if param.kind != "weight":
+            continue
+        roles = "".join(r for r in "qkv" if any(r in b.role for b in param.blocks))
+        rows = sum(stop - start for start, stop in param.ranges)
+        part = "" if rows == param.shape[param.dim] else f" {rows} of {param.shape[param.dim]}"
+        unit = ("columns" if param.dim else "rows") if part else ""
+        kinds[f"`{_last(param.name)}`"] = f"{roles}{part} {unit}".strip()
+    return ", ".join(f"{name} ({what})" for name, what in kinds.items())
+
+
+def _last(name: str) -> str:
+    return ".".join(part for part in name.split(".")[-2:] if part != "weight")
+
+
+if __name__ == "__main__":
+    main()
