@@ -55,7 +55,7 @@ def sft(
         raise QKGuardError("--json prints the plan of --dry-run; add it")
     _quiet()
     from qkguard.sft.arguments import parse
-    from qkguard.sft.launch import Launch, launch_command, ranks_per_node
+    from qkguard.sft.launch import Launch, devices, launch_command, ranks_per_node
     from qkguard.sft.recipes import find_recipe
 
     recipe = find_recipe(config) if config else None
@@ -82,11 +82,16 @@ def sft(
             say("\nnothing was trained; drop --dry-run to start")
         return
     if start is not None:
-        forwarded = [*(["--config", str(recipe)] if recipe else []), *context.args]
-        command, environment = launch_command(start, forwarded)
         from qkguard.sft.preflight import preflight
 
-        preflight(parse(context.args, recipe))  # one line here instead of a traceback from every rank
+        ranks_per_node(start)  # what is wrong here needs no recipe to be seen
+        settings = parse(context.args, recipe)
+        precision = "bf16" if settings.training.bf16 else "fp16" if settings.training.fp16 else "no"
+        forwarded = [*(["--config", str(recipe)] if recipe else []), *context.args]
+        command, environment = launch_command(start, forwarded, precision)
+        preflight(settings)  # one line here instead of a traceback from every rank
+        if start.name == "fsdp2" and not devices():
+            warn(["FSDP2 shards on accelerators only: on CPUs accelerate trains these processes as DDP"])
         sys.stdout.flush()
         os.execvpe(command[0], command, environment)
     settings = parse(context.args, recipe)

@@ -93,12 +93,17 @@ def parse(arguments: Sequence[str], recipe: Path | None = None) -> Settings:
         parser.parse_known_args(typed)
     except QKGuardError as error:
         raise QKGuardError(f"{recipe}: {error}") from None
-    _, unknown = parser.parse_known_args([*typed, *arguments])
+    given, unknown = parser.parse_known_args([*typed, *arguments])
     if unknown:
         option = next((u for u in unknown if u.startswith("--")), None)
         if option is None:
             raise QKGuardError(f"unexpected argument {unknown[0]!r}; settings are given as --key value")
         raise QKGuardError(_unknown(option[2:].split("=")[0], hints, dash="--"))
+    for key, what in REQUIRED.items():
+        if not getattr(given, key):
+            raise QKGuardError(
+                f"{key} is missing: {what}; give it in a recipe (--config FILE.yaml) or as --{key} VALUE"
+            )
     try:
         parsed: Any = parser.parse_args_into_dataclasses(
             [*typed, *_defaults_of_this_machine(typed, arguments), *arguments], look_for_args_file=False
@@ -108,7 +113,7 @@ def parse(arguments: Sequence[str], recipe: Path | None = None) -> Settings:
     except (ValueError, ImportError, TypeError) as error:
         raise QKGuardError(str(error)) from error
     settings = Settings(data, training, model, guard)
-    _check_required(settings)
+    _check_data(settings)
     return settings
 
 
@@ -197,13 +202,7 @@ def _defaults_of_this_machine(typed: Sequence[str], arguments: Sequence[str]) ->
     return [] if given or torch.accelerator.is_available() else ["--use_cpu=true"]
 
 
-def _check_required(settings: Settings) -> None:
-    for key, what in REQUIRED.items():
-        owner = settings.model if key == "model_name_or_path" else settings.training
-        if not getattr(owner, key):
-            raise QKGuardError(
-                f"{key} is missing: {what}; give it in a recipe (--config FILE.yaml) or as --{key} VALUE"
-            )
+def _check_data(settings: Settings) -> None:
     settings.data.sources()
     if settings.training.eval_strategy != "no" and settings.data.dataset_test_split is None:
         raise QKGuardError(

@@ -43,6 +43,19 @@ def bundled_configs() -> dict[str, Path]:
     return {file.stem: file for file in sorted((recipes_folder() / "accelerate_configs").glob("*.yaml"))}
 
 
+def config_file(launch: Launch) -> Path:
+    """The accelerate config.
+
+    Raises:
+        QKGuardError: there is none of that name.
+    """
+    known = bundled_configs()
+    file = known.get(launch.config) or Path(launch.config)
+    if not file.is_file():
+        raise QKGuardError(f"--accelerate {launch.config} is neither a bundled config ({', '.join(known)}) nor a file")
+    return file
+
+
 def devices() -> int:
     """Local accelerators; 0 where there is only a CPU."""
     return torch.accelerator.device_count() if torch.accelerator.is_available() else 0
@@ -54,6 +67,7 @@ def ranks_per_node(launch: Launch) -> int:
     Raises:
         QKGuardError: none is asked for and there is no accelerator, or a sharded config would get one process.
     """
+    config_file(launch)
     if launch.name == "single":
         if launch.processes not in (None, 1):
             raise QKGuardError(
@@ -76,16 +90,20 @@ def ranks_per_node(launch: Launch) -> int:
     return count
 
 
-def launch_command(launch: Launch, arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+def launch_command(
+    launch: Launch, arguments: Sequence[str], precision: str = "bf16"
+) -> tuple[list[str], dict[str, str]]:
     """The command line that starts all local ranks of `python -m qkguard.sft arguments`, and its environment.
+
+    Args:
+        launch: how to start them.
+        arguments: of `qkguard sft`.
+        precision: "bf16", "fp16" or "no", as the training's settings say: DeepSpeed refuses two opinions.
 
     Raises:
         QKGuardError: an unknown config, too few processes or an incomplete multi-node setting.
     """
-    known = bundled_configs()
-    file = known.get(launch.config) or Path(launch.config)
-    if not file.is_file():
-        raise QKGuardError(f"--accelerate {launch.config} is neither a bundled config ({', '.join(known)}) nor a file")
+    file = config_file(launch)
     count = ranks_per_node(launch)
     if launch.nodes > 1 and not launch.main_ip:
         raise QKGuardError(
@@ -95,7 +113,7 @@ def launch_command(launch: Launch, arguments: Sequence[str]) -> tuple[list[str],
         raise QKGuardError(f"--accelerate {launch.name} needs DeepSpeed: pip install 'qkguard[deepspeed]'")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
     command += ["--num_processes", str(count * launch.nodes), "--num_machines", str(launch.nodes)]
-    command += ["--machine_rank", str(launch.node_rank)]
+    command += ["--machine_rank", str(launch.node_rank), "--mixed_precision", precision]
     if launch.main_ip:
         command += ["--main_process_ip", launch.main_ip]
     port = launch.main_port if launch.main_port is not None else (0 if launch.nodes == 1 else 29500)  # 0: a free one

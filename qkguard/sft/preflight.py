@@ -9,13 +9,14 @@ from typing import Any
 
 from qkguard.errors import QKGuardError
 from qkguard.layout import AttentionSpec, ParamMap, find_attention, select
-from qkguard.layout.build import load_config
+from qkguard.layout.build import first_line, load_config
 from qkguard.probe.lengths import default_lengths
 from qkguard.probe.prober import Prober
 from qkguard.sft.arguments import Settings
 from qkguard.sft.data import Sampled, look, token_lengths
 from qkguard.sft.packing import check_packing
 
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tokenization_*.py")
 Selection = Sequence[tuple[AttentionSpec, Sequence[ParamMap]]]
 
 
@@ -105,13 +106,13 @@ def load_tokenizer(settings: Settings) -> Any:
 
     options = {"trust_remote_code": bool(settings.training.trust_remote_code)}
     path = Path(settings.model_name)
-    folder = str(path.parent if path.suffix == ".json" else path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, revision=settings.model.model_revision, **options)
-    except Exception as error:
-        if path.is_dir() and any(path.glob("tokenizer*")):
-            raise QKGuardError(f"the tokenizer in {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+    folder = path.parent if path.suffix == ".json" else path
+    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
         return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), revision=settings.model.model_revision, **options)
+    except Exception as error:
+        raise QKGuardError(f"the tokenizer of {folder} cannot be loaded: {first_line(error)}") from error
     template = settings.training.chat_template_path
     if template:
         if Path(template).is_file():

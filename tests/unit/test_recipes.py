@@ -1,4 +1,4 @@
-"""Every file under recipes/: parses strictly, dry-runs on a tiny model of its type, and its header says what is true."""
+"""Every file under recipes/ parses strictly and dry-runs on a tiny model of its type; its header says what is true."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def replaced(recipe: Path, stand_ins: dict[str, Path]) -> list[str]:
 
 
 def test_every_yaml_is_a_recipe_of_a_known_family() -> None:
-    assert YAMLS == sorted(recipe_names().values()) and len(YAMLS) == 2 * len(FAMILIES)
+    assert sorted(recipe_names().values()) == YAMLS and len(YAMLS) == 2 * len(FAMILIES)
     assert {p.relative_to(recipes_folder()).parts[0] for p in YAMLS} == set(FAMILIES)
     assert {p.stem for p in YAMLS} == {"full", "lora"}
 
@@ -131,7 +131,7 @@ def test_it_dry_runs_on_a_tiny_model_of_its_type(name: str, run: Run, stand_ins:
     assert plan["guard"]["layers"] and plan["guard"]["elements"] > 0
     assert plan["model"]["adapter"] == name.endswith("lora")
     assert (
-        0 < plan["model"]["trained"]
+        plan["model"]["trained"] > 0
         and (plan["model"]["trained"] == plan["model"]["parameters"]) != (plan["model"]["adapter"])
     )
     assert plan["data"]["rows"] == 50 and plan["data"]["tokens"]["longest"] < 100
@@ -154,7 +154,7 @@ def test_its_header_is_true(name: str, run: Run, stand_ins: dict[str, Path], mon
     assert float(billions) == FAMILIES[name.split("/")[0]][1]
     assert float(result) == pytest.approx(float(billions) * int(size) / int(divisor or 1), rel=0.05)
     text = recipe.read_text()
-    assert "# Hyperparameters: " in text and "packing" in text or name.startswith("smollm2")
+    assert ("# Hyperparameters: " in text and "packing" in text) or name.startswith("smollm2")
 
     started: list[list[str]] = []
     monkeypatch.setattr(os, "execvpe", lambda file, command, environment: started.append(command))
