@@ -24,8 +24,8 @@ INTRO = """\
 What `qkguard inspect` finds in every causal-LM type of transformers {version}, on a tiny config of each, by what the
 model does: nothing here is a list of names in the code, so a type that is new tomorrow is looked at in the same way.
 Written by `python docs/supported_models.py`; `tests/unit/test_layout_zoo.py` checks each row map against an
-independent computation, `tests/unit/test_restore_zoo.py` restores a checkpoint of each and compares bits, queries, keys
-and values.
+independent computation, `tests/unit/test_restore_zoo.py` restores a checkpoint of each and compares bits, queries,
+keys and values.
 
 - **exact**: all rows that make queries and keys are restored, nothing else.
 - **partial**: some rows feed keys and values alike. By default they stay tuned (`entangled="keep"`), with `"restore"`
