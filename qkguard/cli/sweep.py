@@ -182,7 +182,8 @@ def _show(report: SweepReport, files: dict[str, list[Path]], written: Path | Non
     print_table([*head[:-1], "<"], rows)
     for row in rank_layers(report.points)[:5]:
         lost = "" if row["lost"] is None else f", {report.metric} lost {row['lost']:.3f}"
-        say(f"layer {row['layer']} alone: recall {row['gain']:+.3f}{lost}")
+        spread = f"95%: {row['gain_low']:+.3f} to {row['gain_high']:+.3f}"
+        say(f"layer {row['layer']} alone: recall {row['gain']:+.3f} ({spread}){lost}")
     for sentence in report.words:
         say(sentence)
     say(f"rule: {report.rule}")

@@ -8,7 +8,7 @@ from itertools import product
 from typing import Any
 
 from qkguard.errors import QKGuardError
-from qkguard.restore.registry import DEFAULTS, check_options, get_method
+from qkguard.restore.registry import check_options, get_method
 
 STRENGTHS: dict[str, list[dict[str, Any]]] = {
     "restore": [{}, {"parts": ("k",)}],
@@ -93,6 +93,7 @@ def _point(method: str, options: dict[str, Any]) -> Point:
     said += [str(chosen["gram"])] if "gram" in chosen else []
     said += ["aligned"] if chosen.get("align") else []
     said += ["" if len(parts) == 2 else f"{parts[0].upper()} only"]
+    chosen = {key: value for key, value in chosen.items() if value is not None}
     return Point(" ".join([method, *filter(None, said)]), "method", parts, method, chosen)
 
 
@@ -103,7 +104,7 @@ def _combinations(entry: str, settings: Sequence[str]) -> list[dict[str, Any]]:
         values = text.split("/") if equals else ["true"]
         try:
             choices[key] = [_value(key, value) for value in values]
-        except ValueError:
+        except (ValueError, KeyError):
             raise QKGuardError(
                 f"{entry!r}: {setting!r} is not known; expected ridge=, gram=, alpha=, align or parts=, with several "
                 "values separated by slashes"
@@ -117,14 +118,5 @@ def _value(key: str, text: str) -> Any:
             raise ValueError
         return tuple(text)
     if key == "align":
-        return {"true": True, "yes": True, "false": False, "no": False}[text] if text in _SWITCH else _fail()
-    if key not in DEFAULTS or key == "strengths":
-        raise ValueError
-    return text if key == "gram" else float(text)
-
-
-_SWITCH = ("true", "yes", "false", "no")
-
-
-def _fail() -> Any:
-    raise ValueError
+        return {"true": True, "false": False}[text]
+    return {"gram": str, "ridge": float, "alpha": float}[key](text)

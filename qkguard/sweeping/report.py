@@ -133,7 +133,12 @@ def _recall_alone(axis: Any, report: SweepReport) -> None:
 def _layers(axis: Any, layers: Sequence[dict[str, Any]], metric: str | None) -> None:
     rows = sorted(layers, key=lambda row: row["layer"], reverse=True)
     places = range(len(rows))
-    axis.barh([p + 0.2 for p in places], [r["gain"] for r in rows], 0.4, color="#2471a3", label="recall gained")
+    spread = [
+        [max(0.0, r["gain"] - r["gain_low"]) for r in rows],
+        [max(0.0, r["gain_high"] - r["gain"]) for r in rows],
+    ]
+    gains = [r["gain"] for r in rows]
+    axis.barh([p + 0.2 for p in places], gains, 0.4, xerr=spread, color="#2471a3", label="recall gained")
     if metric:
         lost = [r["lost"] for r in rows]
         axis.barh([p - 0.2 for p in places], lost, 0.4, color="#c0392b", label=f"{metric} lost")
@@ -152,16 +157,6 @@ def html_page(report: SweepReport) -> str:
     )
     said = "".join(f"<li>{html.escape(text)}</li>" for text in report.words)
     notes = "".join(f"<li>{html.escape(text)}</li>" for text in report.warnings)
-    layers = "".join(
-        f"<tr><td>layer {row['layer']}</td><td>{row['gain']:+.3f}</td><td>{_cell(row['lost'])}</td>"
-        f"<td>{_cell(row['ratio'])}</td></tr>"
-        for row in rank_layers(report.points)
-    )
-    if layers:
-        layers = (
-            "<h2>Layers restored alone, by recall gained per task point lost</h2><table><tr><th></th>"
-            f"<th>recall gained</th><th>{report.metric or 'task'} lost</th><th>ratio</th></tr>{layers}</table>"
-        )
     facts = "".join(
         f"<li>{html.escape(str(key))}: {html.escape(str(value))}</li>"
         for key, value in ({"base": report.base, "tuned": report.tuned} | report.settings).items()
@@ -174,8 +169,26 @@ def html_page(report: SweepReport) -> str:
         "td:first-child,th:first-child,td:last-child{text-align:left}img{max-width:100%}"
         ".chosen{background:#e8f6ec}</style>"
         f'<h1>Recall against task quality</h1><ul>{said}</ul><img alt="trade-off" src="data:image/png;base64,{image}">'
-        f"<table><tr>{title}</tr>{body}</table><p>Rule: {html.escape(report.rule)}.</p>{layers}<ul>{notes}</ul>"
+        f"<table><tr>{title}</tr>{body}</table><p>Rule: {html.escape(report.rule)}.</p>{_layer_table(report)}<ul>{notes}</ul>"
         f"<h2>Settings</h2><ul>{facts}</ul></html>\n"
+    )
+
+
+def _layer_table(report: SweepReport) -> str:
+    """The layers restored alone; nothing where none was."""
+    ranked = rank_layers(report.points)
+    if not ranked:
+        return ""
+    head = ("", "recall gained", "95%", f"{report.metric or 'task'} lost", "ratio")
+    rows = [
+        (f"layer {r['layer']}", f"{r['gain']:+.3f}", f"{r['gain_low']:+.2f} to {r['gain_high']:+.2f}")
+        + (_cell(r["lost"]), _cell(r["ratio"]))
+        for r in ranked
+    ]
+    lines = [*("".join(f"<td>{cell}</td>" for cell in row) for row in rows)]
+    return (
+        f"<h2>Layers restored alone, by recall gained per task point lost</h2><table><tr>"
+        f"{''.join(f'<th>{name}</th>' for name in head)}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
     )
 
 

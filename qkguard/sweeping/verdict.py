@@ -181,7 +181,8 @@ def rank_layers(points: Sequence[Measured]) -> list[dict[str, Any]]:
             lost = None if point.change is None else max(0.0, -point.change.value)
             free = lost is None or lost < FREE
             ratio = None if free or point.gain.value <= 0 else point.gain.value / (lost or FREE)
-            out.append({"layer": point.point.layers[0], "gain": point.gain.value, "lost": lost, "ratio": ratio})
+            row = {"layer": point.point.layers[0], "gain": point.gain.value, "lost": lost, "ratio": ratio}
+            out.append(row | {"gain_low": point.gain.low, "gain_high": point.gain.high})
 
     def order(row: dict[str, Any]) -> tuple[int, float]:
         if row["gain"] <= 0:
@@ -192,7 +193,7 @@ def rank_layers(points: Sequence[Measured]) -> list[dict[str, Any]]:
 
 
 def _beats(other: Measured, point: Measured) -> bool:
-    """At least as good on both axes and better on one; of points with equal numbers the first stands."""
+    """At least as good on both axes and better on one."""
     mine = (point.recall.value, point.quality.value if point.quality else 0.0)
     theirs = (other.recall.value, other.quality.value if other.quality else 0.0)
     return theirs != mine and all(a >= b for a, b in zip(theirs, mine, strict=True))

@@ -148,26 +148,28 @@ class Swaps(TrainerCallback):
         if state.global_step != 2:
             return
         model, reference = sharding.unwrap(model), self.guard.session.reference
+        config = self.guard.session.config
+        options = {"method": config.method, **config.method_options}
 
         def logits() -> Tensor:
             with undisturbed(model):
                 return model(input_ids=torch.arange(5, 69)[None], use_cache=False).logits.clone()
 
-        with restored(model, reference):
+        with restored(model, reference, **options):
             self.logits["first"] = logits()
         self.logits["raw"] = logits()
-        with restored(model, reference):
+        with restored(model, reference, **options):
             self.logits["second"] = logits()
         trap = Trap(model, 1)
         try:
-            with restored(model, reference):
+            with restored(model, reference, **options):
                 logits()
         except BoomError:
             pass
         else:
             raise AssertionError("the trap did not work")
         trap.hook.remove()
-        with restored(model, reference):
+        with restored(model, reference, **options):
             self.logits["third"] = logits()
         self.logits["raw again"] = logits()
         sharding.settle(model)
@@ -178,7 +180,8 @@ def swapped(folder: Path, backend: str) -> None:
     base = base_model(folder, "llama", **TINY)
     trainer, _ = run(folder / "bare", base, backend)
     expected = outcome(folder / "bare", trainer)
-    guard = QKGuardCallback(strict=True, probe_steps=0)
+    methods = {"zero3": {"method": "qk-pro", "ridge": 0.5}, "fsdp2": {"method": "procrustes"}}
+    guard = QKGuardCallback(strict=True, probe_steps=0, **methods.get(backend, {}))
     trainer, swaps = run(folder / "swapped", base, backend, guard, lambda trainer: Swaps(guard), save_steps=1)
     assert outcome(folder / "swapped", trainer) == expected
     if rank() == 0:
