@@ -63,21 +63,42 @@ def _judge(verified: list[dict[str, Any]], *, quiet: bool) -> None:
 def _print(report: dict[str, Any]) -> None:
     kinds = ", ".join(f"{count} {kind}" for kind, count in report["layer_kinds"].items())
     say(f"{report['model']} ({report['model_type'] or 'unknown model type'}): {kinds}")
-    rows = []
+    alike: dict[str, list[dict[str, Any]]] = {}
     for layer in report["layers"]:
-        heads = f"{layer['num_heads']}/{layer['num_kv_heads']} x {layer['head_dim']}"
-        for i, param in enumerate(layer["params"]):
-            first = (str(layer["layer"]), layer["kind"], heads) if i == 0 else ("", "", "")
-            where = "; ".join(f"{role} {show_ranges(ranges)}" for role, ranges in param["rows"].items())
-            shape = "x".join(map(str, param["shape"]))
-            rows.append((*first, param["name"], shape, f"{'columns' if param['dim'] else 'rows'} {where}"))
-    print_table(["layer", "<kind", "<heads q/kv x size", "<parameter", "<shape", "<queries and keys"], rows)
+        alike.setdefault(repr(_table_rows(layer)), []).append(layer)
+    rows = []
+    for layers in alike.values():
+        numbers = show_layers([layer["layer"] for layer in layers])
+        rows += [(numbers if i == 0 else "", *cells) for i, cells in enumerate(_table_rows(layers[0]))]
+    print_table(["<layers", "<kind", "<heads q/kv x size", "<parameter", "<shape", "<queries and keys"], rows)
     parameters = report["parameters"]
     share = f" ({parameters['share']:.1%} of the model)" if parameters["share"] is not None else ""
     say(
         f"{report['softmax_layers']} softmax-attention layers; queries and keys: {parameters['query_key']:,} "
         f"parameters{share}, {human_bytes(report['bytes'])} in {report['dtype']}"
     )
+
+
+def _table_rows(layer: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The cells of one layer, a row for each parameter, with {layer} in the place of its number in names."""
+    heads = f"{layer['num_heads']}/{layer['num_kv_heads']} x {layer['head_dim']}"
+    rows: list[tuple[str, ...]] = []
+    for param in layer["params"]:
+        first = ("", "") if rows else (layer["kind"], heads)
+        name = ".".join("{layer}" if part == str(layer["layer"]) else part for part in param["name"].split("."))
+        where = "; ".join(f"{role} {show_ranges(ranges)}" for role, ranges in param["rows"].items())
+        shape = "x".join(map(str, param["shape"]))
+        rows.append((*first, name, shape, f"{'columns' if param['dim'] else 'rows'} {where}"))
+    return rows
+
+
+def show_layers(numbers: list[int | None], most: int = 8) -> str:
+    """[0, 1, 2, 3] -> "0-3"; [3, 7, 11] -> "3, 7, 11"."""
+    known = [number for number in numbers if number is not None]
+    if len(known) > 2 and known == list(range(known[0], known[-1] + 1)):
+        return f"{known[0]}-{known[-1]}"
+    shown = ", ".join(map(str, known[:most]))
+    return shown if len(known) <= most else f"{shown}, ... ({len(known)} layers)"
 
 
 def show_ranges(ranges: list[list[int]], most: int = 3) -> str:
