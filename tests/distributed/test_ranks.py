@@ -45,6 +45,11 @@ CASES = {
         "swapped@ddp",
         "swapped@fsdp2",
         "one_rank_fails",
+        "launcher@ddp",
+        "launcher@zero1",
+        "launcher@zero2",
+        "launcher@zero3",
+        "launcher@fsdp2",
     ],
     3: [
         "guarded@ddp,fp32,minimax",
