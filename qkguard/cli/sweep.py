@@ -33,7 +33,7 @@ def sweep(
             "--grid",
             help="Methods, with strengths where others than the usual are wanted: "
             "restore,qk-pro:gram=head/input:ridge=0.3/1/3,interpolate:alpha=0.5:align.",
-            show_default="restore,qk-pro,interpolate",
+            show_default="restore,restore:parts=k,qk-pro,interpolate",
         ),
     ] = None,
     controls: Annotated[

@@ -53,8 +53,11 @@ def _values(model: nn.Module, spec: AttentionSpec, calls: dict[str, Tensor]) -> 
     out = []
     for name, param in params.items():
         dim = known[name].dim if name in known else 0
-        others = [d for d in range(param.dim()) if d != dim]
-        reached = {role: grads[name].abs().sum(others) > 0 for role, grads in touched.items() if name in grads}
+        reached = {
+            role: (grads[name] != 0).transpose(0, dim).reshape(param.shape[dim], -1).any(1)
+            for role, grads in touched.items()
+            if name in grads
+        }
         rows = reached.get("v", torch.zeros(param.shape[dim], dtype=torch.bool))
         for role in "qk":
             if role in reached:

@@ -11,14 +11,14 @@ from qkguard.errors import QKGuardError
 from qkguard.restore.registry import check_options, get_method
 
 STRENGTHS: dict[str, list[dict[str, Any]]] = {
-    "restore": [{}, {"parts": ("k",)}],
+    "restore": [{}],
     "qk-pro": [{"gram": gram, "ridge": ridge} for gram in ("head", "input") for ridge in (1.0, 10.0)],
     "interpolate": [{"alpha": alpha} for alpha in (0.25, 0.5, 0.75)] + [{"alpha": 0.5, "align": True}],
     "procrustes": [{}],
 }
 """What a method stands for in a grid where no strengths are given."""
 
-GRID = ("restore", "qk-pro", "interpolate")
+GRID = ("restore", "restore:parts=k", "qk-pro", "interpolate")
 """The default grid: 10 points; procrustes attends as restore does and shows only as the alignment of interpolate."""
 
 CONTROLS: dict[str, tuple[str, ...]] = {"q": ("q",), "k": ("k",), "v": ("v",), "o": ("o",), "vo": ("v", "o")}

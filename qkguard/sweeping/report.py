@@ -169,7 +169,8 @@ def html_page(report: SweepReport) -> str:
         "td:first-child,th:first-child,td:last-child{text-align:left}img{max-width:100%}"
         ".chosen{background:#e8f6ec}</style>"
         f'<h1>Recall against task quality</h1><ul>{said}</ul><img alt="trade-off" src="data:image/png;base64,{image}">'
-        f"<table><tr>{title}</tr>{body}</table><p>Rule: {html.escape(report.rule)}.</p>{_layer_table(report)}<ul>{notes}</ul>"
+        f"<table><tr>{title}</tr>{body}</table><p>Rule: {html.escape(report.rule)}.</p>{_layer_table(report)}"
+        f"<ul>{notes}</ul>"
         f"<h2>Settings</h2><ul>{facts}</ul></html>\n"
     )
 
@@ -181,8 +182,10 @@ def _layer_table(report: SweepReport) -> str:
         return ""
     head = ("", "recall gained", "95%", f"{report.metric or 'task'} lost", "ratio")
     rows = [
-        (f"layer {r['layer']}", f"{r['gain']:+.3f}", f"{r['gain_low']:+.2f} to {r['gain_high']:+.2f}")
-        + (_cell(r["lost"]), _cell(r["ratio"]))
+        (
+            *(f"layer {r['layer']}", f"{r['gain']:+.3f}", f"{r['gain_low']:+.2f} to {r['gain_high']:+.2f}"),
+            *(_cell(r["lost"]), _cell(r["ratio"])),
+        )
         for r in ranked
     ]
     lines = [*("".join(f"<td>{cell}</td>" for cell in row) for row in rows)]

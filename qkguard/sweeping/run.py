@@ -7,14 +7,14 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from qkguard.checkpoint.offline import open_folders, restore_checkpoint
+from qkguard.checkpoint.offline import open_folders, read_config, restore_checkpoint
 from qkguard.errors import QKGuardError
 from qkguard.probe.command import ProbeSettings, choose_chunk, load_model, load_tokenizer, run_within_memory
 from qkguard.probe.lengths import check_lengths, default_lengths
@@ -28,6 +28,7 @@ from qkguard.sweeping.verdict import Measured, compare, rank_layers, recommend, 
 
 Bar = Callable[[str], AbstractContextManager[Progress]]
 TASK_TOKENS = 4096  # in one forward pass that scores task rows: their logits are the memory
+FLOATS = ("float32", "bfloat16", "float16")
 VERSION = 1
 
 
@@ -188,8 +189,10 @@ def sweep(
     if dropped:
         warnings.append(f"{dropped} rows are longer than {max_length} tokens and were left out")
 
-    model = load_model(base_folder, settings)
-    settings = ProbeSettings(**{**vars(settings), "lengths": tuple(lengths or default_lengths(model))})
+    # in the dtype of the tuned files, as SFT had it: rounding is no difference to measure
+    stored = read_config(tuned_folder).get("dtype") if dtype == "auto" else None
+    model = load_model(base_folder, replace(settings, dtype=stored if stored in FLOATS else dtype))
+    settings = replace(settings, lengths=tuple(lengths or default_lengths(model)))
     warnings += check_lengths(model, settings.lengths)
     prober = Prober(
         tokenizer,

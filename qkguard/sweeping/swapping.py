@@ -76,14 +76,21 @@ class Swapper:
         return sorted({spec.layer for spec, _ in self.selection if spec.layer is not None})
 
     def change(self, point: Point) -> Change:
-        """The rows of a point, in the dtype of the tuned files: those that `restore_checkpoint` would write."""
+        """The rows of a point that differ from the model's own, in the dtype of the tuned files: those that
+        `restore_checkpoint` would write."""
         out = Change()
         if parts := [role for role in ("q", "k") if role in point.tensors]:
             self._change_attention(point, parts, out)
         for which in ("v", "o"):
             if which in point.tensors:
                 self._change_carried(which, out)
+        out.rows = [(param, rows) for param, rows in out.rows if not self._holds(param, rows)]
         return out
+
+    def _holds(self, param: ParamMap, rows: Tensor) -> bool:
+        """Whether the model has these rows already."""
+        live = param.take(self.live[param.name].data)
+        return same_bits(live, rows.to(live))
 
     @contextmanager
     def swapped(self, change: Change) -> Iterator[None]:
