@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import os
 import types
 from collections.abc import Iterable, Sequence
@@ -59,7 +60,8 @@ def _guard_arguments() -> type:
             {"default": f.default} if f.default is not dataclasses.MISSING else {"default_factory": f.default_factory}
         )
         metadata = dict(f.metadata) | {"aliases": [f"--{SECTION}.{f.name}"]}
-        renamed.append((f"{SECTION}_{f.name}", hints[f.name], dataclasses.field(metadata=metadata, **default)))
+        hint = dict[Any, Any] | str | None if dict in _kinds(hints[f.name]) else hints[f.name]  # or JSON, when typed
+        renamed.append((f"{SECTION}_{f.name}", hint, dataclasses.field(metadata=metadata, **default)))
     return dataclasses.make_dataclass("GuardArguments", renamed)
 
 
@@ -109,12 +111,21 @@ def parse(arguments: Sequence[str], recipe: Path | None = None) -> Settings:
             [*typed, *_defaults_of_this_machine(typed, arguments), *arguments], look_for_args_file=False
         )
         data, training, model, guard = parsed
-        guard = QKGuardConfig(**{f.name.removeprefix(f"{SECTION}_"): getattr(guard, f.name) for f in fields(guard)})
+        guard = QKGuardConfig(
+            **{f.name: _mapping(getattr(guard, f"{SECTION}_{f.name}")) for f in fields(QKGuardConfig)}
+        )
     except (ValueError, ImportError, TypeError) as error:
         raise QKGuardError(str(error)) from error
     settings = Settings(data, training, model, guard)
     _check_data(settings)
     return settings
+
+
+def _mapping(value: Any) -> Any:
+    """JSON objects typed on the command line, layer numbers as numbers; anything else as it is."""
+    if isinstance(value, str) and value.startswith("{"):
+        return {int(key) if key.isdigit() else key: item for key, item in json.loads(value).items()}
+    return value
 
 
 def _read(recipe: Path) -> dict[str, Any]:
