@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 import qkguard.demo
 from qkguard import cli
 from qkguard.sft.recipes import find_recipe, recipe_names, recipes_folder
+from tests.unit.test_layout import HYPENET, JET_NEMOTRON
 from tests.unit.zoo import tiny_config
 
 DEMO = Path(qkguard.demo.__file__).parent / "model"
@@ -202,3 +205,42 @@ def test_a_misspelt_key_in_any_recipe_would_be_caught(
         wrong.write_text(text.replace(old, new))
         code, _, err = run("sft", "--config", wrong, "--dry-run")
         assert code == 2 and f"did you mean {meant}?" in err and err.count("\n") == 1, err
+
+
+def paper_checkpoint(folder: Path, config: dict[str, Any], seed: int) -> Path:
+    """A checkpoint with the tensor names and shapes of HypeNet or Jet-Nemotron, written by hand."""
+    hyper, generator = config["model_type"] == "hypenet", torch.Generator().manual_seed(seed)
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (256, 64), "model.norm.weight": (64,)}
+    for i in range(4):
+        prefix = f"model.layers.{i}.self_attn"
+        shapes |= {f"{prefix}.{x}_proj.weight": (64 if x in "qo" or i in (0, 2) else 32, 64) for x in "qkvo"}
+        if hyper:
+            shapes |= {f"{prefix}.{x}_norm.weight": (16,) for x in "qk"}
+        else:
+            shapes |= {f"{prefix}.{x}_proj.bias": (64 if x == "q" or i in (0, 2) else 32,) for x in "qkv"}
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "modeling_own.py").write_text("raise SystemExit('never import this')\n")
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("config", [HYPENET, JET_NEMOTRON], ids=["hypenet", "jet_nemotron"])
+def test_the_walk_through_of_the_papers_models(config: dict[str, Any], tmp_path: Path, run: Run) -> None:
+    base, tuned = (paper_checkpoint(tmp_path / name, config, seed) for seed, name in enumerate(("base", "tuned")))
+    places = {"BASE": base, "TUNED": tuned, "RESTORED": tmp_path / "restored"}
+    text = (recipes_folder() / "hypenet" / "README.md").read_text()
+    commands = [line for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines()]
+    assert [shlex.split(c)[1] for c in commands] == ["inspect", "drift", "restore", "verify"]
+    for command in commands:
+        words = [str(places.get(word, word)) for word in shlex.split(command)]
+        code, _, err = run(*words[1:])
+        assert code == 0, (command, err)
+    wanted, got = load_file(tuned / "model.safetensors"), load_file(places["RESTORED"] / "model.safetensors")
+    before = load_file(base / "model.safetensors")
+    changed = {name for name in wanted if not torch.equal(wanted[name], got[name])}
+    parts = ("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias")
+    assert changed == {n for n in wanted if n.split(".")[2] in ("1", "3") and n.endswith(parts)}
+    assert all(torch.equal(got[name], before[name]) for name in changed)
+    assert (places["RESTORED"] / "modeling_own.py").is_file()
