@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -47,3 +48,12 @@ def test_every_setting_is_a_recipe_key_and_an_option(tmp_path: Path) -> None:
     typed += ["--qkguard.method", "interpolate"]
     typed += [f"--{key}={value}" for key, value in keys.items()] + ["--qkguard.probe_budget=0.5", "--qkguard.strict"]
     assert parse(typed).guard == QKGuardConfig(**changed)
+
+
+def test_contributing_names_files_that_exist() -> None:
+    root = TARGET.parents[1]
+    words = re.findall(r"`([\w./-]+(?:/|\.py))`", (root / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    named = [word for word in words if "*" not in word]
+    places = (root, root / "qkguard", root / "tests", root / "tests" / "distributed")
+    missing = [word for word in named if not any((place / word).exists() for place in places)]
+    assert len(named) > 15 and not missing
