@@ -89,6 +89,11 @@ def find_heads(spec: AttentionSpec, maps: Sequence[ParamMap]) -> LayerHeads | st
     return LayerHeads(q, k)
 
 
+def short_name(param: ParamMap) -> str:
+    """A parameter's name within its attention module, the same in every layer: "q_proj.weight"."""
+    return ".".join(param.name.split(".")[-2:])
+
+
 def _head_rows(spec: AttentionSpec, maps: Sequence[ParamMap], role: str, count: int) -> HeadRows | str:
     name = {"q": "queries", "k": "keys"}[role]
     making = [p for p in spec.params if any(role in b.role for b in p.blocks)]
@@ -99,7 +104,7 @@ def _head_rows(spec: AttentionSpec, maps: Sequence[ParamMap], role: str, count: 
     if not weights:
         return f"the layer has no {name} of its own"
     if len(weights) > 1 or len(biases) > 1 or len(weights[0].shape) != 2:
-        return f"{name} are made by several weights in turn ({', '.join(p.name for p in weights)})"
+        return f"{name} are made by several weights in turn ({', '.join(short_name(p) for p in weights)})"
     chosen = {p.name: p for p in maps}
     if any(p.name not in chosen for p in weights + biases):
         return f"the {name} belong to a layer before this one"
@@ -107,7 +112,7 @@ def _head_rows(spec: AttentionSpec, maps: Sequence[ParamMap], role: str, count: 
     index = _index(weight, role, count)
     bias_index = None if bias is None else _index(bias, role, count)
     if index is None or (bias is not None and (bias_index is None or bias_index.shape != index.shape)):
-        return f"the rows of {weights[0].name} are not divided into {count} heads"
+        return f"the rows of {short_name(weight)} are not divided into {count} heads"
     return HeadRows(weight, index, bias, bias_index)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qkguard.layout.spec import AttentionSpec, ParamMap
-from qkguard.restore.heads import LayerHeads, find_heads
+from qkguard.restore.heads import LayerHeads, find_heads, short_name
 from qkguard.restore.plain import Restored, restore
 
 
@@ -74,18 +74,18 @@ def _uneven_gains(spec: AttentionSpec, gains: Mapping[str, Tensor], rotations: R
     for role in "qk":
         mine = [p for p in norms if any(role in b.role for b in p.blocks)]
         if len(mine) > 1 or any(len(p.shape) != 1 for p in mine):
-            return f"the norms {', '.join(p.name for p in mine)} have more than one gain vector per role"
+            return f"the norms {', '.join(map(short_name, mine))} have more than one gain vector per role"
     for param in norms:
         if param.name not in gains:
-            return f"the gains of {param.name} are not at hand"
+            return f"the gains of {short_name(param)} are not at hand"
         gain = gains[param.name].double()
         if gain.numel() % spec.head_dim:
-            return f"{param.name} has {gain.numel()} gains for heads of {spec.head_dim}"
+            return f"{short_name(param)} has {gain.numel()} gains for heads of {spec.head_dim}"
         by_head = gain.view(-1, spec.head_dim)
         for together in (rotations.free, *rotations.pairs):
             mixed = by_head[:, list(together)]
             if not bool((mixed == mixed[:, :1]).all()):
-                return f"the gains of {param.name} differ between channels that a rotation would mix"
+                return f"the gains of {short_name(param)} differ between channels that a rotation would mix"
     return None
 
 

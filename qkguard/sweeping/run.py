@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qkguard.checkpoint.offline import open_folders, read_config, restore_checkpoint
+from qkguard.checkpoint.offline import find_pair, open_folders, read_config, restore_checkpoint
 from qkguard.errors import QKGuardError
 from qkguard.probe.command import ProbeSettings, choose_chunk, load_model, load_tokenizer, run_within_memory
 from qkguard.probe.lengths import check_lengths, default_lengths
@@ -178,6 +178,7 @@ def sweep(
     found = None if isinstance(data, str) and data == "none" else read_rows(data, rows)
     folders = open_folders(base, tuned)
     base_folder, tuned_folder = folders.base.folder, folders.tuned.folder
+    find_pair(folders, **selected, spec=spec, trust_remote_code=trust_remote_code)  # refuses before hours of measuring
     if write is not None:
         _check_writable(Path(write), [base_folder, tuned_folder], overwrite)
     settings = ProbeSettings(
