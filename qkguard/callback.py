@@ -110,6 +110,7 @@ class QKGuardCallback(TrainerCallback):
             session.probing.at_end(state, control)
         if self.config.final_export and self.config.restore_on != "never":
             self._attempt("the final export", lambda: session.final_export(state, args, processing_class))
+        session.finish()
 
     def save(self, trainer: Any, output_dir: str | Path) -> None:
         """`trainer.save_model(output_dir)` and the restored model in `output_dir/qk_restored`; ALL ranks.

@@ -14,7 +14,7 @@ class UnknownLayoutError(QKGuardError):
 
 
 class RearrangedError(QKGuardError):
-    """transformers cuts or joins tensors of the checkpoint while loading, so parameters have no tensor of their own."""
+    """transformers cuts or joins tensors while loading, so that parameters have no tensor of their own on disk."""
 
 
 class WrongReferenceError(QKGuardError):

@@ -65,6 +65,7 @@ class Probing:
         self.reloads_best = bool(args.load_best_model_at_end)
         self.summary: dict[str, Any] = {}
         self.baseline: ProbeResult | None = None
+        self._raw: ProbeResult | None = None  # the last one of the raw weights
         self._alarmed = self._thinned = self._running = False
         self._cost = 0.0  # seconds of one pass over the samples
         self._last_step = {False: -1, True: -1}  # of the raw and of the restored weights
@@ -121,7 +122,7 @@ class Probing:
         self.baseline = self._attempt("the probe before the first step", self._measure_baseline)
         self.budget.first = time.perf_counter() - began
         if self.baseline is not None:
-            self._report(self.baseline, 0, "")
+            self._report(self.baseline, 0, "", None)
             self._last_step[False] = 0
         self.begin(state)
 
@@ -170,9 +171,11 @@ class Probing:
             return
         self._cost = result.seconds
         self._last_step[swapped] = step
-        self._report(result, step, "_restored" if swapped else "")
-        if not swapped and self.baseline is not None:
-            self._watch(result, step, control)
+        self._report(result, step, "_restored" if swapped else "", self._raw if swapped else self.baseline)
+        if not swapped:
+            self._raw = result
+            if self.baseline is not None:
+                self._watch(result, step, control)
 
     def _run(self, what: str, swapped: bool = False, forms: bool = False) -> ProbeResult:
         prober, rank, world = self._prober(), ranks.rank(), ranks.world_size()
@@ -274,7 +277,8 @@ class Probing:
 
     # -- what follows ------------------------------------------------------------------------------------------------
 
-    def _report(self, result: ProbeResult, step: int, suffix: str) -> None:
+    def _report(self, result: ProbeResult, step: int, suffix: str, earlier: ProbeResult | None) -> None:
+        """To log, trackers and manifests; `earlier` is what recall is compared with, on the same samples."""
         metrics = metrics_of(result, suffix)
         low, high = result.total.interval
         if ranks.rank() == 0:
@@ -284,7 +288,7 @@ class Probing:
                 " of the restored weights" if suffix else "",
                 *(step, result.recall, low, high, lengths, result.seconds),
             )
-        details = {
+        details: dict[str, Any] = {
             f"niah{suffix}_grid": [
                 {"task": t, "length": n, "depth": d, "recall": g.recall, "count": g.count}
                 for (t, n, d), g in result.by("task", "length", "depth").items()
@@ -295,12 +299,15 @@ class Probing:
                 {"length": n, "layers": list(result.attention.layers), "heads": grid}
                 for n, grid in result.attention.needle.items()
             ]
+        change = change_since(result, earlier) if earlier else None
+        if change:
+            details[f"niah{suffix}_change"] = change
         self.publish(metrics, step, details)
         summary = {k: v for k, v in result.to_json().items() if k not in ("samples", "attention", "generated")}
         if self.baseline is not None and "before" not in self.summary:
             self.summary["before"] = {k: v for k, v in self.baseline.to_json().items() if k in summary}
         if step or suffix:
-            self.summary["restored" if suffix else "raw"] = summary | {"step": step}
+            self.summary["restored" if suffix else "raw"] = summary | {"step": step, "change": change}
 
     def _watch(self, result: ProbeResult, step: int, control: TrainerControl) -> None:
         found = alarm(result, self.baseline, self.config.recall_alert) if self.baseline else None
@@ -337,6 +344,12 @@ def alarm(now: ProbeResult, before: ProbeResult, threshold: float) -> tuple[str,
         if drop.is_alarming(threshold) and drop.p_value < 0.05 / len(lengths):
             return f" at {length} tokens", drop
     return None
+
+
+def change_since(now: ProbeResult, earlier: ProbeResult) -> dict[str, float]:
+    """The paired difference of recall with its 95% interval: positive where it rose."""
+    drop = now.drop_since(earlier)
+    return {"value": -drop.drop, "low": -drop.high, "high": -drop.low}
 
 
 def metrics_of(result: ProbeResult, suffix: str = "") -> dict[str, float]:

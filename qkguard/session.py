@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,9 @@ class Session:
         """(Re)open the run folder's metrics; on resume, set restored folders of a branch that was left aside."""
 
         def work() -> None:
-            self.tracking = Tracking(self.folder, list(args.report_to or []), self.output_dir, state.global_step)
+            trackers = list(args.report_to or [])
+            settings = asdict(self.config)
+            self.tracking = Tracking(self.folder, trackers, self.output_dir, state.global_step, settings)
             if state.global_step:
                 for moved in retire_later_checkpoints(self.output_dir, self.folder, state.global_step):
                     logger.warning("a restored checkpoint of a later step than the resumed one was moved to %s", moved)
@@ -125,7 +128,23 @@ class Session:
         except Exception as error:
             if self.config.strict:
                 raise
-            logger.error("logging drift at step %d failed (%s); training goes on", step, error)
+            logger.error("logging metrics at step %d failed (%s); training goes on", step, error)
+
+    def finish(self) -> None:
+        """Training is over: the run's final numbers and its page; rank 0's work, and never a reason to fail."""
+        if self.tracking is None:
+            return
+        probes = self.probing.summary if self.probing else {}
+        summary = {
+            f"recall_{which}": probes[which]["recall"] for which in ("before", "raw", "restored") if which in probes
+        }
+        summary |= {k.rpartition("/")[2]: v for k, v in self.drift.items() if k.count("/") == 2}
+        try:
+            logger.info("the run's page: %s", self.tracking.finish(summary))
+        except Exception as error:
+            if self.config.strict:
+                raise
+            logger.error("writing the run's page failed (%s); `qkguard report %s` writes it later", error, self.folder)
 
     # -- writing -----------------------------------------------------------------------------------------------------
 

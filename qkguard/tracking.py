@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
 from collections.abc import Callable, Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-logger = logging.getLogger(__name__)
+from qkguard.sinks import MLflow, Sink, TensorBoard, Trackio, WandB
 
-STEP = "train/global_step"
+METRICS = "metrics.jsonl"
 
 
 class Tracking:
@@ -20,10 +18,24 @@ class Tracking:
 
     `trainer.log` is not used: TRL renames its keys and loses that step's loss row. W&B rows carry the step as the
     metric Trainer's own callback defines, never `step=`, with which a second writer loses data.
+
+    Args:
+        folder: the run folder.
+        report_to: of the training arguments; wandb, tensorboard, trackio and mlflow are served.
+        output_dir: the trainer's.
+        resumed_at: the step a resumed run goes on from; 0 for a new one.
+        settings: the guard's settings, recorded in W&B's config.
     """
 
-    def __init__(self, folder: Path, report_to: list[str], output_dir: Path, resumed_at: int = 0) -> None:
-        self.path = folder / "metrics.jsonl"
+    def __init__(
+        self,
+        folder: Path,
+        report_to: list[str],
+        output_dir: Path,
+        resumed_at: int = 0,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.folder, self.path = folder, folder / METRICS
         folder.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             if resumed_at:  # rows after the step a run resumes from belong to a branch that was left
@@ -32,62 +44,52 @@ class Tracking:
             else:
                 earlier = (folder / f"metrics-{n}.jsonl" for n in count(1))
                 self.path.rename(next(path for path in earlier if not path.exists()))
-        self._sinks: list[Callable[[dict[str, float], int], None]] = []
-        if "wandb" in report_to:
-            self._sinks.append(_WandB())
-        if "tensorboard" in report_to:
-            self._sinks.append(_TensorBoard(output_dir))
+        makers: dict[str, Callable[[], Sink]] = {
+            "wandb": lambda: WandB(dict(settings or {})),
+            "tensorboard": lambda: TensorBoard(output_dir),
+            "trackio": Trackio,
+            "mlflow": MLflow,
+        }
+        self.sinks: list[Sink] = [make() for name, make in makers.items() if name in report_to]
 
     def log(self, metrics: Mapping[str, float], step: int, details: Mapping[str, Any] | None = None) -> None:
-        """One row: scalars to every tracker, `details` (lists, tables) to `metrics.jsonl` alone."""
+        """One row: scalars to every tracker, `details` (lists, tables) to `metrics.jsonl` alone.
+
+        With a probe's details, trackers that show pictures and tables get them anew.
+        """
         scalars = {k: float(v) for k, v in metrics.items()}
         with open(self.path, "a") as file:
             file.write(json.dumps({"step": step, **scalars, **(details or {})}) + "\n")
-        for sink in self._sinks:
-            sink(scalars, step)
+        for sink in self.sinks:
+            sink.scalars(scalars, step)
+        if any(key.endswith("_grid") for key in details or {}) and any(sink.visual for sink in self.sinks):
+            self._show(step)
 
+    def _show(self, step: int) -> None:
+        from qkguard.report.figures import figures
+        from qkguard.report.page import themed_png
+        from qkguard.report.run import load_run
 
-class _WandB:
-    """Rows in the run that Trainer's own callback opened; it defines the step metric, ours are bound to it."""
+        run = load_run(self.folder)
+        pictures = {name: themed_png(figure, dpi=100) for name, figure in figures(run).items()}
+        table = [
+            [p.step, p.weights, c["task"], c["length"], c["depth"], c["recall"], c["count"]]
+            for p in run.probes
+            for c in p.cells
+        ]
+        for sink in self.sinks:
+            if sink.visual:
+                sink.show(pictures, table, step)
 
-    def __init__(self) -> None:
-        self._defined: str | None = None  # the run whose metrics are defined: a script may open another one
+    def finish(self, summary: Mapping[str, float]) -> Path:
+        """Training is over: final numbers to the trackers' summaries, and the page. Returns its path."""
+        from qkguard.report import write_report
 
-    def __call__(self, metrics: dict[str, float], step: int) -> None:
-        import wandb
-
-        if wandb.run is None:
-            return
-        if self._defined != wandb.run.id:
-            wandb.run.define_metric("qkguard/*", step_metric=STEP, step_sync=True)
-            self._defined = wandb.run.id
-        wandb.log({**metrics, STEP: step})
-
-
-class _TensorBoard:
-    """A second event file beside the one of Trainer's callback, so that both show as one run."""
-
-    def __init__(self, output_dir: Path) -> None:
-        self.output_dir = output_dir
-        self.writer: Any = None
-
-    def __call__(self, metrics: dict[str, float], step: int) -> None:
-        if self.writer is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(log_dir=str(self._folder()), filename_suffix=".qkguard")
-        for key, value in metrics.items():
-            self.writer.add_scalar(key, value, step)
-        self.writer.flush()
-
-    def _folder(self) -> Path:
-        if named := os.environ.get("TENSORBOARD_LOGGING_DIR"):
-            return Path(named).expanduser()
-        runs = self.output_dir / "runs"
-        events = sorted(runs.glob("*/events.out.tfevents.*"), key=lambda p: p.stat().st_mtime)
-        return events[-1].parent if events else runs / "qkguard"
+        for sink in self.sinks:
+            sink.summary(summary)
+        return write_report(self.folder)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The rows of a run's `metrics.jsonl`, oldest first; `folder` is the run's `_qkguard` folder."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]

@@ -8,7 +8,7 @@ from types import FrameType
 
 import typer
 
-from qkguard.cli import demo, drift, inspect, merge, probe, recipes, restore, sft, sweep, verify
+from qkguard.cli import demo, drift, inspect, merge, probe, recipes, report, restore, sft, sweep, verify
 from qkguard.errors import QKGuardError
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("sft", context_settings=sft.PASSED_ON)(sft.sft)
 app.add_typer(recipes.app, name="recipes")
+app.command("report")(report.report)
 
 CHECKPOINTS = "Checkpoints on disk"
 app.command("inspect", rich_help_panel=CHECKPOINTS)(inspect.inspect)

@@ -1,0 +1,184 @@
+"""Pictures of a run, as matplotlib figures without global state; `None` where there is nothing to draw."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import nan
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from qkguard.probe.pictures import short_length
+from qkguard.report.run import DRIFT, Probe, Run
+
+COLORS = {"before": "#7f8c8d", "raw": "#c0392b", "restored": "#2e86c1"}
+NAMES = {"before": "before SFT", "raw": "raw", "restored": "Q/K restored"}
+KINDS = {"q_rel": "queries", "k_rel": "keys", "routing_rel": "routing"}
+MOST_LAYERS = 40  # rows of a heatmap with a label each
+
+
+def figures(run: Run) -> dict[str, Figure]:
+    """All pictures of a run by file name, in the order of the page."""
+    made = {
+        "recall": recall_curves(run),
+        "recall_grid": recall_grid(run),
+        "drift": drift_curves(run),
+        "drift_layers": drift_heatmap(run),
+        "needle_mass": needle_heatmap(run),
+    }
+    return {name: figure for name, figure in made.items() if figure is not None}
+
+
+def recall_curves(run: Run) -> Figure | None:
+    """Recall over the steps, a colour per length; raw weights as lines, restored ones as diamonds."""
+    probes = run.probes
+    if not probes:
+        return None
+    figure = Figure(figsize=(7.5, 3.6), layout="constrained")
+    axis = figure.subplots()
+    lengths = sorted({n for p in probes for n in p.by("length")})
+    for i, length in enumerate(lengths):
+        for weights, style in (("raw", "o-"), ("restored", "D:")):
+            points = [(p.step, p.by("length")[length].recall) for p in probes if _has(p, weights, length)]
+            if points:
+                label = short_length(length) + (" restored" if weights == "restored" else "")
+                look: dict[str, Any] = {"ms": 4} if weights == "raw" else {"ms": 6, "mfc": "none"}
+                axis.plot(*zip(*points, strict=True), style, color=f"C{i}", label=label, **look)
+    _finish(axis, "step", "needle recall")
+    axis.set_ylim(-0.03, 1.03)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    return figure
+
+
+def recall_grid(run: Run) -> Figure | None:
+    """Length x depth: recall before training, of the last raw weights and of the last restored ones."""
+    shown = {name: probe for name in NAMES if (probe := run.last(name)) is not None and probe.cells}
+    if not shown:
+        return None
+    figure = Figure(figsize=(1.4 + 3.0 * len(shown), 3.2), layout="constrained")
+    axes = figure.subplots(1, len(shown), squeeze=False)[0]
+    for axis, (name, probe) in zip(axes, shown.items(), strict=True):
+        lengths, depths = list(probe.by("length")), list(probe.by("depth"))
+        grid = [[_cell(probe, length, depth) for length in lengths] for depth in depths]
+        image = axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        axis.set_xticks(range(len(lengths)), [short_length(n) for n in lengths])
+        axis.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths])
+        axis.set_xlabel("context length (tokens)")
+        axis.set_title(f"{NAMES[name]}: {probe.recall:.2f}", fontsize="medium")
+    axes[0].set_ylabel("needle depth")
+    figure.colorbar(image, ax=axes, label="recall", shrink=0.9)
+    return figure
+
+
+def drift_curves(run: Run) -> Figure | None:
+    """Mean drift of queries, keys and routing over the steps, the largest layer's as a thin line."""
+    if not run.series(f"{DRIFT}q_rel") and not run.series(f"{DRIFT}k_rel"):
+        return None
+    figure = Figure(figsize=(7.5, 3.4), layout="constrained")
+    axis = figure.subplots()
+    for i, (kind, name) in enumerate(KINDS.items()):
+        for key, look in ((kind, {"label": name}), (f"{kind}/max", {"lw": 0.8, "ls": "--"})):
+            points = run.series(DRIFT + key)
+            if points:
+                axis.plot(*zip(*points, strict=True), color=f"C{i}", **look)
+    _finish(axis, "step", "relative drift (dashed: largest layer)")
+    axis.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def drift_heatmap(run: Run) -> Figure | None:
+    """Layer x step: relative drift of queries, keys and routing."""
+    kinds = [kind for kind in KINDS if any(run.series(f"{DRIFT}{label}/{kind}") for label in run.layers)]
+    if not kinds:
+        return None
+    rows = len(run.layers)
+    figure = Figure(figsize=(1.2 + 2.9 * len(kinds), 1.5 + min(7.0, max(1.2, 0.26 * rows))), layout="constrained")
+    axes = figure.subplots(1, len(kinds), squeeze=False)[0]
+    for axis, kind in zip(axes, kinds, strict=True):
+        table = [dict(run.series(f"{DRIFT}{label}/{kind}")) for label in run.layers]
+        steps = sorted({step for row in table for step in row})
+        grid = [[row.get(step, nan) for step in steps] for row in table]
+        image = axis.imshow(grid, cmap="magma", aspect="auto", vmin=0, interpolation="nearest")
+        ticks = range(0, len(steps), max(1, -(-len(steps) // 5)))
+        axis.set_xticks(list(ticks), [str(steps[i]) for i in ticks])
+        names = [label.removeprefix("layer_").replace("_", ".") for label in run.layers]
+        every = max(1, -(-rows // MOST_LAYERS))
+        axis.set_yticks(range(0, rows, every), names[::every])
+        axis.set_xlabel("step")
+        axis.set_title(KINDS[kind], fontsize="medium")
+        figure.colorbar(image, ax=axis, shrink=0.9)
+    axes[0].set_ylabel("softmax layer")
+    return figure
+
+
+def needle_heatmap(run: Run) -> Figure | None:
+    """Layer x head: attention of the answer on the needle, mean over lengths, before, raw and restored."""
+    shown = {name: probe for name in NAMES if (probe := run.last(name)) is not None and probe.needle}
+    if not shown:
+        return None
+    rows = len(next(iter(shown.values())).needle[0]["layers"])
+    figure = Figure(figsize=(1.2 + 3.0 * len(shown), 1.4 + min(7.0, max(1.2, 0.26 * rows))), layout="constrained")
+    axes = figure.subplots(1, len(shown), squeeze=False)[0]
+    for axis, (name, probe) in zip(axes, shown.items(), strict=True):
+        image = axis.imshow(_mean_heads(probe.needle), vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        layers = probe.needle[0]["layers"]
+        every = max(1, -(-len(layers) // MOST_LAYERS))
+        axis.set_yticks(range(0, len(layers), every), [str(n) for n in layers[::every]])
+        axis.set_xlabel("head")
+        axis.set_title(NAMES[name], fontsize="medium")
+    axes[0].set_ylabel("softmax layer")
+    figure.colorbar(image, ax=axes, label="attention on the needle", shrink=0.9)
+    return figure
+
+
+def compared(runs: Mapping[str, Run]) -> dict[str, Figure]:
+    """Several runs in one picture each: recall of raw (lines) and restored weights (diamonds), mean drift."""
+    recall, drift = (Figure(figsize=(7.5, 3.6), layout="constrained") for _ in range(2))
+    recall_axis, drift_axis = recall.subplots(), drift.subplots()
+    for i, (name, run) in enumerate(runs.items()):
+        for weights, style in (("raw", "o-"), ("restored", "D")):
+            points = [(p.step, p.recall) for p in run.probes if p.weights == weights]
+            if points:
+                label = name if weights == "raw" else f"{name}, restored"
+                look: dict[str, Any] = {"ms": 4} if weights == "raw" else {"ms": 7, "mfc": "none"}
+                recall_axis.plot(*zip(*points, strict=True), style, color=f"C{i}", label=label, **look)
+        for kind, line in (("q_rel", "-"), ("k_rel", "--")):
+            points = run.series(DRIFT + kind)
+            if points:
+                drift_axis.plot(*zip(*points, strict=True), line, color=f"C{i}", label=f"{name}, {KINDS[kind]}")
+    _finish(recall_axis, "step", "needle recall")
+    recall_axis.set_ylim(-0.03, 1.03)
+    _finish(drift_axis, "step", "relative drift (mean over layers)")
+    out = {}
+    for key, figure, axis in (("recall", recall, recall_axis), ("drift", drift, drift_axis)):
+        if axis.lines:
+            axis.legend(fontsize=8, frameon=False)
+            out[key] = figure
+    return out
+
+
+def _has(probe: Probe, weights: str, length: int) -> bool:
+    return probe.weights == weights and length in probe.by("length")
+
+
+def _cell(probe: Probe, length: int, depth: float) -> float:
+    cells = [c for c in probe.cells if c["length"] == length and c["depth"] == depth]
+    count = sum(c["count"] for c in cells)
+    return sum(c["recall"] * c["count"] for c in cells) / count if count else nan
+
+
+def _mean_heads(grids: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+    heads = max(len(row) for row in grids[0]["heads"])
+    return [
+        [
+            sum(g["heads"][y][x] for g in grids) / len(grids) if x < len(grids[0]["heads"][y]) else nan
+            for x in range(heads)
+        ]
+        for y in range(len(grids[0]["layers"]))
+    ]
+
+
+def _finish(axis: Any, x: str, y: str) -> None:
+    axis.set(xlabel=x, ylabel=y)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,147 @@
+"""A guarded run read back from its folder: drift and probes by step, and what was written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qkguard.checkpoint.manifest import MANIFEST
+from qkguard.errors import QKGuardError
+from qkguard.probe.results import wilson
+from qkguard.tracking import METRICS
+
+RUN_FOLDER = "_qkguard"
+DRIFT = "qkguard/drift/"
+SUFFIXES = {"raw": "", "restored": "_restored"}
+
+
+@dataclass(frozen=True)
+class Share:
+    """Needles found: a proportion with Wilson's 95% interval."""
+
+    hits: float
+    count: int
+
+    @property
+    def recall(self) -> float:
+        return self.hits / self.count
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return wilson(round(self.hits), self.count)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One probe of the raw or the restored weights.
+
+    `cells`: {"task", "length", "depth", "recall", "count"}; `needle`: {"length", "layers", "heads"}, the attention on
+    the needle by layer and head; `change`: the paired difference of recall with its 95% interval, from the probe
+    before training for raw weights, from the raw weights of the same step for restored ones.
+    """
+
+    step: int
+    weights: str
+    recall: float
+    answer_logprob: float
+    cells: Sequence[Mapping[str, Any]]
+    needle: Sequence[Mapping[str, Any]]
+    change: Mapping[str, float] | None
+
+    def by(self, name: str) -> dict[Any, Share]:
+        """Recall by "task", "length" or "depth"."""
+        out: dict[Any, Share] = {}
+        for cell in self.cells:
+            known = out.get(cell[name], Share(0, 0))
+            out[cell[name]] = Share(known.hits + cell["recall"] * cell["count"], known.count + cell["count"])
+        return dict(sorted(out.items()))
+
+    @property
+    def total(self) -> Share:
+        parts = self.by("task").values()
+        return Share(sum(p.hits for p in parts), sum(p.count for p in parts))
+
+
+@dataclass(frozen=True)
+class Run:
+    """`rows` are those of metrics.jsonl; `manifest` is that of the last restored folder, if one was written."""
+
+    folder: Path
+    rows: Sequence[Mapping[str, Any]]
+    manifest: Mapping[str, Any] | None
+    restored_folders: Sequence[Path]
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().parent.name if self.folder.name == RUN_FOLDER else self.folder.name
+
+    @property
+    def probes(self) -> list[Probe]:
+        return [probe for row in self.rows for probe in probes_of(row)]
+
+    def last(self, weights: str) -> Probe | None:
+        """The last probe of "raw" (after the first step) or "restored" weights; the first of all for "before"."""
+        if weights == "before":
+            return next((p for p in self.probes if p.step == 0 and p.weights == "raw"), None)
+        return next((p for p in reversed(self.probes) if p.weights == weights and p.step > 0), None)
+
+    @property
+    def layers(self) -> list[str]:
+        """Labels of the layers with drift, "layer_3", in the order of the model."""
+        found = {
+            key[len(DRIFT) :].split("/")[0] for row in self.rows for key in row if key.startswith(f"{DRIFT}layer_")
+        }
+        return sorted(found, key=lambda label: [int(part) for part in label.split("_")[1:]])
+
+    def series(self, name: str) -> list[tuple[int, float]]:
+        """(step, value) of a metric."""
+        return [(row["step"], row[name]) for row in self.rows if name in row]
+
+    def final(self, name: str) -> float | None:
+        values = self.series(name)
+        return values[-1][1] if values else None
+
+
+def probes_of(row: Mapping[str, Any]) -> Iterable[Probe]:
+    """The probes that one row of metrics.jsonl holds."""
+    for weights, suffix in SUFFIXES.items():
+        name = f"qkguard/niah{suffix}"
+        if f"{name}/recall" in row:
+            yield Probe(
+                step=row["step"],
+                weights=weights,
+                recall=row[f"{name}/recall"],
+                answer_logprob=row[f"{name}/answer_logprob"],
+                cells=row.get(f"niah{suffix}_grid", ()),
+                needle=row.get(f"niah{suffix}_needle_mass", ()),
+                change=row.get(f"niah{suffix}_change"),
+            )
+
+
+def load_run(folder: Path) -> Run:
+    """A run from its output folder or from the `_qkguard` folder in it.
+
+    Raises:
+        QKGuardError: no such folder, or no metrics in it.
+    """
+    if not folder.is_dir():
+        raise QKGuardError(f"no such folder: {folder}; give the output_dir of a guarded run")
+    inner = folder / RUN_FOLDER if (folder / RUN_FOLDER / METRICS).is_file() else folder
+    if not (inner / METRICS).is_file():
+        raise QKGuardError(f"{folder} has no {RUN_FOLDER}/{METRICS}; give the output_dir of a guarded run")
+    try:
+        rows = [json.loads(line) for line in (inner / METRICS).read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:
+        raise QKGuardError(f"{inner / METRICS} is damaged ({error}); remove the broken line") from None
+    around = sorted(inner.parent.glob(f"checkpoint-*/qk_restored/{MANIFEST}"), key=lambda p: int(_step(p)))
+    written = [*around, *(inner / "final").glob(f"qk_restored/{MANIFEST}")]
+    manifest = json.loads(written[-1].read_text(encoding="utf-8")) if written else None
+    return Run(inner, rows, manifest, [path.parent for path in written])
+
+
+def _step(manifest: Path) -> str:
+    number = manifest.parent.parent.name.rpartition("-")[2]
+    return number if number.isdigit() else "0"
