@@ -38,7 +38,7 @@ def columns(report: SweepReport) -> tuple[list[str], list[list[str]]]:
             sign = 1 if metric == "accuracy" else -1
             low, high = sorted((sign * point.quality.low, sign * point.quality.high))
             row += [f"{sign * quality_of(point.task):.3f}", f"{low:.3f} to {high:.3f}"]
-            row += [f"{sign * point.change.value:+.3f}"]
+            row += [f"{sign * point.change.value + 0.0:+.3f}"]  # + 0.0: no "-0.000"
         marks = ["recommended"] if point is report.recommended else []
         marks += ["Pareto"] if point.pareto else []
         marks += [f"= {point.same_as}"] if point.same_as else []

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from qkguard.checkpoint.offline import find_pair, open_folders, read_config, restore_checkpoint
+from qkguard.checkpoint.restored import fallbacks
 from qkguard.errors import QKGuardError
 from qkguard.probe.command import ProbeSettings, choose_chunk, load_model, load_tokenizer, run_within_memory
 from qkguard.probe.lengths import check_lengths, default_lengths
@@ -233,6 +234,9 @@ def sweep(
         tolerance,
         warnings,
     )
+    for point in measured:
+        if point.point.kind == "method":
+            report.warnings += fallbacks(point.name, point.layers)
     if any(point.probe.not_finite for point in measured):
         report.warnings.append("some points gave NaN or infinite outputs; these samples count as wrong")
     if write is not None and report.recommended.point.recommendable:

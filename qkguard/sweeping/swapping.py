@@ -120,7 +120,7 @@ class Swapper:
         selection = select(self.specs, **self.selected | {"parts": parts, "layers": layers})  # type: ignore[arg-type]
         source = self._source([p for _, maps in selection for p in maps])
         tuned = self.folders.tuned
-        for spec, maps in selection:
+        for index, (spec, maps) in enumerate(selection):
             pre = {p.name: source.get(p) for p in maps}
             post = {p.name: tuned.read(self._names[1][p.name], p) for p in maps}
             gains = {}
@@ -130,7 +130,7 @@ class Swapper:
                 gains = {p.name: tuned.read(names[p.name], p) for p in norms}
             new = restore_layer(method, point.options, spec, maps, pre, post, gains=gains, device=self.device)
             out.rows += [(p, new.rows[p.name].to(post[p.name].dtype)) for p in maps]
-            out.layers.append({"layer": spec.layer, **new.report})
+            out.layers.append({"index": index, "layer": spec.layer, **new.report})
 
     def _change_carried(self, which: str, out: Change) -> None:
         if which not in self._carried:
