@@ -98,14 +98,15 @@ class Reference:
         return [name for name, n in zip(self.maps, ranks.all_reduce_sum(differs).tolist(), strict=True) if n]
 
     def gather(self, model: nn.Module, name: str, dst: int = 0) -> tuple[Tensor, Tensor] | None:
-        """(pre, live) compact tensors of one parameter on rank `dst`, None elsewhere; a collective."""
+        """(pre, live) compact tensors of one parameter on rank `dst`, on one device, None elsewhere; a collective."""
         pmap, params = self.maps[name], self.params(model)
         shares = self.shares([name])[0]
         live = pmap.take_flat(self.live(params, name), self.spans[name][0])
         pair = [ranks.gather_flat(piece, shares, dst) for piece in (self.pieces[name], live)]
         if pair[0] is None or pair[1] is None:
             return None
-        return pair[0].view(pmap.compact_shape), pair[1].view(pmap.compact_shape)
+        pre = pair[0].to(pair[1].device)  # one process on an accelerator: kept on the CPU, live there
+        return pre.view(pmap.compact_shape), pair[1].view(pmap.compact_shape)
 
     def shares(self, names: Sequence[str]) -> list[list[Span]]:
         """[name][rank]: which elements of the flattened compact tensor every rank keeps; a collective."""

@@ -225,3 +225,21 @@ def test_every_accelerate_config_from_one_command(recipe: Path, tmp_path: Path, 
     assert done.returncode == 0, done.stderr[-3000:]
     assert run("verify", "--full", tmp_path / "run/_qkguard/final/qk_restored")[0] == 0
     assert ("trains these processes as DDP" in done.stderr) == (accelerate == "fsdp2")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("accelerate", ["single", "single,lora", "ddp", "zero3", "zero3,lora", "fsdp2"])
+def test_on_accelerators(recipe: Path, tmp_path: Path, run: Run, accelerate: str) -> None:
+    """All local accelerators, in bfloat16, with probes; needs two of them for anything but `single`."""
+    name, _, adapter = accelerate.partition(",")
+    arguments = ["--max_steps", "2", "--bf16", "true", "--qkguard.strict", "--qkguard.probe_steps", "1"]
+    arguments += ["--dtype", "bfloat16"] if name == "zero3" or adapter else []
+    if adapter:
+        arguments += ["--use_peft", "--lora_target_modules", "q_proj", "v_proj", "--lora_dropout", "0"]
+    command = [sys.executable, "-m", "qkguard", "sft", "--config", str(recipe), "--accelerate", name, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-6000:]
+    final = tmp_path / "run/_qkguard/final/qk_restored"
+    assert run("verify", "--full", final)[0] == 0 or (adapter and (final / "default").is_dir())
+    recalls = [row["step"] for row in judge.metrics_rows(tmp_path / "run") if "qkguard/niah/recall" in row]
+    assert recalls == ([] if adapter else [0, 1, 2])
