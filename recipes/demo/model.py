@@ -14,8 +14,10 @@ LAYERS = "LLALLA"  # L lightning, A softmax
 MAX_POSITIONS = 8192
 
 
-def build_config(tokenizer, *, hidden: int = 192, block_size: int = 64) -> MiniMaxConfig:
-    """A HypeNet-like hybrid in miniature, as a stock transformers class.
+def build_config(
+    tokenizer, *, hidden: int = 192, block_size: int = 64, layers: str = LAYERS, positions: int = MAX_POSITIONS
+) -> MiniMaxConfig:
+    """A HypeNet-like hybrid in miniature, as a stock transformers class; `layers` as in `LAYERS`.
 
     MiniMax always applies rotary embeddings to its softmax layers. Stretching positions by 1e9 leaves every rotation
     below 1e-5 rad inside the context: no position encoding (NoPE), as in HypeNet. `block_size` only says how lightning
@@ -25,15 +27,15 @@ def build_config(tokenizer, *, hidden: int = 192, block_size: int = 64) -> MiniM
         vocab_size=len(tokenizer),
         hidden_size=hidden,
         intermediate_size=2 * hidden,
-        num_hidden_layers=len(LAYERS),
-        layer_types=["full_attention" if kind == "A" else "linear_attention" for kind in LAYERS],
+        num_hidden_layers=len(layers),
+        layer_types=["full_attention" if kind == "A" else "linear_attention" for kind in layers],
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=hidden // 4,
         num_local_experts=1,
         num_experts_per_tok=1,
         block_size=block_size,
-        max_position_embeddings=MAX_POSITIONS,
+        max_position_embeddings=positions,
         rope_parameters={"rope_type": "linear", "factor": 1e9, "rope_theta": 1e4},
         tie_word_embeddings=False,
         pad_token_id=tokenizer.pad_token_id,

@@ -28,7 +28,7 @@ OPENING = (
 @pytest.fixture(scope="module")
 def recipe() -> Iterator[Any]:
     """The script's modules, which import each other by their bare names."""
-    names = ("data", "model", "tokenizer")
+    names = ("data", "model", "schedule", "tokenizer")
     sys.path.insert(0, str(RECIPE))
     try:
         yield {name: import_module(name) for name in names}
