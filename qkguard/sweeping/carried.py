@@ -54,7 +54,7 @@ def _values(model: nn.Module, spec: AttentionSpec, calls: dict[str, Tensor]) -> 
     for name, param in params.items():
         dim = known[name].dim if name in known else 0
         reached = {
-            role: (grads[name] != 0).transpose(0, dim).reshape(param.shape[dim], -1).any(1)
+            role: (grads[name] != 0).transpose(0, dim).reshape(param.shape[dim], -1).any(1).cpu()
             for role, grads in touched.items()
             if name in grads
         }
@@ -62,7 +62,7 @@ def _values(model: nn.Module, spec: AttentionSpec, calls: dict[str, Tensor]) -> 
         for role in "qk":
             if role in reached:
                 rows = rows & ~reached[role]
-        edges = torch.diff(rows.int(), prepend=rows.new_zeros(1).int(), append=rows.new_zeros(1).int()).cpu()
+        edges = torch.diff(rows.int(), prepend=rows.new_zeros(1).int(), append=rows.new_zeros(1).int())
         starts, stops = (edges == 1).nonzero()[:, 0].tolist(), (edges == -1).nonzero()[:, 0].tolist()
         if blocks := tuple(Block(a, b, "v") for a, b in zip(starts, stops, strict=True)):
             out.append(ParamMap(name, tuple(param.shape), dim, "bias" if param.dim() == 1 else "weight", blocks))
