@@ -47,6 +47,11 @@ class Settings:
         return str(self.model.model_name_or_path)
 
     @property
+    def trusts_remote_code(self) -> bool:
+        """Whether the checkpoint's own code may run; the key has moved between TRL's two classes."""
+        return any(bool(getattr(owner, "trust_remote_code", False)) for owner in (self.training, self.model))
+
+    @property
     def output_dir(self) -> Path:
         return Path(str(self.training.output_dir))
 

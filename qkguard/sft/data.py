@@ -70,7 +70,9 @@ class DataArguments(Columns):
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Its configuration, where it has several."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    dataset_test_split: str | None = field(default=None, metadata={"help": "Split to evaluate on. Default: none."})
+    dataset_test_split: str | None = field(
+        default=None, metadata={"help": "Split to evaluate on, or a file where the data set is one. Default: none."}
+    )
     datasets: list[dict[str, Any]] | str | None = field(
         default=None,
         metadata={
@@ -232,7 +234,7 @@ def load(arguments: DataArguments, *, chat: bool, seed: int, split: str | None =
 
     sources = arguments.sources()
     if split is not None:
-        sources = [dataclasses.replace(source, split=split) for source in sources]
+        sources = [_held_out(source, split) for source in sources]
     opened = [_open(source, streaming=False) for source in sources]
     forms = [form_of(source, data.column_names) for source, data in zip(sources, opened, strict=True)]
     as_messages = _common_form(sources, forms)
@@ -251,6 +253,17 @@ def load(arguments: DataArguments, *, chat: bool, seed: int, split: str | None =
     if arguments.max_samples and split is None:
         mixed = mixed.select(range(min(arguments.max_samples, len(mixed))))
     return mixed
+
+
+def _held_out(source: Source, split: str) -> Source:
+    """The rows to evaluate on: another split, or another file where the training rows are a file."""
+    if source.file_type is None:
+        return dataclasses.replace(source, split=split)
+    if not os.path.isfile(split):
+        raise QKGuardError(
+            f"{source.path} is a file and has no split {split!r}; give dataset_test_split the path of a file too"
+        )
+    return dataclasses.replace(source, path=split)
 
 
 def _open(source: Source, *, streaming: bool) -> Any:

@@ -51,7 +51,7 @@ def parameters(settings: Settings, found: Preflight) -> tuple[int | None, int | 
     Raises:
         QKGuardError: the adapter's target modules are not in the model.
     """
-    source = build.resolve(found.config, trust_remote_code=bool(settings.training.trust_remote_code))
+    source = build.resolve(found.config, trust_remote_code=settings.trusts_remote_code)
     if source.model_class is None:
         return None, None
     with build.undisturbed():

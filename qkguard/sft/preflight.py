@@ -51,9 +51,7 @@ def preflight(settings: Settings) -> Preflight:
             without a chat template; all in one line.
     """
     config = model_config(settings)
-    specs = find_attention(
-        config, spec=settings.guard.spec, trust_remote_code=bool(settings.training.trust_remote_code)
-    )
+    specs = find_attention(config, spec=settings.guard.spec, trust_remote_code=settings.trusts_remote_code)
     if not specs:
         raise QKGuardError(
             f"{settings.model_name} ({config.model_type}) has no softmax-attention layer, so there are no queries and "
@@ -89,7 +87,7 @@ def model_config(settings: Settings) -> Any:
         QKGuardError: there is none, or its code is its own and not trusted.
     """
     name, revision = settings.model_name, settings.model.model_revision
-    trusted = bool(settings.training.trust_remote_code)
+    trusted = settings.trusts_remote_code
     if revision not in (None, "main"):
         from transformers import AutoConfig
 
@@ -104,7 +102,7 @@ def load_tokenizer(settings: Settings) -> Any:
     """The model's tokenizer with the chat template the training will use; None where there is no tokenizer."""
     from transformers import AutoTokenizer
 
-    options = {"trust_remote_code": bool(settings.training.trust_remote_code)}
+    options = {"trust_remote_code": settings.trusts_remote_code}
     path = Path(settings.model_name)
     folder = path.parent if path.suffix == ".json" else path
     if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):

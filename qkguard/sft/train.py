@@ -51,6 +51,7 @@ def train(settings: Settings) -> Path | None:
         "revision": settings.model.model_revision,
         "attn_implementation": settings.model.attn_implementation,
         "dtype": settings.model.dtype,
+        "trust_remote_code": settings.trusts_remote_code,
         **given,
     }
     trainer = SFTTrainer(

@@ -118,6 +118,21 @@ def test_adapters(run: Run, recipe: Path, tmp_path: Path) -> None:
     assert names and all("v_proj" in name for name in names)
 
 
+def test_resuming_and_evaluating(run: Run, recipe: Path, tmp_path: Path) -> None:
+    arguments = ["--save_strategy", "steps", "--save_steps", 1, "--qkguard.probe_steps", 0]
+    held_out = rows_file(tmp_path / "test.jsonl", {"prompt": "2 + 2 = ", "completion": "4"})
+    arguments += ["--eval_strategy", "steps", "--eval_steps", 1, "--dataset_test_split", held_out]
+    assert run("sft", "--config", recipe, "--max_steps", 2, *arguments)[0] == 0
+    reference = judge.file_sha256(tmp_path / "run/_qkguard/reference.safetensors")
+    code, _, err = run("sft", "--config", recipe, "--max_steps", 3, *arguments, "--resume_from_checkpoint", "true")
+    assert code == 0, err
+    state = json.loads((tmp_path / "run/checkpoint-3/trainer_state.json").read_text())
+    assert [row["step"] for row in state["log_history"] if "loss" in row] == [1, 2, 3]
+    assert [row["step"] for row in state["log_history"] if "eval_loss" in row] == [1, 2, 3]
+    assert judge.file_sha256(tmp_path / "run/_qkguard/reference.safetensors") == reference  # never taken again
+    assert run("verify", "--full", tmp_path / "run/checkpoint-3/qk_restored")[0] == 0
+
+
 def model_folder(folder: Path, model_type: str, **config: Any) -> Path:
     tiny_config(model_type, **config).save_pretrained(folder)
     for file in DEMO.glob("tokenizer*"):

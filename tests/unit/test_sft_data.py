@@ -94,6 +94,15 @@ def test_local_files_are_read(tmp_path: Path, suffix: str) -> None:
     assert len(load(few, chat=False, seed=0)) == look(few, chat=False).total == 7
 
 
+def test_rows_to_evaluate_on_are_others(tmp_path: Path) -> None:
+    paths = [write(tmp_path / f"{name}.jsonl", [{"prompt": name, "completion": "c"}]) for name in ("train", "test")]
+    data = DataArguments(dataset_name=paths[0], dataset_test_split=paths[1])
+    assert load(data, chat=False, seed=0)["prompt"][0] == "train"
+    assert load(data, chat=False, seed=0, split=paths[1])["prompt"][0] == "test"
+    with pytest.raises(QKGuardError, match=r"train\.jsonl is a file and has no split 'test'"):
+        load(data, chat=False, seed=0, split="test")
+
+
 def test_a_saved_data_set_is_read(tmp_path: Path) -> None:
     Dataset.from_list([{"prompt": "a", "completion": "b"}]).save_to_disk(tmp_path / "saved")
     assert len(load(DataArguments(dataset_name=str(tmp_path / "saved")), chat=False, seed=0)) == 1
