@@ -56,6 +56,7 @@ def _body(manifest: Mapping[str, Any], base: str) -> str:
     name = base if _is_hub_id(base) else Path(base).name or "unknown"
     title, intro, heading = (_merged if "adapter" in manifest else _restored)(manifest, name)
     lines = [f"# {title}", "", intro, "", f"Options: {options or 'defaults'}.", ""]
+    lines += _recall(manifest.get("probe") or {})
     if manifest["warnings"]:
         lines += ["## Warnings", "", *(f"- {sentence}" for sentence in manifest["warnings"]), ""]
     if said := (manifest.get("sweep") or {}).get("words"):
@@ -81,6 +82,43 @@ def _body(manifest: Mapping[str, Any], base: str) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _recall(probe: Mapping[str, Any]) -> list[str]:
+    """The table of the probes in training: needle recall by length before, raw and restored."""
+    names = {"before": "before SFT", "raw": "raw", "restored": "Q/K restored (this model)"}
+    shown = {name: probe[name] for name in names if name in probe}
+    if "restored" not in shown:
+        return []
+    lengths = sorted({group["length"] for result in shown.values() for group in result["groups"]})
+    rows = [[f"{length:,} tokens", *(_share(r, length) for r in shown.values())] for length in lengths]
+    rows.append(["all", *(f"{result['recall']:.2f}" for result in shown.values())])
+    settings = shown["restored"]["settings"]
+    per_length = sum(g["count"] for g in shown["restored"]["groups"]) // max(1, len(lengths))
+    lines = [
+        "## Needle recall, probed during training",
+        "",
+        f"RULER tasks {', '.join(settings['tasks'])}; {per_length} samples a length, teacher-forced, at step "
+        f"{shown['restored']['step']}.",
+        "",
+        f"| | {' | '.join(names[name] for name in shown)} |",
+        "|---" * (len(shown) + 1) + "|",
+        *(f"| {' | '.join(row)} |" for row in rows),
+        "",
+    ]
+    change = shown["restored"].get("change")
+    if change:
+        low, high = 100 * change["low"], 100 * change["high"]
+        lines += [f"Restored against raw: {100 * change['value']:+.1f} points (95% {low:+.1f} to {high:+.1f}).", ""]
+        if change["high"] < 0:
+            lines += ["The raw checkpoint has the better recall: it is the one to use.", ""]
+    return lines
+
+
+def _share(result: Mapping[str, Any], length: int) -> str:
+    groups = [g for g in result["groups"] if g["length"] == length]
+    count = sum(g["count"] for g in groups)
+    return f"{sum(g['recall'] * g['count'] for g in groups) / count:.2f}" if count else "-"
 
 
 def _restored(manifest: Mapping[str, Any], base: str) -> tuple[str, str, str]:

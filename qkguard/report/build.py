@@ -57,10 +57,9 @@ def write_comparison(folders: Sequence[str | os.PathLike[str]], out: Path) -> Pa
     runs: dict[str, Run] = {}
     for folder in folders:
         run = load_run(Path(folder))
-        name = run.name if run.name not in runs else str(folder)
-        if name in runs:
+        if any(run.folder.resolve() == other.folder.resolve() for other in runs.values()):
             raise QKGuardError(f"{folder} is given twice; give different runs to compare")
-        runs[name] = run
+        runs[run.name if run.name not in runs else str(folder)] = run
     head = ["run", *NAMES.values(), "steps", "queries", "keys", "routing"]
     rows = []
     for name, run in runs.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from pathlib import Path
 
 import pytest
@@ -327,74 +326,6 @@ def test_settings_are_checked_at_once():
 def test_models_without_the_asked_layers_are_refused(base, tmp_path):
     with pytest.raises(QKGuardError, match="no query or key rows are selected"):
         train(base, arguments(tmp_path), QKGuardCallback(layers=[0]))
-
-
-def test_tensorboard_shares_trainers_folder(base, tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    train(base, arguments(tmp_path, report_to=["tensorboard"]), QKGuardCallback(strict=True))
-    folders = list((tmp_path / "run/runs").iterdir())
-    assert len(folders) == 1
-    events = EventAccumulator(str(folders[0])).Reload()
-    tags = events.Tags()["scalars"]
-    assert "train/loss" in tags and "qkguard/drift/q_rel" in tags
-    logged = {e.step: e.value for e in events.Scalars("qkguard/drift/q_rel")}
-    rows = {
-        r["step"]: r["qkguard/drift/q_rel"] for r in judge.metrics_rows(tmp_path / "run") if "qkguard/drift/q_rel" in r
-    }
-    assert logged == pytest.approx(rows, rel=1e-6) and len(logged) == 3
-
-
-def test_wandb_rows_beside_trainers_own(base, tmp_path, monkeypatch):
-    rows = _wandb_run(base, tmp_path / "with", monkeypatch, QKGuardCallback(strict=True))
-    plain = _wandb_run(base, tmp_path / "without", monkeypatch, None)
-
-    def trainers(rows):
-        skip = ("_", "train/train_", "qkguard/", "train/total_flos")
-        kept = [{k: v for k, v in r.items() if not k.startswith(skip)} for r in rows]
-        return [r for r in kept if set(r) - {"train/global_step"}]
-
-    assert trainers(rows) == trainers(plain) and len([r for r in rows if "train/loss" in r]) == 3
-    drift = {int(r["train/global_step"]): r["qkguard/drift/q_rel"] for r in rows if "qkguard/drift/q_rel" in r}
-    assert sorted(drift) == [1, 2, 3] and drift[1] < drift[3]
-
-
-def _wandb_run(base, folder, monkeypatch, guard):
-    """Train with W&B offline and read the run file back, record by record."""
-    import wandb
-
-    folder.mkdir()
-    for key, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(folder), "WANDB_SILENT": "true"}.items():
-        monkeypatch.setenv(key, value)
-    train(base, arguments(folder, report_to=["wandb"], run_name="r"), guard)
-    file = Path(wandb.run.settings.sync_file)
-    wandb.finish()
-    for _ in range(100):  # W&B's service may still be writing when finish() returns
-        if "exit" in [kind for kind, _ in _records(file)]:
-            break
-        time.sleep(0.1)
-    return [row for kind, row in _records(file) if kind == "history"]
-
-
-def _records(file: Path):
-    """(kind, history row) of an offline run file: LevelDB log framing (7-byte header, 32 KiB blocks), protobufs."""
-    from wandb.proto import wandb_internal_pb2
-
-    data, position, parts = file.read_bytes(), 7, b""
-    while position < len(data):
-        left = 32768 - position % 32768
-        if left < 7:
-            position += left
-            continue
-        size, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
-        parts += data[position + 7 : position + 7 + size]
-        position += 7 + size
-        if kind in (1, 4):  # full, last
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(parts)
-            parts = b""
-            row = {(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in record.history.item}
-            yield record.WhichOneof("record_type"), row
 
 
 def test_temporary_names_never_survive(base, tmp_path):
