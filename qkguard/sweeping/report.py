@@ -66,25 +66,21 @@ def picture(report: SweepReport) -> Figure:
 def _tradeoff(axis: Any, report: SweepReport) -> None:
     points, loss = shown(report.points), report.metric == "loss"
     sign = -1 if loss else 1
+    left, right = _limits([sign * p.quality.value for p in points if p.quality and p.point.kind != "base"])
+    axis.set_xlim(left, right)
     places: list[tuple[float, float, str]] = []
     for number, point in enumerate(points, 1):
         assert point.quality is not None
-        quality = point.quality
-        x, y = sign * quality.value, point.recall.value
+        x, y = sign * point.quality.value, point.recall.value
+        low, high = sorted((sign * point.quality.low, sign * point.quality.high))
         color, marker = _MARKS[point.point.kind]
-        spread = sorted((sign * quality.low, sign * quality.high))
-        axis.errorbar(
-            x,
-            y,
-            xerr=[[max(0.0, x - spread[0])], [max(0.0, spread[1] - x)]],
-            yerr=[[max(0.0, y - point.recall.low)], [max(0.0, point.recall.high - y)]],
-            fmt=marker,
-            color=color,
-            ms=8,
-            elinewidth=0.7,
-            alpha=0.85,
-            label=f"{number}  {NAMES.get(point.name, point.name)}",
-        )
+        label = f"{number}  {NAMES.get(point.name, point.name)}"
+        if not left <= x <= right:  # the base, far from everything else: at the edge, with its number
+            label += f" (at {x:.3f}, {'left' if x < left else 'right'} of the picture)"
+            x = low = high = min(max(x, left), right)
+        axis.hlines(y, low, high, color, lw=1, alpha=0.35)
+        axis.vlines(x, point.recall.low, point.recall.high, color, lw=1, alpha=0.35)
+        axis.plot(x, y, marker, color=color, ms=8, alpha=0.85, label=label, clip_on=False)
         places.append((x, y, str(number)))
         if point is report.recommended:
             axis.plot(x, y, marker="*", ms=22, mfc="none", mec="#1e8449", mew=1.8)
@@ -98,6 +94,13 @@ def _tradeoff(axis: Any, report: SweepReport) -> None:
     unit = "held-out loss, nats per token" if loss else "task accuracy (teacher forced)"
     axis.set(xlabel=f"{unit} ({'left' if loss else 'right'} is better)", ylabel="needle recall")
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+
+
+def _limits(values: Sequence[float]) -> tuple[float, float]:
+    """The range of an axis that shows these values with some room around them."""
+    low, high = min(values), max(values)
+    room = 0.12 * (high - low) or 0.05 * abs(high) or 0.05
+    return low - room, high + room
 
 
 def _number(axis: Any, places: Sequence[tuple[float, float, str]]) -> None:
