@@ -25,13 +25,13 @@ from qkguard.probe.prober import Prober
 from qkguard.probe.results import Drop, ProbeResult
 from qkguard.probe.schedule import Budget, interval
 from qkguard.probe.setting import training_prose, why_not
-from qkguard.reference import Reference, write_json
-from qkguard.swap import restored
+from qkguard.reference import write_json
 
 logger = logging.getLogger(__name__)
 
 STATE = "probe.json"
 PATIENCE = 1800.0  # seconds that ranks wait for one another in a probe
+Swap = Callable[[], AbstractContextManager[None]]
 Publish = Callable[[dict[str, float], int, dict[str, Any]], None]
 
 
@@ -42,7 +42,7 @@ class Probing:
         config: the guard's settings.
         folder: the run folder, where the baseline and the answer forms are kept (`probe.json`).
         model: the unwrapped model.
-        reference: queries and keys for probes of the restored weights; None to leave these out.
+        swap: opens a context in which the model has restored queries and keys; None where these are not probed.
         publish: takes (metrics, step, details).
         args, state, tokenizer, dataset: as the trainer has them.
     """
@@ -52,7 +52,7 @@ class Probing:
         config: QKGuardConfig,
         folder: Path,
         model: nn.Module,
-        reference: Reference | None,
+        swap: Swap | None,
         publish: Publish,
         args: TrainingArguments,
         state: TrainerState,
@@ -60,7 +60,7 @@ class Probing:
         dataset: Any = None,
     ) -> None:
         self.config, self.folder, self.model, self.publish = config, folder, model, publish
-        self.reference = reference if config.probe_restored else None
+        self.swap = swap if config.probe_restored else None
         self.every = interval(config.probe_steps, IntervalStrategy(args.eval_strategy) != "no", state.max_steps)
         self.reloads_best = bool(args.load_best_model_at_end)
         self.summary: dict[str, Any] = {}
@@ -136,7 +136,7 @@ class Probing:
 
     def at_save(self, state: TrainerState, control: TrainerControl) -> None:
         """Raw and restored weights, before the restored checkpoint is written."""
-        if self.reference is not None:
+        if self.swap is not None:
             due = self._due_at(state.global_step)
             if self._running and (state.global_step >= self._max_steps or self._affords(state, len(due) * self._cost)):
                 for swapped in due:
@@ -153,7 +153,7 @@ class Probing:
 
     def _due_at(self, step: int) -> list[bool]:
         """Which weights (raw, restored) have not been probed at this step."""
-        both = [False] if self.reference is None else [False, True]
+        both = [False] if self.swap is None else [False, True]
         return [swapped for swapped in both if self._last_step[swapped] != step]
 
     def _scheduled(self, state: TrainerState, control: TrainerControl) -> None:
@@ -190,9 +190,7 @@ class Probing:
                 raise
             return ranks.all_reduce_sum(vector)
 
-        swap: AbstractContextManager[None] = nullcontext()
-        if swapped and self.reference:
-            swap = restored(self.model, self.reference, method=self.config.method, **self.config.method_options)
+        swap = self.swap() if swapped and self.swap else nullcontext()
         try:
             with swap:
                 try:
@@ -214,7 +212,7 @@ class Probing:
     def _measure_baseline(self) -> ProbeResult:
         result = self._run("the probe before the first step", forms=True)
         self._cost = result.seconds
-        self.budget.last = self._cost * (1 if self.reference is None else 2)
+        self.budget.last = self._cost * (1 if self.swap is None else 2)
         data = {"state": self._prober().state(), "baseline": result.to_json()}
         ranks.on_rank_zero("keeping the probe's baseline", lambda: write_json(self.folder / STATE, data))
         return result
@@ -237,7 +235,7 @@ class Probing:
         self._prober().load_state(data["state"])
         self.baseline = ProbeResult.from_json(data["baseline"])
         self._cost = self.baseline.seconds
-        self.budget.last = self._cost * (1 if self.reference is None else 2)
+        self.budget.last = self._cost * (1 if self.swap is None else 2)
 
     def _attempt(self, what: str, work: Callable[[], Any]) -> Any:
         """The result of `work`, or None where it failed and training should go on."""

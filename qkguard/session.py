@@ -26,10 +26,11 @@ from qkguard.drift_live import DriftTracker, Tracker
 from qkguard.errors import QKGuardError
 from qkguard.layout import disk_names, find_attention, select
 from qkguard.layout.spec import unselected_norms
-from qkguard.probing import Probing
+from qkguard.probing import Probing, Swap
 from qkguard.reference import ReferenceFile
 from qkguard.restore import check_strengths, get_method
 from qkguard.start import RUN_FOLDER, establish_reference, retire_later_checkpoints, warnings_at_start
+from qkguard.swap import restored
 from qkguard.tracking import Tracking
 
 logger = logging.getLogger(__name__)
@@ -96,11 +97,24 @@ class Session:
     def start_probes(self, args: TrainingArguments, state: TrainerState, tokenizer: Any, dataset: Any) -> None:
         """Recall before the first step; what to probe with is made once."""
         if self.probing is None:
-            parts = (self.config, self.folder, self.model, getattr(self, "reference", None), self.publish)
+            parts = (self.config, self.folder, self.probed_model, self.restored_weights(), self.publish)
             self.probing = Probing(*parts, args, state, tokenizer, dataset)
         else:
             self.probing.begin(state)
         self.probing.at_start(state)
+
+    @property
+    def probed_model(self) -> Any:
+        return self.model
+
+    def restored_weights(self) -> Swap | None:
+        """What opens a context with restored queries and keys in the live model; None where nothing is restored."""
+        config = self.config
+        return lambda: restored(self.model, self.reference, method=config.method, **config.method_options)
+
+    def probe_record(self) -> dict[str, Any]:
+        """The last probes, for a manifest."""
+        return {"probe": self.probing.summary} if self.probing and self.probing.summary else {}
 
     # -- measuring ---------------------------------------------------------------------------------------------------
 
@@ -208,9 +222,7 @@ class Session:
                 overwrite=True,
             )
 
-        extra: dict[str, Any] = {"step": step, "drift": self.drift}
-        if self.probing and self.probing.summary:
-            extra["probe"] = self.probing.summary
+        extra: dict[str, Any] = {"step": step, "drift": self.drift, **self.probe_record()}
         what = f"writing {out}"
         if self.each_node:  # every node has its own disk and its own copy of the raw files
             ranks.together(what, lambda: _alone(build(), extra) if self.writes else None)

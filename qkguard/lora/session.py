@@ -18,7 +18,9 @@ from qkguard.lora.adapter import TENSORS
 from qkguard.lora.drift import AdapterTracker
 from qkguard.lora.live import adapted_weights
 from qkguard.lora.merge import check_mergeable, merge_adapter
+from qkguard.lora.muted import muted
 from qkguard.lora.save import copy_adapter, export_adapter, no_restored_form, write_restored_adapter
+from qkguard.probing import Swap
 from qkguard.session import RESTORED, Session
 
 logger = logging.getLogger(__name__)
@@ -72,6 +74,15 @@ class AdapterSession(Session):
             )
         return False
 
+    @property
+    def probed_model(self) -> Any:
+        return self.model.get_base_model()  # with the adapters in its layers; PEFT's own forward adds nothing to it
+
+    def restored_weights(self) -> Swap | None:
+        if not self.guards or (self.share and any(weight.dora for weight in self.weights)):
+            return None
+        return lambda: muted(self.weights, self.share)
+
     def measure(self, step: int, *, routing: bool) -> None:
         if self.guards:
             super().measure(step, routing=routing)
@@ -113,7 +124,7 @@ class AdapterSession(Session):
         (adapter,) = self.model.active_adapters
         base = self._merge_base()
         options: dict[str, Any] = {"overwrite": True, "spec": self.config.spec, **self.config.selection_options}
-        options["extra"] = {"step": step, "trained_drift": self.drift}
+        options["extra"] = {"step": step, "trained_drift": self.drift, **self.probe_record()}
         if self.quantised:
             said = "the adapter was trained on a quantised base and merged onto the unquantised weights"
             options["extra"]["warnings"] = [said]
@@ -161,7 +172,7 @@ class AdapterSession(Session):
     def _write_adapter(self, raw: Path, out: Path, step: int) -> None:
         def write() -> None:
             method = {"name": self.config.method, **self.config.selection_options}
-            extra = {"step": step, "drift": self.drift}
+            extra = {"step": step, "drift": self.drift, **self.probe_record()}
             write_restored_adapter(
                 raw,
                 out,

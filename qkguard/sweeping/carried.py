@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from qkguard.errors import QKGuardError
-from qkguard.layout.capture import ATTENTION_NAME, attend_with, attention_function
+from qkguard.layout.build import first_line
 from qkguard.layout.spec import AttentionSpec, Block, ParamMap
+from qkguard.probe.attention import AttentionRecorder
 from qkguard.probe.forward import input_device
 from qkguard.probe.undisturbed import undisturbed
 
@@ -88,61 +89,61 @@ def _gradients(tensor: Tensor, params: dict[str, nn.Parameter]) -> dict[str, Ten
     return {name: grad for name, grad in zip(params, grads, strict=True) if grad is not None}
 
 
-@contextmanager
-def _watched(model: nn.Module, modules: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Module name -> its query, key and value (with their graphs) and the module that made its output, of one pass."""
-    seen: dict[str, Any] = {}
-    inside: list[str] = []
-    names = {id(model.get_submodule(name)): name for name in modules}
-    made: dict[int, nn.Module] = {}
+class _Catcher(AttentionRecorder):
+    """Keeps query, key and value (with their graphs) of the first attention inside each module that runs."""
 
-    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Any:
-        if inside:
-            seen.setdefault(inside[-1], {"q": query, "k": key, "v": value})
-        group = query.shape[1] // value.shape[1]
-        return value.repeat_interleave(group, 1).transpose(1, 2)[:, : query.shape[2]].contiguous(), None
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model, window=1)
+        self.seen: dict[str, dict[str, Any]] = {}
+        self.inside: list[str] = []
+
+    def _call(
+        self, inner: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **kw: Any
+    ) -> Any:
+        if self.inside and "q" not in (seen := self.seen.setdefault(self.inside[-1], {})):
+            seen |= {"q": query, "k": key, "v": value}
+        return super()._call(inner, module, query, key, value, *rest, **kw)
+
+
+@contextmanager
+def _watched(model: nn.Module, modules: Sequence[str]) -> Iterator[dict[str, dict[str, Any]]]:
+    """Module name -> its query, key and value (with their graphs) and the module that made its output, of one pass."""
+    catcher = _Catcher(model)
+    names = {id(model.get_submodule(name)): name for name in modules}
+    made: dict[int, tuple[nn.Module, Tensor]] = {}  # the tensors are kept, so that no other one gets their id
 
     def enter(module: nn.Module, args: Any) -> None:
-        inside.append(names[id(module)])
+        catcher.inside.append(names[id(module)])
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         first = output[0] if isinstance(output, tuple) else output
-        if (owner := made.get(id(first))) is not None:
-            seen.setdefault(inside[-1], {})["last"] = owner
-        inside.pop()
+        if id(first) in made:
+            catcher.seen.setdefault(catcher.inside[-1], {})["last"] = made[id(first)][0]
+        catcher.inside.pop()
 
     def note(module: nn.Module, args: Any, output: Any) -> None:
-        if inside and isinstance(output, Tensor):
-            made[id(output)] = module
-            kept.append(output)  # no other tensor gets its id meanwhile
+        if catcher.inside and isinstance(output, Tensor):
+            made[id(output)] = module, output
 
-    kept: list[Tensor] = []
     hooks = [m.register_forward_pre_hook(enter) for m in model.modules() if id(m) in names]
     hooks += [m.register_forward_hook(leave) for m in model.modules() if id(m) in names]
     hooks += [m.register_forward_hook(note) for m in model.modules() if m._parameters]  # dropout passes on
     grads = [(p, p.requires_grad) for p in model.parameters()]
     try:
-        with undisturbed(model), torch.enable_grad(), attention_function(attend), _attending(model):
+        with undisturbed(model), torch.enable_grad(), catcher:
             for param, _ in grads:
                 param.requires_grad_(param.is_floating_point())
-            model(input_ids=torch.arange(1, TOKENS + 1, device=input_device(model))[None], use_cache=False)
-        yield seen
+            ids = torch.arange(1, TOKENS + 1, device=input_device(model))[None]
+            try:
+                model(input_ids=ids, use_cache=False)
+            except Exception as error:
+                raise QKGuardError(
+                    f"{type(model).__name__} does not run on a few bare tokens ({first_line(error)}), so its V and O "
+                    "cannot be found; leave the controls v, o and vo out"
+                ) from error
+        yield catcher.seen
     finally:
         for hook in hooks:
             hook.remove()
         for param, wanted in grads:
             param.requires_grad_(wanted)
-
-
-@contextmanager
-def _attending(model: nn.Module) -> Iterator[None]:
-    """The model's configs point at the registered attention function inside the block."""
-    found = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    configs = [config for config in found.values() if hasattr(config, "_attn_implementation_internal")]
-    kept = [(config, config._attn_implementation_internal) for config in configs]
-    try:
-        attend_with(model, ATTENTION_NAME)
-        yield
-    finally:
-        for config, name in kept:
-            config._attn_implementation_internal = name

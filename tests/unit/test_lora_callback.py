@@ -21,6 +21,7 @@ from qkguard.lora.merge import merge_adapter
 from qkguard.lora.save import write_restored_adapter
 from tests import judge, oracle
 from tests.lora import LINEAR, expected_merge, peft_merge, save_adapter
+from tests.probing import bpe_tokenizer
 from tests.training import arguments, make_trainer, save_base, train
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -60,7 +61,7 @@ def test_a_run_writes_adapters_and_merges_that_stock_peft_loads(tmp_path, kind):
     name, config = KINDS[kind]
     base = save_base(tmp_path / "base", name)
     guard = QKGuardCallback(strict=True, merge_at_end=True, routing_drift_steps=2)
-    train(base, arguments(tmp_path, save_steps=2), guard, peft_config=lora(**config))
+    trainer = train(base, arguments(tmp_path, save_steps=2), guard, peft_config=lora(**config))
     run, final = tmp_path / "run", tmp_path / "run/_qkguard/final"
     peft = peft_merge(base, run / "checkpoint-3", tmp_path / "peft")
     wanted = expected_merge(name, base, peft)
@@ -72,6 +73,12 @@ def test_a_run_writes_adapters_and_merges_that_stock_peft_loads(tmp_path, kind):
     assert not torch.allclose(merged, whole, atol=1e-4), (
         "queries and keys made no difference: the check could not fail"
     )
+    live, swap = guard.session.probed_model, guard.session.restored_weights()
+    raw_logits = logits(live)
+    with swap():
+        assert torch.allclose(logits(live), merged, atol=2e-5), "what probes call restored is what was written"
+    assert torch.equal(logits(live), raw_logits) and torch.allclose(raw_logits, whole, atol=2e-5)
+    assert torch.equal(raw_logits, logits(trainer.model)), "PEFT's own forward adds nothing"
     for adapter in (run / "checkpoint-3/qk_restored/default", final / "qk_restored/default"):
         for i, got in enumerate(stock_loads(base, adapter, tmp_path / f"again-{adapter.parent.parent.name}")):
             assert torch.allclose(got, merged, atol=2e-5), i
@@ -97,16 +104,29 @@ def test_a_run_writes_adapters_and_merges_that_stock_peft_loads(tmp_path, kind):
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_bit_identical_with_and_without_the_guard(tmp_path, dora):
-    base = save_base(tmp_path / "base", "qwen3_next")
+    base = save_base(tmp_path / "base", "qwen3_next", vocab_size=1024, max_position_embeddings=256)
+    probes = {"probe_steps": 1, "probe_lengths": [192], "probe_depths": 2, "probe_samples": 1, "probe_tasks": ["s1"]}
     outcomes = []
-    for guard in (None, QKGuardCallback(routing_drift_steps=1, strict=True, merge_at_end=True)):
+    for guard in (
+        None,
+        QKGuardCallback(routing_drift_steps=1, strict=True, merge_at_end=True, probe_budget=1e9, **probes),
+    ):
         folder = tmp_path / str(bool(guard))
         settings = lora(target_modules=LINEAR, use_dora=dora, lora_dropout=0.2)
-        trainer = train(base, arguments(folder), guard, peft_config=settings)
+        model = AutoModelForCausalLM.from_pretrained(base)
+        options = {"model": model, "processing_class": bpe_tokenizer(), "peft_config": settings}
+        trainer = train(base, arguments(folder), guard, **options)
         tensors = load_file(folder / "run/checkpoint-3/adapter_model.safetensors")
         bits = {n: t.contiguous().view(torch.uint8).numpy().tobytes() for n, t in tensors.items()}
         outcomes.append((trainer.recorder.rows, bits, torch.get_rng_state().tolist()))
     assert len(outcomes[0][0]) == 3 and outcomes[0] == outcomes[1]
+    rows = judge.metrics_rows(folder / "run")
+    assert [r["step"] for r in rows if "qkguard/niah/recall" in r] == [0, 1, 2, 3]
+    assert [r["step"] for r in rows if "qkguard/niah_restored/recall" in r] == [3]
+    # DoRA on gated queries has no restored adapter, the merge says the same
+    written = "run/_qkguard/final/merged_qk_restored" if dora else "run/checkpoint-3/qk_restored/default"
+    manifest = json.loads((folder / written / "qkguard.json").read_text())
+    assert manifest["probe"]["raw"]["answer_logprob"] != manifest["probe"]["restored"]["answer_logprob"]
 
 
 def test_adapters_on_fused_experts_are_restored_but_not_merged(tmp_path):

@@ -276,7 +276,7 @@ def test_a_fall_of_recall_warns_once_and_acts(base, tmp_path, monkeypatch, caplo
     assert (tmp_path / "run/checkpoint-1").exists() == (on_alert == "save")
 
 
-@pytest.mark.parametrize("case", ["no tokenizer", "no length", "sequence parallel", "context parallel", "adapters"])
+@pytest.mark.parametrize("case", ["no tokenizer", "no length", "sequence parallel", "context parallel"])
 def test_probes_are_off_with_one_line(case, base):
     model: Any = tiny_model("llama")
     args: Any = type("Args", (), {"parallelism_config": None, "hf_deepspeed_config": None})()
@@ -286,8 +286,6 @@ def test_probes_are_off_with_one_line(case, base):
         tokenizer = None
     elif case == "no length":
         lengths = []
-    elif case == "adapters":
-        model.peft_config = {}
     else:
         sizes = {"cp_size": 1, "sp_size": 1} | {f"{case[0]}p_size": 2}
         args.parallelism_config = type("Parallel", (), sizes)()
