@@ -248,7 +248,7 @@ def test_on_accelerators(recipe: Path, tmp_path: Path, run: Run, accelerate: str
     """All local accelerators, in bfloat16, with probes; needs two of them for anything but `single`."""
     name, _, adapter = accelerate.partition(",")
     arguments = ["--max_steps", "2", "--bf16", "true", "--qkguard.strict", "--qkguard.probe_steps", "1"]
-    arguments += ["--dtype", "bfloat16"] if name == "zero3" or adapter else []
+    arguments += ["--dtype", "bfloat16"] if name in ("zero3", "fsdp2") or adapter else []
     if adapter:
         arguments += ["--use_peft", "--lora_target_modules", "q_proj", "v_proj", "--lora_dropout", "0"]
     command = [sys.executable, "-m", "qkguard", "sft", "--config", str(recipe), "--accelerate", name, *arguments]
