@@ -100,8 +100,10 @@ class _Catcher(AttentionRecorder):
     def _call(
         self, inner: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **kw: Any
     ) -> Any:
-        if self.inside and "q" not in (seen := self.seen.setdefault(self.inside[-1], {})):
-            seen |= {"q": query, "k": key, "v": value}
+        if self.inside:
+            seen = self.seen.setdefault(self.inside[-1], {})
+            if not ("q" in seen and seen["q"].requires_grad):  # models that iterate run the first passes without
+                seen |= {"q": query, "k": key, "v": value}
         return super()._call(inner, module, query, key, value, *rest, **kw)
 
 

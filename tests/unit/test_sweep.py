@@ -34,6 +34,7 @@ from qkguard.sweeping.task import TaskResult, encode_rows, read_rows, score_rows
 from qkguard.sweeping.verdict import Interval, Measured, compare, rank_layers, recommend, words
 from tests.models import save_pair, tiny_model
 from tests.oracle import load_folder
+from tests.unit import zoo
 
 SMALL: dict[str, Any] = {"lengths": (256,), "tasks": ("single_2",), "depths": 5, "samples": 2, "device": "cpu"}
 
@@ -196,6 +197,14 @@ def test_values_and_outputs_are_found_by_what_they_do(name: str) -> None:
     assert {p.name.removeprefix(f"{spec.module}.") for p in outputs} == names
     assert same(bits(model), before) and wanted == [p.requires_grad for p in model.parameters()]
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_values_that_cannot_be_told_are_refused() -> None:
+    for name, message in (("bloom", "AttentionInterface"), ("deepseek_v4", "no parameter of its own for V")):
+        model = zoo.tiny_model(name)
+        with pytest.raises(QKGuardError, match=message):
+            find_carried(model, find_attention(model), "v")
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 # -- task quality -------------------------------------------------------------------------------------------------
