@@ -334,7 +334,14 @@ def _form_name(row: dict[str, Any]) -> str:
 
 def token_lengths(rows: Sequence[dict[str, Any]], tokenizer: Any) -> list[int]:
     """Tokens of every row as TRL will have them, the chat template applied."""
-    return [len(_ids(row, tokenizer)) for row in rows]
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # it remarks on rows longer than the model's positions; max_length is what counts
+    try:
+        return [len(_ids(row, tokenizer)) for row in rows]
+    finally:
+        logging.set_verbosity(level)
 
 
 def _ids(row: dict[str, Any], tokenizer: Any) -> Sequence[int]:
