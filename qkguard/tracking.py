@@ -66,8 +66,8 @@ class Tracking:
             self._show(step)
 
     def _show(self, step: int) -> None:
+        from qkguard.page import themed_png
         from qkguard.report.figures import figures
-        from qkguard.report.page import themed_png
         from qkguard.report.run import load_run
 
         run = load_run(self.folder)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import html
-from base64 import b64encode
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -14,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qkguard import page
 from qkguard.checkpoint.weights import resolve_folder
 from qkguard.errors import QKGuardError
 from qkguard.probe.forward import check_chunks, input_device
@@ -220,32 +219,27 @@ def heatmap_png(reports: Sequence[ModelReport]) -> bytes:
 
 
 def html_page(reports: Sequence[ModelReport]) -> str:
-    """A page that needs nothing else: heatmaps, the table by task and length, attention, settings."""
+    """A page that needs nothing else: the table by task and length, heatmaps, attention, settings."""
     first = reports[0].result
     keys = sorted({key for r in reports for key in r.result.by("task", "length")})
-    head = "".join(f"<th>{html.escape(r.name)}</th>" for r in reports)
-    rows = ""
+    rows = []
     for task, length in keys:
         groups = [r.result.by("task", "length").get((task, length)) for r in reports]
-        cells = "".join("<td></td>" if g is None else f"<td>{_percent(g.recall, g.interval)}</td>" for g in groups)
-        rows += f"<tr><td>{task}</td><td>{short_length(length)}</td>{cells}</tr>"
-    total = "".join(f"<td><b>{_percent(r.result.recall, r.result.total.interval)}</b></td>" for r in reports)
-    pictures = f"<h2>Recall by length and depth</h2>{_image(heatmap_png(reports))}"
+        cells = ["" if g is None else _percent(g.recall, g.interval) for g in groups]
+        rows.append([task, short_length(length), *cells])
+    rows.append(["all", "", *(_percent(r.result.recall, r.result.total.interval) for r in reports)])
+    pictures = [page.picture(recall_heatmap({r.name: r.result for r in reports}), "Recall by length and depth.")]
     for report in reports:
         if report.result.attention is not None:
-            heads = _image(png(attention_heatmap(report.result.attention)))
-            pictures += f"<h2>Attention: {html.escape(report.name)}</h2>{heads}"
-    notes = "".join(f"<li>{html.escape(w)}</li>" for r in reports for w in r.warnings)
-    facts = "".join(
-        f"<li>{html.escape(str(k))}: {html.escape(str(v))}</li>" for k, v in first.settings.items() if k != "model"
-    )
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Needle recall</title><style>'
-        "body{font:15px system-ui,sans-serif;margin:2em auto;max-width:60em;padding:0 1em}"
-        "table{border-collapse:collapse}td,th{padding:.2em .8em;text-align:right;border-bottom:1px solid #ccc}"
-        "td:first-child,th:first-child{text-align:left}img{max-width:100%}</style>"
-        f"<h1>Needle-in-a-haystack recall</h1><table><tr><th>task</th><th>length</th>{head}</tr>{rows}"
-        f"<tr><td><b>all</b></td><td></td>{total}</tr></table><ul>{notes}</ul>{pictures}<h2>Settings</h2><ul>{facts}</ul></html>\n"
+            pictures.append(page.picture(attention_heatmap(report.result.attention), f"Attention: {report.name}."))
+    settings = (f"{key}: {value}" for key, value in first.settings.items() if key != "model")
+    return page.page(
+        "Needle-in-a-haystack recall",
+        page.table(["task", "length", *(r.name for r in reports)], rows, marked=[len(rows) - 1]),
+        page.bullets(w for r in reports for w in r.warnings),
+        *pictures,
+        page.heading("Settings"),
+        page.bullets(settings),
     )
 
 
@@ -282,10 +276,6 @@ def _name(path: str, taken: Sequence[str]) -> str:
 
 def _percent(recall: float, interval: tuple[float, float]) -> str:
     return f"{recall:.1%} <small>({interval[0]:.0%} to {interval[1]:.0%})</small>"
-
-
-def _image(data: bytes) -> str:
-    return f'<img alt="heatmap" src="data:image/png;base64,{b64encode(data).decode()}">'
 
 
 def _line(error: Exception) -> str:

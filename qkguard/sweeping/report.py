@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import html
-from base64 import b64encode
 from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from qkguard.probe.pictures import png, short_length
+from qkguard import page
+from qkguard.probe.pictures import short_length
 from qkguard.sweeping.run import SweepReport
 from qkguard.sweeping.verdict import Measured, quality_of, rank_layers
 
@@ -153,28 +152,17 @@ def _layers(axis: Any, layers: Sequence[dict[str, Any]], metric: str | None) -> 
 def html_page(report: SweepReport) -> str:
     """A page that needs nothing else: what was found, the picture, the table, the layers, the settings."""
     head, rows = columns(report)
-    title = "".join(f"<th>{html.escape(name)}</th>" for name in head)
-    body = "".join(
-        f"<tr{_highlight(point, report)}>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>"
-        for point, row in zip(report.points, rows, strict=True)
-    )
-    said = "".join(f"<li>{html.escape(text)}</li>" for text in report.words)
-    notes = "".join(f"<li>{html.escape(text)}</li>" for text in report.warnings)
-    facts = "".join(
-        f"<li>{html.escape(str(key))}: {html.escape(str(value))}</li>"
-        for key, value in ({"base": report.base, "tuned": report.tuned} | report.settings).items()
-    )
-    image = b64encode(png(picture(report))).decode()
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Restore sweep</title><style>'
-        "body{font:15px system-ui,sans-serif;margin:2em auto;max-width:72em;padding:0 1em}"
-        "table{border-collapse:collapse}td,th{padding:.2em .7em;text-align:right;border-bottom:1px solid #ccc}"
-        "td:first-child,th:first-child,td:last-child{text-align:left}img{max-width:100%}"
-        ".chosen{background:#e8f6ec}</style>"
-        f'<h1>Recall against task quality</h1><ul>{said}</ul><img alt="trade-off" src="data:image/png;base64,{image}">'
-        f"<table><tr>{title}</tr>{body}</table><p>Rule: {html.escape(report.rule)}.</p>{_layer_table(report)}"
-        f"<ul>{notes}</ul>"
-        f"<h2>Settings</h2><ul>{facts}</ul></html>\n"
+    chosen = [i for i, point in enumerate(report.points) if point is report.recommended]
+    settings = {"base": report.base, "tuned": report.tuned} | report.settings
+    return page.page(
+        "Recall against task quality",
+        page.bullets(report.words),
+        page.picture(picture(report), "Recall against task quality; the star marks the recommended point."),
+        page.table(head, rows, marked=chosen),
+        page.bullets([f"Rule: {report.rule}.", *report.warnings]),
+        _layer_table(report),
+        page.heading("Settings"),
+        page.bullets(f"{key}: {value}" for key, value in settings.items()),
     )
 
 
@@ -183,23 +171,15 @@ def _layer_table(report: SweepReport) -> str:
     ranked = rank_layers(report.points)
     if not ranked:
         return ""
-    head = ("", "recall gained", "95%", f"{report.metric or 'task'} lost", "ratio")
+    head = ["", "recall gained", "95%", f"{report.metric or 'task'} lost", "ratio"]
     rows = [
-        (
+        [
             *(f"layer {r['layer']}", f"{r['gain']:+.3f}", f"{r['gain_low']:+.2f} to {r['gain_high']:+.2f}"),
             *(_cell(r["lost"]), _cell(r["ratio"])),
-        )
+        ]
         for r in ranked
     ]
-    lines = [*("".join(f"<td>{cell}</td>" for cell in row) for row in rows)]
-    return (
-        f"<h2>Layers restored alone, by recall gained per task point lost</h2><table><tr>"
-        f"{''.join(f'<th>{name}</th>' for name in head)}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
-    )
-
-
-def _highlight(point: Measured, report: SweepReport) -> str:
-    return ' class="chosen"' if point is report.recommended else ""
+    return page.heading("Layers restored alone, by recall gained per task point lost") + page.table(head, rows)
 
 
 def _cell(value: float | None) -> str:

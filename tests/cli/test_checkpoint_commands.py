@@ -15,27 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qkguard import cli
 from qkguard.checkpoint import offline
+from tests.cli.conftest import Run
 from tests.models import noised, save_pair, tiny_model
 from tests.oracle import differences, expected, load_folder
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command line in this process: (exit code, stdout, stderr)."""
-
-    def call(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["qkguard", *map(str, args)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(stopped.value.code or 0), out, err
-
-    return call
 
 
 @pytest.fixture

@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-from qkguard import cli, verify
+from qkguard import verify
 from tests import oracle
 from tests.lora import LINEAR, expected_merge, peft_merge, save_adapter
 from tests.models import tiny_model
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def call(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["qkguard", *map(str, args)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(stopped.value.code or 0), out, err
-
-    return call
 
 
 @pytest.fixture

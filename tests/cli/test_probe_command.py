@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,33 +12,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import qkguard.demo
-from qkguard import cli
 from qkguard.cli.probe import parse_depths, parse_lengths
 from qkguard.errors import QKGuardError
 from qkguard.probe import ProbeResult, command
 from qkguard.probe.command import ProbeSettings, probe_models, run_within_memory
 from qkguard.probe.prober import Prober
+from tests.cli.conftest import Run
 from tests.models import tiny_model
 from tests.probing import bpe_tokenizer
 
 DEMO = Path(qkguard.demo.__file__).parent / "model"
-Run = Callable[..., tuple[int, str, str]]
 SMALL = ("--lengths", "256,300", "--depths", "2", "--samples", "2", "--tasks", "S1,mk2")
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command line in this process: (exit code, stdout, stderr)."""
-
-    def call(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["qkguard", *map(str, args)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(stopped.value.code or 0), out, err
-
-    return call
 
 
 @pytest.fixture
@@ -65,7 +47,9 @@ def test_models_side_by_side(run: Run, broken: Path, tmp_path: Path) -> None:
     assert "run/model" in out and "against model (95%:" in out
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "a.html").read_text()
-    assert page.count("data:image/png;base64,") == 3 and "run/model" in page and "multikey_2" in page
+    assert page.count("data:image/png;base64,") == 2 * 3, (
+        "light and dark" and "run/model" in page and "multikey_2" in page
+    )
     assert "http" not in page  # nothing is loaded from elsewhere
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
@@ -14,30 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qkguard import cli
 from qkguard.checkpoint.offline import restore_checkpoint
 from qkguard.demo import MODEL
 from qkguard.demo.arithmetic import problems
+from tests.cli.conftest import Run
 from tests.models import save_pair
 from tests.oracle import differences, load_folder
 
-Run = Callable[..., tuple[int, str, str]]
 SMALL = ("--lengths", "256", "--depths", "5", "--samples", "2", "--tasks", "S2", "--device", "cpu")
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command line in this process: (exit code, stdout, stderr)."""
-
-    def call(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["qkguard", *map(str, args)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(stopped.value.code or 0), out, err
-
-    return call
 
 
 @pytest.fixture
@@ -127,9 +109,7 @@ def test_sweep_recommends_and_writes(tuned: Path, tmp_path: Path, run: Run) -> N
     assert (tmp_path / "sweep/sweep.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "sweep/sweep.html").read_text()
     assert (
-        "Recommended: restore." in page
-        and "data:image/png;base64" in page
-        and '<tr class="chosen"><td>restore' in page
+        "Recommended: restore." in page and "data:image/png;base64" in page and "<tr class=marked><td>restore" in page
     )
     assert differences(load_folder(tmp_path / "out"), load_folder(MODEL)) == [], "only Q and K had been changed"
     assert run("verify", tmp_path / "out")[0] == 0
