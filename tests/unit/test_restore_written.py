@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -14,8 +15,12 @@ from torch import Tensor
 
 import qkguard
 from qkguard import QKGuardCallback, QKGuardConfig, QKGuardError
-from qkguard.checkpoint.offline import restore_checkpoint
+from qkguard.checkpoint.offline import find_pair, open_folders, restore_checkpoint
+from qkguard.checkpoint.restored import write_restored
+from qkguard.checkpoint.sources import FolderSource
 from qkguard.checkpoint.verification import verify
+from qkguard.checkpoint.weights import open_weights
+from qkguard.layout import ParamMap
 from tests import oracle
 from tests.models import noised, save_pair
 from tests.training import arguments, save_base, train
@@ -223,3 +228,24 @@ def test_adapters_refuse_what_needs_full_weights(options: dict[str, Any], messag
     lora = LoraConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj"], task_type="CAUSAL_LM")
     with pytest.raises(QKGuardError, match=message):
         train(base, arguments(tmp_path), guard, peft_config=lora)
+
+
+@pytest.mark.parametrize("method", ["restore", "qk-pro", "procrustes", "interpolate"])
+def test_one_layer_is_in_memory_at_a_time(method: str, tmp_path: Path) -> None:
+    class Watched(FolderSource):
+        """Counts how many of the rows that it has handed out are still held by somebody."""
+
+        alive: ClassVar[list[Any]] = []
+        most = given = 0
+
+        def get(self, param: ParamMap, /) -> Tensor:
+            rows = super().get(param)
+            self.alive[:] = [*(ref for ref in self.alive if ref() is not None), weakref.ref(rows)]
+            self.given, self.most = self.given + 1, max(self.most, len(self.alive))
+            return rows
+
+    base, tuned = save_pair(tmp_path, "llama", num_hidden_layers=8)
+    pair = find_pair(open_folders(base, tuned))
+    source = Watched(open_weights(base), pair.names)
+    write_restored(tuned, tmp_path / "out", pair.selection, pair.names, source, method=method)
+    assert source.given == 16 and source.most <= 4, "queries and keys of a layer, and of the one before at most"
