@@ -54,15 +54,18 @@ def train(settings: Settings) -> Path | None:
         "trust_remote_code": settings.trusts_remote_code,
         **given,
     }
-    trainer = SFTTrainer(
-        model=settings.model_name,
-        args=training,
-        train_dataset=rows,
-        eval_dataset=held_out if training.eval_strategy != "no" else None,
-        quantization_config=get_quantization_config(settings.model),
-        peft_config=get_peft_config(settings.model),
-        callbacks=[guard],
-    )
+    try:
+        trainer = SFTTrainer(
+            model=settings.model_name,
+            args=training,
+            train_dataset=rows,
+            eval_dataset=held_out if training.eval_strategy != "no" else None,
+            quantization_config=get_quantization_config(settings.model),
+            peft_config=get_peft_config(settings.model),
+            callbacks=[guard],
+        )
+    except (ValueError, ImportError) as error:  # a setting that TRL refuses, a package that one needs
+        raise QKGuardError(f"TRL's SFTTrainer refuses these settings: {error}") from error
     keep_names_on_save(trainer.model)
     resume = training.resume_from_checkpoint
     trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(resume).lower(), resume))

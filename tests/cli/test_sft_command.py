@@ -174,6 +174,8 @@ def test_mistakes_are_one_line(run: Run, recipe: Path, tmp_path: Path) -> None:
     for arguments, said in mistakes:
         code, _, err = run("sft", "--config", recipe, "--dry-run", *arguments)
         assert code == 2 and said in err and err.startswith("error: ") and err.count("\n") == 1, (arguments, err)
+    code, _, err = run("sft", "--config", recipe, "--eos_token", "<nix>", "--qkguard.probe_steps", 0)
+    assert code == 2 and "refuses these settings: The specified `eos_token`" in err
     code, _, err = run("sft", "--config", recipe, "--accelerate", "ddp", "--nodes", 2, "--num-processes", 1)
     assert code == 2 and "--nodes 2 needs --main-process-ip" in err
     assert not (tmp_path / "run").exists()

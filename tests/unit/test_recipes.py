@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import qkguard.demo
 from qkguard import cli
+from qkguard.sft.arguments import parse
 from qkguard.sft.recipes import find_recipe, recipe_names, recipes_folder
 from tests.unit.test_layout import HYPENET, JET_NEMOTRON
 from tests.unit.zoo import tiny_config
@@ -244,3 +246,33 @@ def test_the_walk_through_of_the_papers_models(config: dict[str, Any], tmp_path:
     assert changed == {n for n in wanted if n.split(".")[2] in ("1", "3") and n.endswith(parts)}
     assert all(torch.equal(got[name], before[name]) for name in changed)
     assert (places["RESTORED"] / "modeling_own.py").is_file()
+
+
+def test_the_pages_commands(
+    run: Run, tmp_path: Path, stand_ins: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    started: list[list[str]] = []
+    monkeypatch.setattr(os, "execvpe", lambda file, command, environment: started.append(command))
+    monkeypatch.setattr("qkguard.sft.train.train", lambda settings: None)
+    page = (recipes_folder() / "README.md").read_text()
+    commands = [shlex.split(line, comments=True) for line in page.split("```bash\n")[1].split("```")[0].splitlines()]
+    assert len(commands) == 4
+    for words in commands:
+        if words[1] == "sft":
+            words += replaced(find_recipe("qwen3/cot-sft/full"), stand_ins)
+            words += ["--num-processes", "2"] if "--accelerate" in words else []
+        code, _, err = run(*words[1:])
+        assert code == 0, (words, err)
+    assert (tmp_path / "mine.yaml").is_file() and "mine.yaml" in started[0]
+
+    mixture = page.split("```yaml\n")[1].split("```")[0]
+    (tmp_path / "mixed.yaml").write_text(textwrap.dedent(mixture) + "model_name_or_path: m\noutput_dir: o\n")
+    sources = parse([], tmp_path / "mixed.yaml").data.sources()
+    assert [(s.path, s.config, s.weight, s.problem_column) for s in sources] == [
+        ("open-r1/Mixture-of-Thoughts", "all", 3, "problem"),
+        ("my/problems.jsonl", None, 1, "question"),
+    ]
+    by_hand = next(line for line in page.splitlines() if "`accelerate launch --config_file" in line)
+    file = re.search(r"--config_file recipes/(\S+)", by_hand)
+    assert file and (recipes_folder() / file[1]).is_file() and "-m qkguard.sft --config mine.yaml" in by_hand

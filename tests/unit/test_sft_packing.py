@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 import torch
 
 from qkguard.errors import QKGuardError
-from qkguard.sft.packing import IGNORES, KEEPS_APART, check_packing
+from qkguard.sft.packing import IGNORES, KEEPS_APART, PIP_NAMES, check_packing
+from qkguard.sft.recipes import recipes_folder
 from tests.unit.zoo import tiny_config
 
 # functions of a modelling module that mix tokens, and the argument of their kernels that says where sequences begin
@@ -97,3 +99,13 @@ def test_kernels_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(packing.importlib.metadata, "version", lambda name: "5.22" if name == "transformers" else "9")
     with pytest.raises(QKGuardError, match=r"transformers 5\.23 or later.*found 5\.22"):
         check_packing(config, training())
+
+
+def test_the_page_lists_the_table() -> None:
+    page = (recipes_folder() / "README.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    listed = {kind: line for line in rows for kind in re.findall(r"`(\w+)`", line)}
+    assert set(listed) == KEEPS_APART.keys() | IGNORES.keys()
+    for kind, line in listed.items():
+        assert ("| yes |" in line) == (kind in KEEPS_APART)
+        assert all(PIP_NAMES[name] in line for name in KEEPS_APART.get(kind, ()))
