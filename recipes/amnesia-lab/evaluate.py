@@ -1,8 +1,9 @@
 """Stage 3, measuring: recall by length and depth, skill, attention and drift, before SFT, after it and restored.
 
-    python recipes/amnesia-lab/evaluate.py --base runs/base-0 --run runs/full-0 --points all --out results/full-0.json
+    python recipes/amnesia-lab/evaluate.py --base runs/one-0 --runs runs/full-one-0:all --out results/one-0
 
-Every restore and control is one of `qkguard sweep`'s points, swapped into the one loaded model.
+writes results/one-0-full.json. Every restore and control is one of `qkguard sweep`'s points, swapped into the one
+loaded model. With --wait it may be started beside the other stages: the samples are made while they train.
 """
 
 from __future__ import annotations
@@ -10,13 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from itertools import islice
+from contextlib import nullcontext
+from itertools import groupby, islice
 from pathlib import Path
 
 import lab
 import torch
-from fast import autocast
-from torch import Tensor
 
 from qkguard.checkpoint.offline import open_folders
 from qkguard.demo.arithmetic import problems
@@ -28,11 +28,13 @@ from qkguard.sweeping.points import Point, control_points, layer_points, method_
 from qkguard.sweeping.swapping import Swapper
 
 GRID = (
-    "qk-pro:gram=head/input:ridge=0.1/1/10",
-    "procrustes",
-    "interpolate:alpha=0.25/0.5/0.75",
+    "qk-pro:gram=head/input:ridge=1/10",
+    "interpolate:alpha=0.5/0.25/0.75",
     "interpolate:alpha=0.5:align",
+    "procrustes",
 )
+LONGEST_WORK = 112  # tokens of a chain of thought
+POINTS = ("raw", "pair", "short", "all")
 
 
 def points(which: str, layers: list[int]) -> list[Point]:
@@ -41,10 +43,9 @@ def points(which: str, layers: list[int]) -> list[Point]:
     if which in ("raw", "pair"):
         return [raw, *restored] if which == "pair" else [raw]
     everything = Point("Q+K+V+O only", "control", ("q", "k", "v", "o"))
-    controls = [*control_points("all"), everything]
-    chosen = [raw, *restored, *controls]
+    chosen = [raw, *restored, *control_points("q k v o")]
     if which == "all":
-        chosen += [*method_points(GRID), *(layer_points(layers) if len(layers) > 1 else ())]
+        chosen += [*method_points(GRID), *(layer_points(layers) if len(layers) > 1 else ()), everything]
     return chosen
 
 
@@ -63,15 +64,18 @@ class Measure:
         # Other problems than those of the training text, which has seeds of its own
         self.chains = list(islice(problems(args.probe_seed, (4, 7)), args.problems))
 
+    def prepare(self) -> None:
+        for prober in self.probers:
+            prober.prepare()
+
     def find_forms(self, model) -> None:
         for prober in self.probers:
             prober.find_forms(model)
 
     def __call__(self, model) -> dict:
         began = time.perf_counter()
-        with autocast(next(model.parameters()).device):
-            probes = [prober.run(model) for prober in self.probers]
-            skill = self.skill(model)
+        probes = [prober.run(model) for prober in self.probers]
+        skill = self.skill(model)
         return {
             "recall": [row for probe in probes for row in recall_rows(probe)],
             "attention": [row for probe in probes for row in attention_rows(probe)],
@@ -80,34 +84,20 @@ class Measure:
             "seconds": round(time.perf_counter() - began, 1),
         }
 
-    @torch.no_grad()
     def skill(self, model) -> float:
-        """Share of problems whose greedily written chain of thought ends in the right answer."""
-        prompts = [self.tokenizer(chain.prompt).input_ids for chain in self.chains]
-        longest = max(map(len, prompts))
-        place = next(model.parameters()).device
-        ids = torch.full((len(prompts), longest + 112), self.tokenizer.pad_token_id, device=place)
-        for row, prompt in zip(ids, prompts, strict=True):
-            row[: len(prompt)] = torch.tensor(prompt, device=place)
-        ends = torch.tensor([len(p) for p in prompts], device=place)
-        written = write_on(model, ids, ends, self.tokenizer.eos_token_id)
-        said = [answer_of(self.tokenizer.decode(row, skip_special_tokens=True)) for row in written]
-        return sum(a == chain.values[-1] for a, chain in zip(said, self.chains, strict=True)) / len(said)
+        """Share of problems whose greedily written chain of thought, of any style, ends in the right answer."""
+        right = 0
+        for _, same in groupby(sorted(self.chains, key=size), key=size):  # prompts of one length: no padding
+            chains = list(same)
+            prompts = self.tokenizer([chain.prompt for chain in chains], return_tensors="pt").to(model.device)
+            said = model.generate(**prompts, max_new_tokens=LONGEST_WORK, do_sample=False)
+            for chain, ids in zip(chains, said[:, prompts.input_ids.shape[1] :], strict=True):
+                right += answer_of(self.tokenizer.decode(ids, skip_special_tokens=True)) == chain.values[-1]
+        return right / len(self.chains)
 
 
-def write_on(model, ids: Tensor, ends: Tensor, stop: int) -> Tensor:
-    """Greedy continuation in place of rows (rows, room) that end at `ends`: whole passes, as nothing looks ahead."""
-    rows = torch.arange(len(ids), device=ids.device)
-    done = torch.zeros_like(rows, dtype=torch.bool)
-    while not done.all():
-        width = min(ids.shape[1], -(-int(ends.max()) // 16) * 16)
-        hidden = model.model(input_ids=ids[:, :width], use_cache=False).last_hidden_state
-        following = model.lm_head(hidden[rows, ends - 1]).argmax(-1)
-        ids[rows, ends] = torch.where(done, ids[rows, ends], following)
-        done |= following == stop
-        ends = torch.where(done, ends, ends + 1)
-        done |= ends == ids.shape[1] - 1
-    return ids
+def size(chain) -> int:
+    return len(chain.names)
 
 
 def recall_rows(probe: ProbeResult) -> list[list]:
@@ -152,51 +142,81 @@ def final(run: Path) -> Path:
 def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, required=True)
-    parser.add_argument("--run", type=Path, required=True, help="folder of sft.py")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file")
-    parser.add_argument("--points", choices=("raw", "pair", "short", "all"), default="all")
-    parser.add_argument("--before", action="store_true", help="also measure the model before SFT")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096, 16384])
-    parser.add_argument("--far", type=int, nargs="*", default=[65536], help="lengths with half of the samples")
-    parser.add_argument("--tasks", nargs="+", default=["single_2", "multikey_1"])
+    parser.add_argument("--runs", nargs="+", required=True, help=f"FOLDER-of-sft.py:POINTS, of {', '.join(POINTS)}")
+    parser.add_argument("--out", type=Path, required=True, help="JSON files are named <out>-<way or name>.json")
+    parser.add_argument(
+        "--wait", type=float, default=0, help="seconds to wait for models that are still in the making"
+    )
+    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096])
+    parser.add_argument("--far", type=int, nargs="*", default=[16384], help="lengths with half of the samples")
+    parser.add_argument("--tasks", nargs="+", default=["single_2"])
     parser.add_argument("--depths", type=int, default=5)
     parser.add_argument("--samples", type=int, default=4, help="per task, length and depth")
     parser.add_argument("--problems", type=int, default=128)
     parser.add_argument("--probe-seed", type=int, default=0)
-    parser.add_argument("--batch-tokens", type=int, default=1 << 16)
+    parser.add_argument("--batch-tokens", type=int, default=1 << 14)
     return parser
+
+
+class Evaluation:
+    """One base and what was made of it."""
+
+    def __init__(self, args) -> None:
+        self.args, self.began = args, time.time()
+        self.there(args.base / "settings.json")
+        self.measure = Measure(lab.load_tokenizer(args.base), args)
+        self.measure.prepare()
+        self.pretrained = json.loads(self.there(args.base / "pretrain.json").read_text())
+        base = lab.load(args.base).to(lab.device())
+        self.measure.find_forms(base)
+        self.before = self.measure(base)
+        self.say("before SFT", self.before)
+
+    def there(self, path: Path) -> Path:
+        """The file, once it is written."""
+        while not path.exists():
+            if time.time() - self.began > self.args.wait:
+                raise FileNotFoundError(f"{path} is not there; run the stage that writes it, or give --wait")
+            time.sleep(0.2)
+        return path
+
+    def say(self, name: str, result: dict) -> None:
+        took = time.time() - self.began
+        print(f"{took:6.1f}s  {name:28s} skill {result['skill']:.2f}  {summary(result)}", flush=True)
+
+    def run(self, folder: Path, which: str) -> None:
+        """All points of one SFT run, into one file that grows with them."""
+        sft = json.loads(self.there(folder / "sft.json").read_text())
+        base, tuned = lab.load(self.args.base), lab.load(final(folder))
+        probe = {k: v for k, v in vars(self.args).items() if k not in ("base", "runs", "out", "wait")}
+        found = {"base": self.pretrained, "sft": sft, "probe": probe, "drift": drift(base, tuned), "points": {}}
+        if which != "raw":
+            found["points"]["pre"] = self.before
+        swapper = Swapper(tuned, open_folders(self.args.base, final(folder)))
+        wanted = points(which, swapper.layers)
+        with torch.enable_grad():
+            changes = {point.name: swapper.change(point) for point in wanted if point.tensors}
+        tuned.to(lab.device())
+        out = self.args.out.with_name(f"{self.args.out.name}-{folder.name.split('-')[0]}.json")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.exists() and (earlier := json.loads(out.read_text()))["probe"] == found["probe"]:
+            found["points"] |= earlier["points"]  # measured already
+        for point in wanted:
+            if point.name in found["points"]:
+                continue
+            with swapper.swapped(changes[point.name]) if point.name in changes else nullcontext():
+                found["points"][point.name] = self.measure(tuned)
+            out.write_text(as_text(found))
+            self.say(f"{folder.name} {point.name}", found["points"][point.name])
 
 
 @torch.no_grad()
 def main() -> None:
     args = options().parse_args()
-    began = time.time()
-    tokenizer, base, tuned = lab.load_tokenizer(args.base), lab.load(args.base), lab.load(final(args.run))
-    found = {"base": json.loads((args.base / "pretrain.json").read_text()), "drift": drift(base, tuned)}
-    found |= {"sft": json.loads((args.run / "sft.json").read_text()), "points": {}}
-    swapper = Swapper(tuned, open_folders(args.base, final(args.run)))
-    wanted = points(args.points, swapper.layers)
-    with torch.enable_grad():
-        changes = {point.name: swapper.change(point) for point in wanted if point.tensors}
-    measure = Measure(tokenizer, args)
-
-    def note(name: str, result: dict) -> None:
-        found["points"][name] = result
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(as_text(found | {"seconds": round(time.time() - began, 1)}))
-        print(f"{time.time() - began:6.1f}s  {name:28s} skill {result['skill']:.2f}  {summary(result)}", flush=True)
-
-    measure.find_forms(base.to(lab.device()))
-    if args.before:
-        note("pre", measure(base))
-    del base
-    tuned.to(lab.device())
-    for point in wanted:
-        if point.name in changes:
-            with swapper.swapped(changes[point.name]):
-                note(point.name, measure(tuned))
-        else:
-            note(point.name, measure(tuned))
+    evaluation = Evaluation(args)
+    for run in args.runs:
+        folder, _, which = run.rpartition(":")
+        evaluation.run(Path(folder), which)
 
 
 def summary(result: dict) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -17,6 +18,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 HERE = Path(__file__).parent
 LAYERS = "LLLALL"  # L lightning, A softmax: one layer carries all exact retrieval
 POSITIONS = 131072  # nothing depends on it (no position encoding); it bounds what a prober accepts
+
+
+def write_json(path: Path, data) -> None:
+    """All of it or nothing: other stages may be waiting for the file."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(data, indent=1) + "\n")
+    part.rename(path)
 
 
 def device() -> str:

@@ -9,7 +9,6 @@ skill SFT is to sharpen exists before it.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from itertools import islice
 from pathlib import Path
@@ -78,6 +77,9 @@ def main() -> None:
     began = time.time()
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer(corpus(), lab.POSITIONS)
+    tokenizer.save_pretrained(args.out)
+    record = {k: v for k, v in vars(args).items() if k not in ("out", "log")}
+    lab.write_json(args.out / "settings.json", record)  # evaluate.py may be waiting for the tokenizer
     batches = Batches(tokenizer, lab.device(), args.seed, args.size)
     exam_pool(batches, args)
     config = build_config(tokenizer, layers=args.layers, positions=lab.POSITIONS)
@@ -86,11 +88,9 @@ def main() -> None:
     model = speed_up(build_model(config)).to(lab.device())
     train(model, batches, args)
     save_half(model, config, args.out)
-    tokenizer.save_pretrained(args.out)
-    record = {k: v for k, v in vars(args).items() if k not in ("out", "log")}
     record |= {"parameters": sum(p.numel() for p in model.parameters()), "seconds": round(time.time() - began, 1)}
     record["device"] = torch.cuda.get_device_name() if lab.device() == "cuda" else "CPU"
-    (args.out / "pretrain.json").write_text(json.dumps(record, indent=1) + "\n")
+    lab.write_json(args.out / "pretrain.json", record)
 
 
 if __name__ == "__main__":

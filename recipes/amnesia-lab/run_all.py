@@ -39,9 +39,14 @@ class Stages:
         self.out, self.began, self.deadline = out, time.time(), deadline
         out.mkdir(parents=True, exist_ok=True)
         self.running: dict[str, subprocess.Popen[bytes]] = {}
+        listing = shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+        self.gpus, self.started = len(listing.stdout.splitlines()) if listing else 0, 0
 
     def start(self, name: str, script: str, *arguments: object) -> None:
         environment = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **os.environ}
+        if self.gpus > 1:  # in turn
+            environment["CUDA_VISIBLE_DEVICES"] = str(self.started % self.gpus)
+            self.started += 1
         command = [sys.executable, str(HERE / script), *map(str, arguments)]
         with open(self.out / f"{name}.log", "wb") as log:
             self.running[name] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
@@ -84,11 +89,13 @@ def overlapping_kernels():
                 del os.environ[name]
 
 
-def plan(seeds: list[int], quick: list[str]) -> dict[str, tuple[list[str], int, tuple[str, ...]]]:
+def plan(
+    seeds: list[int], runs: list[str], variants: list[str], quick: list[str]
+) -> dict[str, tuple[list[str], int, tuple[str, ...]]]:
     """Bases by name: options of pretrain.py, seed, and the runs to make of it."""
-    bases = {f"one-{seed}": ([], seed, tuple(RUNS)) for seed in seeds}
-    bases |= {f"{name}-{seeds[0]}": (extra, seeds[0], runs) for name, (extra, runs) in VARIANTS.items()}
-    return {name: ([*extra, *quick], seed, runs) for name, (extra, seed, runs) in bases.items()}
+    bases = {f"one-{seed}": ([], seed, tuple(runs)) for seed in seeds}
+    bases |= {f"{name}-{seeds[0]}": (VARIANTS[name][0], seeds[0], VARIANTS[name][1]) for name in variants}
+    return {name: ([*extra, *quick], seed, made) for name, (extra, seed, made) in bases.items()}
 
 
 def main() -> None:
@@ -96,38 +103,26 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for models and logs")
     parser.add_argument("--results", type=Path, required=True, help="folder for the JSON files")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--runs", nargs="+", default=list(RUNS))
+    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--deadline", type=float, default=3600, help="seconds, then what still runs is ended")
     parser.add_argument(
         "--pretrain", nargs=argparse.REMAINDER, default=[], help="further options of pretrain.py, last"
     )
     args = parser.parse_args()
-    bases = plan(args.seeds, args.pretrain)
+    bases = plan(args.seeds, args.runs, args.variants, args.pretrain)
     stages = Stages(args.out, args.deadline)
     with overlapping_kernels():
-        for base, (extra, seed, _) in bases.items():
+        for base, (extra, seed, runs) in bases.items():
             stages.start(base, "pretrain.py", "--out", args.out / base, "--seed", seed, *extra)
+            folders = [f"{args.out / run}-{base}:{RUNS[run][1]}" for run in runs]
+            where = ["--base", args.out / base, "--out", args.results / base, "--wait", args.deadline]
+            stages.start(f"evaluate-{base}", "evaluate.py", *where, "--runs", *folders)
         while stages.running:
             for name, well in stages.finished().items():
-                kind, _, base = name.rpartition(":")
-                if not well:
-                    continue
-                if not kind:
-                    for run in bases[name][2]:
-                        folder = args.out / f"{run}-{name}"
-                        options = ["--base", args.out / name, "--out", folder, "--seed", bases[name][1], *RUNS[run][0]]
-                        stages.start(f"sft-{run}:{name}", "sft.py", *options)
-                elif kind.startswith("sft-"):
-                    run = kind.removeprefix("sft-")
-                    options = [
-                        "--base",
-                        args.out / base,
-                        "--run",
-                        args.out / f"{run}-{base}",
-                        "--points",
-                        RUNS[run][1],
-                    ]
-                    options += ["--out", args.results / f"{base}-{run}.json", *(["--before"] if run == "full" else [])]
-                    stages.start(f"evaluate-{run}:{base}", "evaluate.py", *options)
+                for run in bases[name][2] if well and name in bases else ():
+                    made = ["--base", args.out / name, "--out", args.out / f"{run}-{name}", "--seed", bases[name][1]]
+                    stages.start(f"{run}-{name}", "sft.py", *made, *RUNS[run][0])
 
 
 if __name__ == "__main__":

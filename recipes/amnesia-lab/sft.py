@@ -9,7 +9,6 @@ The model lies in <out>/_qkguard/final/raw (LoRA: merged_raw) beside its restore
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from itertools import islice
 from pathlib import Path
@@ -108,7 +107,7 @@ def main() -> None:
     record = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "out"}
     record |= {"losses": [[row["step"], row["loss"]] for row in trainer.state.log_history if "loss" in row]}
     record |= {"seconds": round(time.time() - began, 1), "device": torch.cuda.get_device_name() if gpu else "CPU"}
-    (args.out / "sft.json").write_text(json.dumps(record, indent=1) + "\n")
+    lab.write_json(args.out / "sft.json", record)
 
 
 if __name__ == "__main__":
