@@ -66,8 +66,10 @@ class QKGuardCallback(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.session and self.session.probing:
-            self.session.probing.at_evaluation(state, control)
+        if self.session:
+            self.session.keep_heldout(getattr(kwargs.get("eval_dataloader"), "dataset", None))
+            if self.session.probing:
+                self.session.probing.at_evaluation(state, control)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

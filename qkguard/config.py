@@ -7,6 +7,9 @@ from dataclasses import dataclass, field, fields
 from qkguard.errors import QKGuardError
 from qkguard.restore.registry import DEFAULTS, METHODS, check_options, get_method
 
+RUN_FOLDER = "_qkguard"
+"""Where a run's own files lie in its output folder; `push_to_hub` leaves out what begins with an underscore."""
+
 _CHOICES = {
     "method": METHODS,
     "entangled": ("keep", "restore", "refuse"),

@@ -21,15 +21,16 @@ from qkguard import ranks, sharding
 from qkguard.checkpoint.export import export_model, holds_weights, link_checkpoint
 from qkguard.checkpoint.restored import RestoredWrite
 from qkguard.checkpoint.weights import open_weights
-from qkguard.config import QKGuardConfig
+from qkguard.config import RUN_FOLDER, QKGuardConfig
 from qkguard.drift_live import DriftTracker, Tracker
 from qkguard.errors import QKGuardError
+from qkguard.heldout import keep_rows
 from qkguard.layout import disk_names, find_attention, select
 from qkguard.layout.spec import unselected_norms
 from qkguard.probing import Probing, Swap
 from qkguard.reference import ReferenceFile
 from qkguard.restore import check_strengths, get_method
-from qkguard.start import RUN_FOLDER, establish_reference, retire_later_checkpoints, warnings_at_start
+from qkguard.start import establish_reference, retire_later_checkpoints, warnings_at_start
 from qkguard.swap import restored
 from qkguard.tracking import Tracking
 
@@ -68,6 +69,7 @@ class Session:
         self._shared_disk: bool | None = None
         self.tracking: Tracking | None = None
         self.probing: Probing | None = None
+        self._heldout = False
         self.begin(args, state)
         if ranks.rank() == 0:
             logger.info("%s", self._describe(args, time.perf_counter() - started))
@@ -115,6 +117,15 @@ class Session:
     def probe_record(self) -> dict[str, Any]:
         """The last probes, for a manifest."""
         return {"probe": self.probing.summary} if self.probing and self.probing.summary else {}
+
+    def keep_heldout(self, dataset: Any) -> None:
+        """Rows of the evaluation set into the run folder, once; rank 0's work."""
+        if not self._heldout and ranks.rank() == 0:
+            try:
+                keep_rows(dataset, self.folder)
+            except Exception as error:
+                logger.warning("rows of the evaluation set were not kept (%s); give `qkguard sweep` --data", error)
+        self._heldout = True
 
     # -- measuring ---------------------------------------------------------------------------------------------------
 

@@ -16,14 +16,12 @@ from qkguard import __version__, ranks, sharding
 from qkguard.checkpoint.manifest import MANIFEST as RESTORED_MANIFEST
 from qkguard.checkpoint.sources import FolderSource, identify
 from qkguard.checkpoint.weights import open_weights, resolve_folder
-from qkguard.config import QKGuardConfig
+from qkguard.config import RUN_FOLDER, QKGuardConfig
 from qkguard.errors import QKGuardError, WrongReferenceError
 from qkguard.layout import ParamMap, disk_names
 from qkguard.reference import Reference, ReferenceFile, Selection, compare_with_base
 
 logger = logging.getLogger(__name__)
-
-RUN_FOLDER = "_qkguard"
 
 
 def establish_reference(

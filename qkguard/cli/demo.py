@@ -22,7 +22,7 @@ def demo(
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder to write; an earlier demo there is replaced.")
     ] = Path("qkguard-demo"),
-    steps: Annotated[int, typer.Option(help="SFT steps.")] = 240,
+    steps: Annotated[int, typer.Option(help="SFT steps.")] = 180,
     seed: Annotated[int, typer.Option(help="Seed of training data, order and probes.")] = 0,
     as_json: opt.Json = False,
 ) -> None:

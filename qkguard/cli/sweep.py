@@ -23,7 +23,7 @@ def sweep(
         str | None,
         typer.Option(
             help="Rows held out from SFT (JSON lines): prompt and completion or answer, messages, or text. "
-            '"none" measures recall alone.'
+            '"none" measures recall alone. Default: rows that the run around --tuned kept of its evaluation set.'
         ),
     ] = None,
     methods: Annotated[

@@ -25,7 +25,7 @@ Watch = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 class DemoSettings:
     """How long and how finely. `lengths` in tokens; `depths` x `samples` needles per task and length."""
 
-    steps: int = 240
+    steps: int = 180
     batch: int = 32
     learning_rate: float = 2e-3
     seed: int = 0

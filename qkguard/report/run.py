@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from qkguard.checkpoint.manifest import MANIFEST
+from qkguard.config import RUN_FOLDER
 from qkguard.errors import QKGuardError
 from qkguard.probe.results import wilson
 from qkguard.tracking import METRICS
 
-RUN_FOLDER = "_qkguard"
 DRIFT = "qkguard/drift/"
 SUFFIXES = {"raw": "", "restored": "_restored"}
 

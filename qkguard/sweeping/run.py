@@ -17,6 +17,7 @@ from torch import nn
 from qkguard.checkpoint.offline import find_pair, open_folders, read_config, restore_checkpoint
 from qkguard.checkpoint.restored import fallbacks
 from qkguard.errors import QKGuardError
+from qkguard.heldout import find_rows
 from qkguard.probe.command import ProbeSettings, choose_chunk, load_model, load_tokenizer, run_within_memory
 from qkguard.probe.lengths import check_lengths, default_lengths
 from qkguard.probe.prober import TASKS, Prober, Progress
@@ -146,7 +147,8 @@ def sweep(
     Args:
         base, tuned: folders, or hub ids, in safetensors.
         data: rows held out from SFT, for task quality: a JSON-lines file or an iterable of mappings with "prompt" and
-            "completion" or "answer", "messages", or "text" (`task.encode_rows`). "none" measures recall alone.
+            "completion" or "answer", "messages", or "text" (`task.encode_rows`). "none" measures recall alone. By
+            default those that the guarded run around `tuned` kept of its evaluation set.
         methods: the grid (`points.method_points`); default restore, keys only, and qk-pro and interpolate at a few
             strengths.
         controls: some of "q", "k", "v", "o", "vo", or "all": single projections taken back, to see what the cause is.
@@ -167,9 +169,12 @@ def sweep(
     """
     began = time.perf_counter()
     if data is None:
+        data = find_rows(Path(tuned))
+    if data is None:
         raise QKGuardError(
-            f"no data to measure task quality on; give rows held out from SFT (--data FILE.jsonl: {FORMS}), or "
-            "measure recall alone (--data none)"
+            "no data to measure task quality on: the tuned checkpoint lies in no guarded run that kept rows of its "
+            f"evaluation set; give rows held out from SFT (--data FILE.jsonl: {FORMS}), or measure recall alone "
+            "(--data none)"
         )
     if not tolerance >= 0:
         raise QKGuardError(f"tolerance={tolerance!r} is not known; expected a number from 0")

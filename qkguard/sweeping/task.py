@@ -75,7 +75,8 @@ def encode_rows(tokenizer: Any, rows: Iterable[Mapping[str, Any]], max_length: i
 
     "prompt" and "completion" (texts, or lists of messages) train on the completion and the end-of-text token;
     "prompt" and "answer" are the same without that token; with all three, the answer is looked up in the completion
-    (its last occurrence). Of "messages" the last turn counts, of "text" everything.
+    (its last occurrence). Of "messages" the last turn counts, of "text" everything. Rows that are tokenised already
+    have "input_ids" and "labels" (-100 where nothing is to be predicted).
 
     Raises:
         QKGuardError: rows of another form, or all too long.
@@ -91,6 +92,11 @@ def encode_rows(tokenizer: Any, rows: Iterable[Mapping[str, Any]], max_length: i
 
 
 def _encode(tokenizer: Any, row: Mapping[str, Any], number: int) -> Row:
+    if "input_ids" in row and "labels" in row:
+        begin = next((i for i, label in enumerate(row["labels"]) if label != -100 and i), None)
+        if begin is None:
+            raise QKGuardError(f"row {number} has nothing to score: all of its labels are -100")
+        return Row(tuple(row["input_ids"]), begin, None)
     before, after, answer = _texts(tokenizer, row, number)
     prompt, special = [], True
     if before is not None:

@@ -145,7 +145,7 @@ def test_mistakes_are_one_line(tuned: Path, tmp_path: Path, run: Run) -> None:
     rows = ("--data", tmp_path / "rows.jsonl")
     (tmp_path / "bad.jsonl").write_text('{"question": 1}')
     for args, message in (
-        ((), "no data to measure task quality on; give rows held out from SFT (--data FILE.jsonl"),
+        ((), "no data to measure task quality on: the tuned checkpoint lies in no guarded run"),
         (("--data", tmp_path / "none.jsonl"), "no such file"),
         (("--data", tmp_path / "bad.jsonl"), "row 1 has the keys question; expected rows with"),
         ((*rows, "--methods", "best"), "unknown restore method 'best'"),

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qkguard import QKGuardCallback, QKGuardConfig, QKGuardError, restored
+from qkguard.heldout import find_rows
 from qkguard.probe.prober import Prober
 from qkguard.probe.results import ProbeResult
 from qkguard.probe.samples import plan
@@ -166,6 +167,10 @@ def test_probes_follow_evaluations(base, tmp_path):
     args = arguments(tmp_path, max_steps=5, eval_strategy="steps", eval_steps=2, save_strategy="no")
     train(base, args, guard, model=model, processing_class=bpe_tokenizer(), eval_dataset=rows)
     assert [step for step, _ in recalls(tmp_path)] == [0, 2, 4, 5] and not recalls(tmp_path, "_restored")
+    kept = [json.loads(line) for line in (tmp_path / "run/_qkguard/heldout.jsonl").read_text().splitlines()]
+    assert kept == [{"input_ids": list(range(3, 15)), "labels": list(range(3, 15))}] * 4
+    assert find_rows(tmp_path / "run/_qkguard/final/raw") == find_rows(tmp_path / "run") is not None
+    assert find_rows(tmp_path) is None
 
 
 def test_a_budget_that_is_used_up_leaves_out_probes_and_says_so_once(base, tmp_path, caplog):

@@ -420,3 +420,15 @@ def test_the_public_name_is_the_function() -> None:
     assert qkguard.sweep is sweep and callable(qkguard.sweep)
     with pytest.raises(QKGuardError, match=r"--data FILE\.jsonl.*--data none"):
         qkguard.sweep(MODEL, MODEL)
+
+
+def test_rows_that_are_tokenised_already() -> None:
+    """As a run keeps them of its evaluation set: the same loss as the text they were made from."""
+    from qkguard.sweeping.task import encode_rows
+
+    rows = [{"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}, {"input_ids": [5, 6], "labels": [5, 6]}]
+    found, dropped = encode_rows(None, rows, 10)
+    assert [(row.ids, row.start, row.answer) for row in found] == [((5, 6, 7, 8), 2, None), ((5, 6), 1, None)]
+    assert dropped == 0
+    with pytest.raises(QKGuardError, match="all of its labels are -100"):
+        encode_rows(None, [{"input_ids": [5, 6], "labels": [-100, -100]}], 10)

@@ -1,0 +1,48 @@
+"""Rows of a run's evaluation set, kept beside its reference so that `qkguard sweep` can measure task quality later."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qkguard.config import RUN_FOLDER
+from qkguard.tracking import METRICS
+
+HELDOUT = "heldout.jsonl"
+ROWS = 128
+
+
+def keep_rows(dataset: Any, folder: Path) -> bool:
+    """Write up to `ROWS` rows of a prepared `datasets.Dataset`, from everywhere in it; False where there are none.
+
+    A row is {"input_ids", "labels"}: token ids, and -100 where nothing is to be predicted. Other kinds of data sets
+    are left alone: reading them may use up their rows or random numbers.
+    """
+    if not type(dataset).__module__.startswith("datasets.") or not hasattr(dataset, "__getitem__"):
+        return False
+    plain = dataset.with_format(None)
+    if "input_ids" not in plain.column_names or not len(plain):
+        return False
+    lines = []
+    for i in range(0, len(plain), max(1, -(-len(plain) // ROWS))):
+        row = plain[i]
+        lines.append(json.dumps({"input_ids": list(row["input_ids"]), "labels": _labels(row)}))
+    (folder / HELDOUT).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return True
+
+
+def _labels(row: dict[str, Any]) -> list[int]:
+    if row.get("labels") is not None:
+        return list(row["labels"])
+    mask = row.get("assistant_masks") or row.get("completion_mask") or [1] * len(row["input_ids"])
+    return [token if keep else -100 for token, keep in zip(row["input_ids"], mask, strict=True)]
+
+
+def find_rows(checkpoint: Path) -> Path | None:
+    """The rows kept by the run that a checkpoint lies in, if it kept any."""
+    for parent in [checkpoint.resolve(), *checkpoint.resolve().parents][:4]:
+        for folder in (parent, parent / RUN_FOLDER):
+            if (folder / HELDOUT).is_file() and (folder / METRICS).is_file():
+                return folder / HELDOUT
+    return None
