@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from qkguard.cli.output import human_bytes, number
+from qkguard.layout.spec import join_ranges
 
 
 def lines(plan: dict[str, Any]) -> list[tuple[str, str]]:
     """(subject, sentence) for everything in a plan (`qkguard.sft.plan.plan`)."""
     guard, files = plan["guard"], plan["files"]
-    layers = ", ".join(map(str, guard["layers"]))
+    runs = join_ranges((layer, layer + 1) for layer in guard["layers"])
+    layers = ", ".join(str(first) if stop - first == 1 else f"{first}-{stop - 1}" for first, stop in runs)
     guarded = (
         f"{len(guard['layers'])} softmax-attention layers ({layers}): {guard['elements']:,} query and key elements in "
         f"{guard['parameters']} parameters"
