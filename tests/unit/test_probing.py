@@ -7,10 +7,12 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import wandb
 from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -270,11 +272,14 @@ def test_a_fall_of_recall_warns_once_and_acts(base, tmp_path, monkeypatch, caplo
 
     monkeypatch.setattr(Prober, "run", pretending)
     logging.getLogger("qkguard").propagate = True
+    alerts: list[dict[str, Any]] = []
+    monkeypatch.setattr(wandb, "run", SimpleNamespace(alert=lambda **options: alerts.append(options)))
     options = PROBES | {"probe_samples": 5, "probe_restored": False}
     guard = QKGuardCallback(strict=True, probe_steps=1, on_alert=on_alert, **options)
     trainer = probed(base, tmp_path, guard, max_steps=3)
     told = [r for r in caplog.records if "recall fell from 1.00 to 0.00" in r.getMessage()]
     assert len(told) == 1 and told[0].levelno == logging.WARNING
+    assert [(a["level"], a["text"] == told[0].getMessage()) for a in alerts] == [("WARN", True)]
     assert trainer.state.global_step == (1 if on_alert == "stop" else 3)
     if on_alert == "save":
         assert (tmp_path / "run/checkpoint-1/qk_restored/qkguard.json").exists()
