@@ -273,7 +273,7 @@ def test_a_fall_of_recall_warns_once_and_acts(base, tmp_path, monkeypatch, caplo
     monkeypatch.setattr(Prober, "run", pretending)
     logging.getLogger("qkguard").propagate = True
     alerts: list[dict[str, Any]] = []
-    monkeypatch.setattr(wandb, "run", SimpleNamespace(alert=lambda **options: alerts.append(options)))
+    monkeypatch.setattr(wandb, "run", SimpleNamespace(url=None, alert=lambda **options: alerts.append(options)))
     options = PROBES | {"probe_samples": 5, "probe_restored": False}
     guard = QKGuardCallback(strict=True, probe_steps=1, on_alert=on_alert, **options)
     trainer = probed(base, tmp_path, guard, max_steps=3)
