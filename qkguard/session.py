@@ -219,7 +219,7 @@ class Session:
             maps = [pmap for _, pmaps in self.selection for pmap in pmaps]
             if get_method(self.config.method).gains(vars(self.config)):
                 maps += unselected_norms(self.selection)
-            names = disk_names(maps, shapes, self.model.config)
+            names = disk_names(maps, shapes, self.model)
             return RestoredWrite(
                 raw,
                 out,

@@ -39,7 +39,7 @@ def establish_reference(
     base = config.base_model if config.base_model != "live" else None
     source: Any
     if base is not None:
-        source = ranks.held_by(0, f"opening base_model {base}", lambda: base_source(base, maps, model.config))
+        source = ranks.held_by(0, f"opening base_model {base}", lambda: base_source(base, maps, model))
         reference = Reference.scatter(model, selection, source)
         _write(reference, folder, model, {"id": str(base), "checked": "read from base_model"}, writers)
         return reference, f"read from base_model {base}"
@@ -81,11 +81,11 @@ def _write(reference: Reference, folder: Path, model: Any, base: dict[str, Any],
         reference.write(folder, about, writer)
 
 
-def base_source(base: str, maps: Sequence[ParamMap], model_config: Any) -> FolderSource:
+def base_source(base: str, maps: Sequence[ParamMap], model: Any) -> FolderSource:
     """The rows of a base checkpoint's own files; QKGuardError where it does not fit the model."""
     folder = resolve_folder(base)
     weights = open_weights(folder)
-    source = FolderSource(weights, disk_names(maps, weights.shapes(), model_config), model_id=base)
+    source = FolderSource(weights, disk_names(maps, weights.shapes(), model), model_id=base)
     source.check(maps)
     return source
 
@@ -104,7 +104,7 @@ def _check_base(model: Any, folder: Path, maps: Sequence[ParamMap], config: QKGu
     if getattr(model.config, "quantization_config", None) is not None or any(local.glob("*.gguf")):
         return "not compared with the base checkpoint (it is quantised)"
     try:
-        source = base_source(str(local), maps, model.config)
+        source = base_source(str(local), maps, model)
     except QKGuardError as error:
         return f"not compared with the base checkpoint ({error})"
     reference = ReferenceFile(folder)
