@@ -11,7 +11,7 @@ from statistics import mean
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from tables import HERE, S, all_tables, lengths, over_seeds, read, share, strongest, tokens, write_into
+from tables import HERE, S, all_tables, lengths, measured, over_seeds, read, share, strongest, tokens, write_into
 
 LINES = {
     "pre": ("before SFT", "#7f8c8d"),
@@ -48,6 +48,8 @@ def recall(results, path: Path) -> None:
     made, (left, right) = figure(2)
     xs = lengths(results, S)
     for name, (label, color) in LINES.items():
+        if name not in measured(results):
+            continue
         per_seed = [over_seeds(results, name, lambda p, n=n: share(p, S, length=n)) for n in xs]
         for ax in [left] * (name in ("pre", "raw", "restore")) + [right] * (name != "pre"):
             curve(ax, xs, per_seed, label, color)
@@ -62,7 +64,7 @@ def tradeoff(results, path: Path) -> None:
     """Recall at the long lengths against skill, every point."""
     made, (ax,) = figure(1)
     long = [n for n in lengths(results, S) if n >= 4096] or lengths(results, S)
-    for name in results[0]["points"]:
+    for name in measured(results):
         x = mean(over_seeds(results, name, lambda p: p["skill"]))
         y = mean(mean(over_seeds(results, name, lambda p, n=n: share(p, S, length=n))) for n in long)
         known = LINES.get(name)

@@ -56,7 +56,7 @@ def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=3400)
+    parser.add_argument("--steps", type=int, default=3760)
     parser.add_argument("--tokens", type=int, default=16384, help="tokens per step")
     parser.add_argument("--layers", default=lab.LAYERS, help="L lightning, A softmax")
     parser.add_argument("--rope", type=float, help="rotary softmax layers with this theta instead of none")

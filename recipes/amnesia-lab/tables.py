@@ -72,13 +72,17 @@ def over_seeds(results: Sequence[Mapping], name: str, value: Callable[[Mapping],
     return [value(r["points"][name]) for r in results if name in r["points"]]
 
 
+def measured(results: Sequence[Mapping]) -> list[str]:
+    """The points that every seed has."""
+    return [name for name in results[0]["points"] if all(name in r["points"] for r in results)]
+
+
 def points_table(results: Sequence[Mapping]) -> str:
     """Every point of a run: recall by length, skill."""
     columns = [(task, length) for task in (S, MK) for length in lengths(results, task)]
     head = [""] + [f"{'S2' if task == S else 'MK1'} {tokens(length)}" for task, length in columns] + ["skill"]
-    names = dict.fromkeys(name for r in results for name in r["points"])
     rows = []
-    for name in names:
+    for name in measured(results):
         row = [NAMES.get(name, name)]
         row += [cell(over_seeds(results, name, lambda p, t=t, n=n: share(p, t, length=n))) for t, n in columns]
         rows.append([*row, cell(over_seeds(results, name, lambda p: p["skill"]))])
@@ -137,8 +141,8 @@ def explored_table(path: Path) -> str:
     head = [
         "base",
         "SFT",
-        *(f"S2 {tokens(n)} pre / raw / restored / V only" for n in columns),
-        "skill pre / raw / restored",
+        *(f"S2 {tokens(n)}: pre, raw, restored, V only" for n in columns),
+        "skill: pre, raw, restored",
     ]
     body = []
     for row in rows:
@@ -156,7 +160,6 @@ def all_tables(folder: Path) -> dict[str, str]:
             out[f"points-{base}"] = points_table(runs["full"])
     if "one" in results:
         out["ways"] = ways_table(results["one"])
-        out["mild"] = points_table(results["one"].get("mild", []))
         out["depth"] = depth_table(results["one"]["full"])
         out["attention"] = attention_table(results["one"]["full"])
     if (folder / "exploration.jsonl").exists():

@@ -1,0 +1,125 @@
+"""The amnesia lab's recipe: its fast forms are the stock modules, every stage runs, its README shows its results."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from copy import deepcopy
+from importlib import import_module
+from pathlib import Path
+from random import Random
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+LAB = Path(__file__).parents[2] / "recipes" / "amnesia-lab"
+MODULES = ("fast", "lab", "tables", "text", "data", "model", "schedule", "tokenizer")
+STAGES = ("pretrain", "sft", "evaluate", "figures")
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Any]:
+    """The scripts' modules, which import each other by their bare names."""
+    paths = list(sys.path)
+    sys.path[:0] = [str(LAB), str(LAB.parent / "demo")]
+    try:
+        yield SimpleNamespace(**{name: import_module(name) for name in MODULES})
+    finally:
+        sys.path[:] = paths
+        for name in (*MODULES, *STAGES):
+            sys.modules.pop(name, None)
+
+
+def test_the_fast_model_is_the_stock_one(lab: Any) -> None:
+    from transformers import MiniMaxForCausalLM
+
+    tokenizer = lab.tokenizer.build_tokenizer(lab.data.corpus(), 8192)
+    config = lab.model.build_config(tokenizer, hidden=32, layers="LAL")
+    fast, stock = lab.fast.speed_up(MiniMaxForCausalLM(config)), MiniMaxForCausalLM(config)
+    with torch.no_grad():
+        for parameter in stock.parameters():
+            parameter.normal_(0, 0.3)
+    untrained = deepcopy(fast.state_dict())
+    for length in (20, 300):  # less than a block; several blocks and a piece
+        ids = torch.randint(4, 100, (2, length))
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+        batch["attention_mask"][1, length - 5 :] = 0
+        expected = stock(**batch).logits
+        fast.load_state_dict(untrained)
+        assert not torch.allclose(fast(**batch).logits, expected, atol=1e-2)
+        fast.load_state_dict(stock.state_dict())
+        torch.testing.assert_close(fast(**batch).logits, expected, rtol=1e-3, atol=5e-3)
+        said = [model.generate(ids[:1], max_new_tokens=4, do_sample=False) for model in (fast, stock)]
+        assert torch.equal(*said)  # with a cache the stock code runs
+
+
+def test_gradients_are_those_of_the_weighted_loss(lab: Any) -> None:
+    tokenizer = lab.tokenizer.build_tokenizer(lab.data.corpus(), 8192)
+    model = lab.fast.speed_up(lab.model.build_model(lab.model.build_config(tokenizer, hidden=32, layers="LA")))
+    ids, mask = torch.randint(4, 100, (2, 30)), torch.rand(2, 30) < 0.3
+    gradients = lab.fast.Gradients(model)
+    plain, answer = gradients(ids, mask, 0.5)
+    gradients(ids, mask, 0.5)  # a second pass starts from zero again
+    found = model.lm_head.weight.grad.clone()
+    logits = model(ids).logits[:, :-1]
+    each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    expected = each[~mask[:, 1:]].mean(), each[mask[:, 1:]].mean()
+    torch.testing.assert_close((plain, answer), tuple(e.detach() for e in expected))
+    (weights,) = torch.autograd.grad(expected[0] + 0.5 * expected[1], [model.lm_head.weight])
+    torch.testing.assert_close(found, weights)
+
+
+def test_styles_work_the_same_problem_out(lab: Any) -> None:
+    from qkguard.demo.arithmetic import Chain
+
+    chain = Chain(("m", "c"), ("+", "-"), (3, 5), (3, 8))
+    assert lab.text.plain(chain, Random(0)) == " m = 3; c = 3 - 5 = 8.\nAnswer: 8"
+    assert lab.text.echo(chain, Random(0)) == " m = 3; c = m - 5 = 3 - 5 = 8.\nAnswer: 8"
+    assert lab.text.word(chain, Random(1)).replace("again", "so") == " so, m = 3; so, c = 3 - 5 = 8.\nAnswer: 8"
+    tagged = lab.text.tag(chain, Random(0))
+    name = tagged.split(":")[0].strip()
+    assert "-" in name and tagged == f" {name}: m = 3; {name}: c = 3 - 5 = 8.\nAnswer: 8"
+    assert lab.text.with_slips(chain, Random(0), 1.0) == chain
+    assert lab.text.with_slips(chain, Random(0), 0.0).values in ((3, 7), (3, 9))
+
+
+def test_every_stage_runs_at_toy_size(lab: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, run, results = tmp_path / "one-0", tmp_path / "full-one-0", tmp_path / "results"
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- points-one -->\n<!-- /points-one -->\n")
+    probe = "--lengths 200 --far --depths 1 --samples 1 --problems 1"
+    for line in (
+        f"pretrain --out {base} --steps 3 --tokens 512 --size 8000 --longest 128",
+        f"sft --base {base} --out {run} --steps 2 --batch 2",
+        f"evaluate --base {base} --runs {run}:pair --out {results}/one-0 {probe}",
+        f"figures --results {results} --out {tmp_path}/figures --readme {readme}",
+    ):
+        monkeypatch.setattr(sys, "argv", line.split())
+        import_module(sys.argv[0]).main()
+    found = json.loads((results / "one-0-full.json").read_text())
+    assert list(found["points"]) == ["pre", "raw", "restore"] and found["sft"]["style"] == "word"
+    assert all(v > 0 for values in found["drift"].values() for v in values)
+    assert [row[:4] for row in found["points"]["raw"]["recall"]] == [["single_2", 200, 0.5, 1]]
+    assert "| before SFT | 0.00 |" in readme.read_text()
+    assert len(list((tmp_path / "figures").glob("*.png"))) == 3
+
+
+def test_the_readme_shows_what_the_results_say(lab: Any) -> None:
+    text = (LAB / "README.md").read_text()
+    tables = lab.tables.all_tables(LAB / "results")
+    assert tables and all(f"<!-- {name} -->\n{rows}\n<!-- /{name} -->" in text for name, rows in tables.items())
+
+
+def test_cells_are_means_with_their_spread(lab: Any) -> None:
+    assert lab.tables.cell([0.5, 0.75, 1.0]) == "0.75 ± 0.25" and lab.tables.cell([0.5]) == "0.50"
+    recall = [
+        ["single_2", 256, 0.0, 4, 1, -1.0],
+        ["single_2", 256, 1.0, 4, 4, 0.0],
+        ["single_2", 512, 0.0, 4, 0, -9.0],
+    ]
+    assert lab.tables.share({"recall": recall}, "single_2", length=256) == 5 / 8
+    assert lab.tables.share({"recall": recall}, "single_2", length=256, depth=1.0) == 1.0
+    assert lab.tables.share({"recall": recall}, "multikey_1") is None
