@@ -1,4 +1,4 @@
-"""All stages for several seeds at once, on one GPU: what results/ was made with.
+"""All stages for several seeds and ways of SFT at once, on the GPUs there are.
 
     python recipes/amnesia-lab/run_all.py --out runs --results recipes/amnesia-lab/results
 
