@@ -7,12 +7,13 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from google.protobuf.message import DecodeError  # comes with W&B
 
 from qkguard import QKGuardCallback
 from qkguard.sinks import MLflow, Trackio
@@ -74,9 +75,10 @@ def wandb_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     yield lambda: found[0]
     found.append(Path(wandb.run.settings.sync_file))
     wandb.finish()
-    for _ in range(100):  # W&B's service may still be writing when finish() returns
-        if "exit" in [kind for kind, _ in records(found[0])]:
-            break
+    for _ in range(300):  # W&B's service may still be writing when finish() returns
+        with suppress(DecodeError):
+            if "exit" in [kind for kind, _ in records(found[0])]:
+                break
         time.sleep(0.1)
 
 
