@@ -1,6 +1,6 @@
 """Writes the README's table of what was seen to work on real ranks, from the list of cases that the tests run.
 
-    python docs/what_works.py
+python docs/what_works.py
 """
 
 from __future__ import annotations
