@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from qkguard import ranks, sharding
 from qkguard.config import QKGuardConfig
-from qkguard.errors import QKGuardError, WrongReferenceError
+from qkguard.errors import QKGuardError, RankLostError, WrongReferenceError
 from qkguard.session import Session, run_folder
 
 logger = logging.getLogger(__name__)
@@ -128,15 +128,15 @@ class QKGuardCallback(TrainerCallback):
         """Let training go on when a restored write fails: the raw checkpoint is safe and can be restored offline."""
         try:
             work()
-        except (QKGuardError, OSError) as error:
-            if self.config.strict or isinstance(error, WrongReferenceError):
+        except Exception as error:
+            if self.config.strict or isinstance(error, WrongReferenceError | RankLostError):
                 raise
             if ranks.rank() == 0:
                 logger.error(
                     "%s failed: %s. Training goes on; `qkguard restore` makes the restored model from a checkpoint "
                     "later, strict=True stops instead",
                     what,
-                    error,
+                    error if isinstance(error, QKGuardError) else f"{type(error).__name__}: {error}",
                 )
 
 

@@ -166,16 +166,15 @@ class Probing:
         step, began = state.global_step, time.perf_counter()
         what = f"the probe{' of the restored weights' if swapped else ''} at step {step}"
         result = self._attempt(what, lambda: self._run(what, swapped))
+        if result is not None:
+            self._last_step[swapped] = step
+            self._report(result, step, "_restored" if swapped else "", self._raw if swapped else self.baseline)
+            if not swapped:
+                self._raw = result
+                if self.baseline is not None:
+                    self._watch(result, step, control)
+            self._cost = time.perf_counter() - began  # with the trackers' pictures
         self.budget.spent += time.perf_counter() - began
-        if result is None:
-            return
-        self._cost = result.seconds
-        self._last_step[swapped] = step
-        self._report(result, step, "_restored" if swapped else "", self._raw if swapped else self.baseline)
-        if not swapped:
-            self._raw = result
-            if self.baseline is not None:
-                self._watch(result, step, control)
 
     def _run(self, what: str, swapped: bool = False, forms: bool = False) -> ProbeResult:
         prober, rank, world = self._prober(), ranks.rank(), ranks.world_size()

@@ -99,15 +99,11 @@ class Session:
     def start_probes(self, args: TrainingArguments, state: TrainerState, tokenizer: Any, dataset: Any) -> None:
         """Recall before the first step; what to probe with is made once."""
         if self.probing is None:
-            parts = (self.config, self.folder, self.probed_model, self.restored_weights(), self.publish)
+            parts = (self.config, self.folder, self.model, self.restored_weights(), self.publish)
             self.probing = Probing(*parts, args, state, tokenizer, dataset)
         else:
             self.probing.begin(state)
         self.probing.at_start(state)
-
-    @property
-    def probed_model(self) -> Any:
-        return self.model
 
     def restored_weights(self) -> Swap | None:
         """What opens a context with restored queries and keys in the live model; None where nothing is restored."""
@@ -145,14 +141,18 @@ class Session:
         self.publish(metrics, step, details)
 
     def publish(self, metrics: dict[str, float], step: int, details: dict[str, Any] | None = None) -> None:
-        """One row of metrics from rank 0; a failing tracker never stops training unless `strict`."""
-        if self.tracking is None:
+        """One row of metrics from rank 0; a failing tracker stops training, on all ranks, only if `strict`."""
+
+        def log() -> None:
+            if self.tracking is not None:
+                self.tracking.log(metrics, step, details)
+
+        if self.config.strict:
+            ranks.on_rank_zero("logging metrics", log)
             return
         try:
-            self.tracking.log(metrics, step, details)
+            log()
         except Exception as error:
-            if self.config.strict:
-                raise
             logger.error("logging metrics at step %d failed (%s); training goes on", step, error)
 
     def finish(self) -> None:

@@ -101,7 +101,7 @@ class TensorBoard(Sink):
 
 
 class Trackio(Sink):
-    """Scalars in the run that Trainer's own callback opened."""
+    """Scalars in the run that Trainer's own callback opened, until that callback ends it with training."""
 
     def scalars(self, metrics: Mapping[str, float], step: int) -> None:
         import trackio
@@ -112,13 +112,20 @@ class Trackio(Sink):
 
 
 class MLflow(Sink):
-    """Scalars in the run that Trainer's own callback opened; "/" is allowed in its metric names."""
+    """Scalars in the run that Trainer's own callback opened, also after that callback has ended it."""
+
+    def __init__(self) -> None:
+        self._run: str | None = None
 
     def scalars(self, metrics: Mapping[str, float], step: int) -> None:
         import mlflow
 
-        if mlflow.active_run() is not None:
-            mlflow.log_metrics(dict(metrics), step=step)
+        if run := mlflow.active_run():
+            self._run = run.info.run_id
+        if self._run:
+            client = mlflow.MlflowClient()
+            for key, value in metrics.items():  # "/" is allowed in its names
+                client.log_metric(self._run, key, value, step=step)
 
 
 def _opened(png: bytes) -> Any:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 from collections.abc import Callable, Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from qkguard.sinks import MLflow, Sink, TensorBoard, Trackio, WandB
+
+logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 
@@ -39,8 +43,10 @@ class Tracking:
         folder.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             if resumed_at:  # rows after the step a run resumes from belong to a branch that was left
-                rows = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= resumed_at]
-                self.path.write_text("".join(f"{line}\n" for line in rows))
+                rows = [row for row in read_rows(self.path) if row["step"] <= resumed_at]
+                fresh = self.path.with_suffix(".part")
+                fresh.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+                fresh.replace(self.path)
             else:
                 earlier = (folder / f"metrics-{n}.jsonl" for n in count(1))
                 self.path.rename(next(path for path in earlier if not path.exists()))
@@ -58,8 +64,11 @@ class Tracking:
         With a probe's details, trackers that show pictures and tables get them anew.
         """
         scalars = {k: float(v) for k, v in metrics.items()}
-        with open(self.path, "a") as file:
-            file.write(json.dumps({"step": step, **scalars, **(details or {})}) + "\n")
+        with open(self.path, "a+b") as file:
+            end = file.seek(0, os.SEEK_END)
+            torn = end > 0 and (file.seek(end - 1), file.read(1))[1] != b"\n"
+            row = json.dumps({"step": step, **scalars, **(details or {})})
+            file.write((("\n" if torn else "") + row + "\n").encode())
         for sink in self.sinks:
             sink.scalars(scalars, step)
         if any(key.endswith("_grid") for key in details or {}) and any(sink.visual for sink in self.sinks):
@@ -92,4 +101,18 @@ class Tracking:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The rows of a run's `metrics.jsonl`, oldest first; `folder` is the run's `_qkguard` folder."""
-    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    return read_rows(folder / METRICS)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file; lines that a crash or a full disk has cut short are left out with a warning."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            row["step"]
+            rows.append(row)
+        except (ValueError, KeyError, TypeError):
+            if line.strip():
+                logger.warning("%s: line %d is damaged and left out", path, number)
+    return rows

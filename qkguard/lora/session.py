@@ -74,10 +74,6 @@ class AdapterSession(Session):
             )
         return False
 
-    @property
-    def probed_model(self) -> Any:
-        return self.model.get_base_model()  # with the adapters in its layers; PEFT's own forward adds nothing to it
-
     def restored_weights(self) -> Swap | None:
         if not self.guards or (self.share and any(weight.dora for weight in self.weights)):
             return None

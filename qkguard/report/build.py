@@ -117,11 +117,15 @@ def _layer_table(run: Run) -> str:
 def _written(run: Run) -> str:
     if not run.restored_folders or run.manifest is None:
         return page.heading("What was written") + "<p>No restored checkpoint yet.</p>"
-    method, layers = run.manifest["method"], run.manifest["layers"]
-    last = run.restored_folders[-1]
+    last, method = run.restored_folders[-1], run.manifest["method"]["name"]
+    if run.manifest.get("kind") == "adapter":
+        what = f"method {method}: an adapter that leaves queries and keys to the base"
+    else:
+        layers, tensors = len(run.manifest["layers"]), len(run.manifest["tensors"])
+        what = f"method {method}, {layers} softmax-attention layers, {tensors} tensors"
     said = [
         f"{len(run.restored_folders)} restored folder(s), the last one {last}",
-        f"method {method['name']}, {len(layers)} softmax-attention layers, {len(run.manifest['tensors'])} tensors",
+        what,
         *run.manifest["warnings"],
     ]
     return page.heading("What was written") + page.bullets(said) + page.code(f"qkguard verify --full {last}")

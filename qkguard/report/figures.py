@@ -15,6 +15,7 @@ COLORS = {"before": "#7f8c8d", "raw": "#c0392b", "restored": "#2e86c1"}
 NAMES = {"before": "before SFT", "raw": "raw", "restored": "Q/K restored"}
 KINDS = {"q_rel": "queries", "k_rel": "keys", "routing_rel": "routing"}
 MOST_LAYERS = 40  # rows of a heatmap with a label each
+MOST_STEPS = 400  # columns of a heatmap
 
 
 def figures(run: Run) -> dict[str, Figure]:
@@ -97,6 +98,7 @@ def drift_heatmap(run: Run) -> Figure | None:
     for axis, kind in zip(axes, kinds, strict=True):
         table = [dict(run.series(f"{DRIFT}{label}/{kind}")) for label in run.layers]
         steps = sorted({step for row in table for step in row})
+        steps = steps[:: -(-len(steps) // MOST_STEPS)]
         grid = [[row.get(step, nan) for step in steps] for row in table]
         image = axis.imshow(grid, cmap="magma", aspect="auto", vmin=0, interpolation="nearest")
         ticks = range(0, len(steps), max(1, -(-len(steps) // 5)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from qkguard.checkpoint.manifest import MANIFEST
 from qkguard.config import RUN_FOLDER
 from qkguard.errors import QKGuardError
 from qkguard.probe.results import wilson
-from qkguard.tracking import METRICS
+from qkguard.tracking import METRICS, read_metrics
 
 DRIFT = "qkguard/drift/"
 SUFFIXES = {"raw": "", "restored": "_restored"}
@@ -78,7 +79,7 @@ class Run:
     def name(self) -> str:
         return self.folder.resolve().parent.name if self.folder.name == RUN_FOLDER else self.folder.name
 
-    @property
+    @cached_property
     def probes(self) -> list[Probe]:
         return [probe for row in self.rows for probe in probes_of(row)]
 
@@ -88,17 +89,24 @@ class Run:
             return next((p for p in self.probes if p.step == 0 and p.weights == "raw"), None)
         return next((p for p in reversed(self.probes) if p.weights == weights and p.step > 0), None)
 
-    @property
+    @cached_property
     def layers(self) -> list[str]:
         """Labels of the layers with drift, "layer_3", in the order of the model."""
-        found = {
-            key[len(DRIFT) :].split("/")[0] for row in self.rows for key in row if key.startswith(f"{DRIFT}layer_")
-        }
+        found = {key[len(DRIFT) :].split("/")[0] for key in self._series if key.startswith(f"{DRIFT}layer_")}
         return sorted(found, key=lambda label: [int(part) for part in label.split("_")[1:]])
 
     def series(self, name: str) -> list[tuple[int, float]]:
         """(step, value) of a metric."""
-        return [(row["step"], row[name]) for row in self.rows if name in row]
+        return self._series.get(name, [])
+
+    @cached_property
+    def _series(self) -> dict[str, list[tuple[int, float]]]:
+        out: dict[str, list[tuple[int, float]]] = {}
+        for row in self.rows:
+            for key, value in row.items():
+                if key.startswith("qkguard/"):
+                    out.setdefault(key, []).append((row["step"], value))
+        return out
 
     def final(self, name: str) -> float | None:
         values = self.series(name)
@@ -132,16 +140,20 @@ def load_run(folder: Path) -> Run:
     inner = folder / RUN_FOLDER if (folder / RUN_FOLDER / METRICS).is_file() else folder
     if not (inner / METRICS).is_file():
         raise QKGuardError(f"{folder} has no {RUN_FOLDER}/{METRICS}; give the output_dir of a guarded run")
-    try:
-        rows = [json.loads(line) for line in (inner / METRICS).read_text(encoding="utf-8").splitlines()]
-    except ValueError as error:
-        raise QKGuardError(f"{inner / METRICS} is damaged ({error}); remove the broken line") from None
-    around = sorted(inner.parent.glob(f"checkpoint-*/qk_restored/{MANIFEST}"), key=lambda p: int(_step(p)))
-    written = [*around, *(inner / "final").glob(f"qk_restored/{MANIFEST}")]
+    rows = read_metrics(inner)
+    written = [*_manifests(inner.parent, "checkpoint-*"), *_manifests(inner, "final")]
+    merged = inner / "final/merged_qk_restored" / MANIFEST
+    written += [merged] if merged.is_file() else []
     manifest = json.loads(written[-1].read_text(encoding="utf-8")) if written else None
     return Run(inner, rows, manifest, [path.parent for path in written])
 
 
-def _step(manifest: Path) -> str:
-    number = manifest.parent.parent.name.rpartition("-")[2]
-    return number if number.isdigit() else "0"
+def _manifests(folder: Path, pattern: str) -> list[Path]:
+    """Manifests of restored models, and a level deeper of restored adapters, in the order of their steps."""
+    found = [p for deep in ("", "*/") for p in folder.glob(f"{pattern}/qk_restored/{deep}{MANIFEST}")]
+    return sorted(found, key=lambda p: (_step(p.relative_to(folder).parts[0]), str(p)))
+
+
+def _step(name: str) -> int:
+    number = name.rpartition("-")[2]
+    return int(number) if number.isdigit() else 0

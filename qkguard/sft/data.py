@@ -167,9 +167,10 @@ def convert(row: dict[str, Any], source: Source, form: str, *, chat: bool, as_me
     return {"prompt": f"{problem}\n", "completion": solution}
 
 
-def _message(message: dict[str, Any]) -> dict[str, str]:
+def _message(message: dict[str, Any]) -> dict[str, Any]:
+    """One turn with all it has: chat templates render reasoning and tool calls from keys of their own."""
     if "role" in message:
-        return {"role": message["role"], "content": message["content"]}
+        return dict(message)
     role = SHAREGPT_ROLES.get(message["from"])
     if role is None:
         raise QKGuardError(f"a message is from {message['from']!r}; known are {', '.join(SHAREGPT_ROLES)}")
@@ -257,11 +258,14 @@ def load(arguments: DataArguments, *, chat: bool, seed: int, split: str | None =
 
 def _held_out(source: Source, split: str) -> Source:
     """The rows to evaluate on: another split, or another file where the training rows are a file."""
-    if source.file_type is None:
+    saved = os.path.isfile(os.path.join(source.path, "state.json"))  # one data set, as save_to_disk leaves it
+    if source.file_type is None and not saved:
         return dataclasses.replace(source, split=split)
-    if not os.path.isfile(split):
+    if not (os.path.isdir(split) if saved else os.path.isfile(split)):
+        kind = "a folder" if saved else "a file"
         raise QKGuardError(
-            f"{source.path} is a file and has no split {split!r}; give dataset_test_split the path of a file too"
+            f"{source.path} is {kind} of rows and has no split {split!r}; "
+            f"give dataset_test_split the path of {kind} too"
         )
     return dataclasses.replace(source, path=split)
 

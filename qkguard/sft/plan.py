@@ -150,8 +150,6 @@ def _probes(settings: Settings, found: Preflight, processes: int) -> dict[str, A
     off = None
     if guard.probe_steps == "0":
         off = "probe_steps is 0"
-    elif settings.model.use_peft:
-        off = "adapters are not probed during training; use `qkguard probe` on merged checkpoints"
     lengths = list(guard.probe_lengths or default_lengths(found.config, training.max_length))
     if not off and not lengths:
         off = "no default length fits the model's max_position_embeddings; set qkguard.probe_lengths"

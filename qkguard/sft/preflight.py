@@ -128,7 +128,7 @@ def check_probes(settings: Settings, config: Any, tokenizer: Any) -> None:
     """
     guard = settings.guard
     lengths = guard.probe_lengths or default_lengths(config, settings.training.max_length)
-    if guard.probe_steps == "0" or settings.model.use_peft or tokenizer is None or not lengths:
+    if guard.probe_steps == "0" or tokenizer is None or not lengths:
         return
     options = {"depths": 1, "samples": 1, "tasks": guard.probe_tasks, "haystack": guard.haystack}
     Prober(tokenizer, lengths=[min(lengths)], **options).prepare(0, 1)  # type: ignore[arg-type]

@@ -197,7 +197,8 @@ def sweep(
         warnings.append(f"{dropped} rows are longer than {max_length} tokens and were left out")
 
     # in the dtype of the tuned files, as SFT had it: rounding is no difference to measure
-    stored = read_config(tuned_folder).get("dtype") if dtype == "auto" else None
+    config = read_config(tuned_folder)
+    stored = config.get("dtype") or config.get("torch_dtype") if dtype == "auto" else None
     model = load_model(base_folder, replace(settings, dtype=stored if stored in FLOATS else dtype))
     settings = replace(settings, lengths=tuple(lengths or default_lengths(model)))
     warnings += check_lengths(model, settings.lengths)

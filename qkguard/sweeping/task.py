@@ -96,6 +96,10 @@ def _encode(tokenizer: Any, row: Mapping[str, Any], number: int) -> Row:
         begin = next((i for i, label in enumerate(row["labels"]) if label != -100 and i), None)
         if begin is None:
             raise QKGuardError(f"row {number} has nothing to score: all of its labels are -100")
+        if -100 in row["labels"][begin:]:
+            raise QKGuardError(
+                f"row {number} is scored in several places; expected labels of -100 before one end alone"
+            )
         return Row(tuple(row["input_ids"]), begin, None)
     before, after, answer = _texts(tokenizer, row, number)
     prompt, special = [], True

@@ -175,13 +175,13 @@ class Swaps(TrainerCallback):
         sharding.settle(model)
 
 
-def swapped(folder: Path, backend: str) -> None:
+def swapped(folder: Path, backend: str, method: str = "restore") -> None:
     """The restored live model gives the logits of the loaded `qk_restored/`, and training does not notice."""
     base = base_model(folder, "llama", **TINY)
     trainer, _ = run(folder / "bare", base, backend)
     expected = outcome(folder / "bare", trainer)
-    methods = {"zero3": {"method": "qk-pro", "ridge": 0.5}, "fsdp2": {"method": "procrustes"}}
-    guard = QKGuardCallback(strict=True, probe_steps=0, **methods.get(backend, {}))
+    options: dict[str, Any] = {"method": method} | ({"ridge": 0.5} if method == "qk-pro" else {})
+    guard = QKGuardCallback(strict=True, probe_steps=0, **options)
     trainer, swaps = run(folder / "swapped", base, backend, guard, lambda trainer: Swaps(guard), save_steps=1)
     assert outcome(folder / "swapped", trainer) == expected
     if rank() == 0:

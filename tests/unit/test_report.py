@@ -17,6 +17,7 @@ from qkguard.report import write_report
 from qkguard.report.build import write_comparison
 from qkguard.report.run import load_run
 from qkguard.report.words import tell
+from qkguard.tracking import Tracking
 from tests import judge
 from tests.probing import bpe_tokenizer
 from tests.training import arguments, save_base, train
@@ -182,3 +183,33 @@ def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     code, _, err = call(tmp_path)
     assert code == 2 and len(err.splitlines()) == 1 and "output_dir of a guarded run" in err
     assert call(run, "--out", "x.html")[0] == 2
+
+
+def test_a_line_cut_short_is_left_out_and_stops_nothing(run: Path, tmp_path: Path, caplog: Any) -> None:
+    """By a crash or a full disk: neither the page nor a resumed run breaks, and later rows stay whole."""
+    folder = tmp_path / "_qkguard"
+    folder.mkdir()
+    whole = (run / "_qkguard/metrics.jsonl").read_text().splitlines()
+    (folder / "metrics.jsonl").write_text("\n".join([*whole[:3], whole[3][:20]]))
+    assert len(load_run(tmp_path).rows) == 3
+    tracking = Tracking(folder, [], tmp_path)
+    (folder / "metrics.jsonl").write_text("\n".join([*whole[:3], whole[3][:20]]))
+    tracking.log({"qkguard/a": 1.0}, 9)
+    assert [row["step"] for row in load_run(tmp_path).rows] == [*(json.loads(w)["step"] for w in whole[:3]), 9]
+    Tracking(folder, [], tmp_path, resumed_at=100)
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_restored_adapters_are_found(run: Path, tmp_path: Path) -> None:
+    """A level deeper than restored models, in manifests without layers."""
+    (tmp_path / "_qkguard").mkdir()
+    (tmp_path / "_qkguard/metrics.jsonl").write_text(json.dumps({"step": 1, "qkguard/drift/q_rel": 0.5}))
+    for step in (9, 10):
+        folder = tmp_path / f"checkpoint-{step}/qk_restored/default"
+        folder.mkdir(parents=True)
+        manifest = {"kind": "adapter", "method": {"name": "restore"}, "warnings": []}
+        (folder / "qkguard.json").write_text(json.dumps(manifest))
+    found = load_run(tmp_path)
+    assert [path.parent.parent.name for path in found.restored_folders] == ["checkpoint-9", "checkpoint-10"]
+    text = write_report(tmp_path).read_text()
+    assert "an adapter that leaves queries and keys to the base" in text and "2 restored folder(s)" in text

@@ -99,7 +99,7 @@ def test_rows_to_evaluate_on_are_others(tmp_path: Path) -> None:
     data = DataArguments(dataset_name=paths[0], dataset_test_split=paths[1])
     assert load(data, chat=False, seed=0)["prompt"][0] == "train"
     assert load(data, chat=False, seed=0, split=paths[1])["prompt"][0] == "test"
-    with pytest.raises(QKGuardError, match=r"train\.jsonl is a file and has no split 'test'"):
+    with pytest.raises(QKGuardError, match=r"train\.jsonl is a file of rows and has no split 'test'"):
         load(data, chat=False, seed=0, split="test")
 
 

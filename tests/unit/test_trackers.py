@@ -157,14 +157,21 @@ def test_trackio_and_mlflow_get_scalars_in_the_open_run_only(monkeypatch: pytest
     trackio.context_vars, trackio.log = variables, calls.append  # type: ignore[attr-defined]
     mlflow = ModuleType("mlflow")
     mlflow.active_run = lambda: None  # type: ignore[attr-defined]
-    mlflow.log_metrics = lambda metrics, step: calls.append((metrics, step))  # type: ignore[attr-defined]
+    client = SimpleNamespace(log_metric=lambda run, key, value, step: calls.append((run, key, value, step)))
+    mlflow.MlflowClient = lambda: client  # type: ignore[attr-defined]
     for module in (trackio, variables, mlflow):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    Trackio().scalars({"qkguard/a": 1.0}, 3)
-    MLflow().scalars({"qkguard/a": 1.0}, 3)
+    sinks = (Trackio(), MLflow())
+    for sink in sinks:
+        sink.scalars({"qkguard/a": 1.0}, 3)
     assert calls == []
     current.get = lambda: object()
-    mlflow.active_run = lambda: object()  # type: ignore[attr-defined]
-    Trackio().scalars({"qkguard/a": 1.0}, 3)
-    MLflow().scalars({"qkguard/a": 1.0}, 3)
-    assert calls == [{"qkguard/a": 1.0, "train/global_step": 3}, ({"qkguard/a": 1.0}, 3)]
+    mlflow.active_run = lambda: SimpleNamespace(info=SimpleNamespace(run_id="r"))  # type: ignore[attr-defined]
+    for sink in sinks:
+        sink.scalars({"qkguard/a": 1.0}, 3)
+    assert calls == [{"qkguard/a": 1.0, "train/global_step": 3}, ("r", "qkguard/a", 1.0, 3)]
+    current.get = lambda: None
+    mlflow.active_run = lambda: None  # type: ignore[attr-defined]  # ended by Trainer's callback, before ours
+    for sink in sinks:
+        sink.scalars({"qkguard/a": 2.0}, 4)
+    assert calls[2:] == [("r", "qkguard/a", 2.0, 4)]
