@@ -110,8 +110,10 @@ def test_adapters(run: Run, recipe: Path, tmp_path: Path) -> None:
     code, out, _ = run("sft", "--config", recipe, "--dry-run", "--json", *arguments)
     plan = json.loads(out)
     assert code == 0 and plan["model"]["trained"] == 2 * (4 * (192 + 192) + 4 * (192 + 96))  # 2 layers, A and B
-    assert plan["probes"]["off"] and plan["guard"]["reference_bytes"] == 0
+    assert not plan["probes"]["off"] and plan["guard"]["reference_bytes"] == 0
     assert run("sft", "--config", recipe, "--max_steps", 1, *arguments)[0] == 0
+    rows = [json.loads(line) for line in (tmp_path / "run/_qkguard/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "qkguard/niah/recall" in row] == [0, 1]
     adapter = tmp_path / "run/checkpoint-1/qk_restored/default"
     with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
         names = list(file.keys())
