@@ -23,7 +23,7 @@ CASES = {
         "guarded@zero3,fp32,minimax",
         "guarded@zero3,bf16,qwen3_next,default",
         "guarded@zero3,fp32,minimax,offload",
-        "guarded@zero3,bf16,minimax,offload,default",
+        "guarded@zero3,fp32,qwen3_next,offload,default",
         "guarded@zero3,fp32,minimax,nogather,default",
         "fsdp2",
         "neutral@ddp,checkpointing",
