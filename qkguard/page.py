@@ -6,6 +6,7 @@ from base64 import b64encode
 from collections.abc import Iterable, Sequence
 from html import escape
 from io import BytesIO
+from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -69,9 +70,12 @@ def code(text: str) -> str:
     return f"<pre>{escape(text)}</pre>"
 
 
-def picture(figure: Figure, caption: str) -> str:
-    """A figure in the reader's colours: one PNG for light pages, one for dark ones."""
-    light, dark = (b64encode(themed_png(figure, theme)).decode() for theme in ("light", "dark"))
+def picture(figure: Figure, caption: str, file: Path | None = None) -> str:
+    """A figure in the reader's colours: one PNG for light pages, which also goes to `file`, one for dark ones."""
+    images = {theme: themed_png(figure, theme) for theme in ("light", "dark")}
+    if file is not None:
+        file.write_bytes(images["light"])
+    light, dark = (b64encode(image).decode() for image in images.values())
     width = round(figure.get_figwidth() * 100)
     return (
         f'<figure><picture><source media="(prefers-color-scheme:dark)" srcset="data:image/png;base64,{dark}">'
@@ -91,7 +95,8 @@ def themed_png(figure: Figure, theme: str = "light", dpi: int = 150) -> bytes:
             spine.set_edgecolor(ink)
         if legend := axis.get_legend():
             legend.get_frame().set_facecolor(paper)
-    for text in figure.findobj(Text):
+    on_images = {text for axis in figure.axes if axis.images for text in axis.texts}  # inked for their cells
+    for text in set(figure.findobj(Text)) - on_images:
         text.set_color(ink)
     buffer = BytesIO()
     figure.set_dpi(dpi)

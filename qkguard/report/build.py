@@ -40,8 +40,7 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
     target.mkdir(exist_ok=True)
     parts = [_facts(run), page.heading("What happened"), page.bullets(tell(run)), _recall_table(run)]
     for name, figure in pictures.items():
-        parts.append(page.picture(figure, CAPTIONS[name]))
-        (target / f"{name}.png").write_bytes(page.themed_png(figure))
+        parts.append(page.picture(figure, CAPTIONS[name], target / f"{name}.png"))
     parts += [_layer_table(run), _written(run), _cost(run)]
     out = run.folder / REPORT
     out.write_text(page.page(f"qkguard: {run.name}", *parts), encoding="utf-8")
