@@ -57,11 +57,12 @@ def selection_on_disk(
     mixed.save_pretrained(work)
     del mixed, donor, theirs
     saved = open_weights(work)
-    shapes = tuned.shapes()
-    out, taken = [], set()
+    every = [pmap for _, maps in selection for pmap in maps]
+    keys = rearranged_sources(every, tuned.shapes(), tuned.folder, trust_remote_code=trust_remote_code)
+    out: list[tuple[AttentionSpec, tuple[ParamMap, ...]]] = []
+    taken: set[str] = set()
     for spec, maps in selection:
-        keys = rearranged_sources(maps, shapes, tuned.folder, trust_remote_code=trust_remote_code)
-        fresh = [key for key in keys if key not in taken]
+        fresh = sorted({key for pmap in maps for key in keys[pmap.name]} - taken)
         taken.update(fresh)
         params = tuple(p for p in (_changed(key, tuned, saved) for key in fresh) if p)
         if params:

@@ -102,13 +102,13 @@ def cut_beside(bare: str, loads: Mapping[str, list[tuple[str, bool]]]) -> list[s
 
 def rearranged_sources(
     params: Iterable[ParamMap], keys: Iterable[str], config: Any, *, trust_remote_code: bool = False
-) -> list[str]:
-    """All keys whose tensors may hold rows of these parameters, for a checkpoint that `disk_names` refuses."""
+) -> dict[str, list[str]]:
+    """Parameter name -> all keys whose tensors may hold its rows, for a checkpoint that `disk_names` refuses."""
     source = build.resolve(config, trust_remote_code=trust_remote_code)
     with build.undisturbed():
         loads = _loaded_from(build.build_meta(source), keys)
-    out: set[str] = set()
-    for name in (build.bare_name(param.name) for param in params):
-        out.update(key for key, _ in loads.get(name, ()))
-        out.update(cut_beside(name, loads))
-    return sorted(out)
+    out = {}
+    for name in (param.name for param in params):
+        bare = build.bare_name(name)
+        out[name] = sorted({*(key for key, _ in loads.get(bare, ())), *cut_beside(bare, loads)})
+    return out
