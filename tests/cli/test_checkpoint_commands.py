@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qkguard.checkpoint import offline
-from tests.cli.conftest import Run
+from tests.conftest import Run
 from tests.models import noised, save_pair, tiny_model
 from tests.oracle import differences, expected, load_folder
 

@@ -17,7 +17,7 @@ from qkguard.errors import QKGuardError
 from qkguard.probe import ProbeResult, command
 from qkguard.probe.command import ProbeSettings, probe_models, run_within_memory
 from qkguard.probe.prober import Prober
-from tests.cli.conftest import Run
+from tests.conftest import Run
 from tests.models import tiny_model
 from tests.probing import bpe_tokenizer
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import qkguard
 import qkguard.demo
 from docs.what_works import written
-from tests.cli.conftest import Run
+from tests.conftest import Run
 from tests.lora import LINEAR, save_adapter
 from tests.unit.zoo import tiny_config
 

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,11 @@ import pytest
 from safetensors import safe_open
 
 import qkguard.demo
-from qkguard import cli
 from tests import judge
+from tests.conftest import Run
 from tests.unit.zoo import tiny_config
 
 DEMO = Path(qkguard.demo.__file__).parent / "model"
-Run = Callable[..., tuple[int, str, str]]
 RECIPE = """
 model_name_or_path: {model}
 dtype: float32
@@ -46,21 +44,6 @@ qkguard:
   probe_steps: 3
   probe_budget: 100
 """
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command line in this process: (exit code, stdout, stderr)."""
-
-    def call(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["qkguard", *map(str, args)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(stopped.value.code or 0), out, err
-
-    return call
 
 
 def rows_file(path: Path, row: dict[str, Any] | None = None, count: int = 21) -> Path:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from qkguard.checkpoint.offline import restore_checkpoint
 from qkguard.demo import MODEL
 from qkguard.demo.arithmetic import problems
-from tests.cli.conftest import Run
+from tests.conftest import Run
 from tests.models import save_pair
 from tests.oracle import differences, load_folder
 

@@ -7,9 +7,7 @@ import os
 import re
 import shlex
 import shutil
-import sys
 import textwrap
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +17,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import qkguard.demo
-from qkguard import cli
 from qkguard.sft.arguments import parse
 from qkguard.sft.recipes import find_recipe, recipe_names, recipes_folder
+from tests.conftest import Run
 from tests.unit.test_layout import HYPENET, JET_NEMOTRON
 from tests.unit.zoo import tiny_config
 
@@ -64,7 +62,6 @@ ROWS: dict[str, dict[str, Any]] = {
 TEMPLATE = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' ' }}{% endfor %}"
 YAMLS = sorted(p for p in recipes_folder().rglob("*.yaml") if p.parent.name != "accelerate_configs")
 NAMES = sorted(recipe_names())
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
@@ -83,19 +80,6 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         files[name] = root / f"{name.replace('/', '-')}.jsonl"
         files[name].write_text("".join(json.dumps(row) + "\n" for _ in range(50)))
     return files
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["qkguard", *map(str, args)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(stopped.value.code or 0), out, err
-
-    return call
 
 
 def header(recipe: Path) -> dict[str, list[str]]:
