@@ -23,13 +23,17 @@ HERE = Path(__file__).parent
 RUNS = {
     "full": (["--lr", "2e-3"], "all"),
     "mild": (["--lr", "1e-3"], "short"),
-    "milder": (["--lr", "5e-4"], "pair"),
     "frozen": (["--way", "frozen"], "raw"),
-    "lora": (["--way", "lora"], "pair"),
     "windows": (["--way", "windows"], "pair"),
+    "lora": (["--way", "lora"], "short"),
+    "gentle": (["--lr", "3e-4"], "pair"),
 }
 # Other architectures, one seed each: options of pretrain.py, and the runs made of it
-VARIANTS = {"two": (["--layers", "LLALLA"], ("full",)), "rotary": (["--rope", "1e6"], ("full",))}
+VARIANTS = {
+    "two": (["--layers", "LLALLA"], ("full",)),
+    "rotary": (["--rope", "1e6"], ("full",)),
+    "large": (["--hidden", "1024", "--heads", "16", "--lr", "5e-4"], ("mild", "gentle")),
+}
 
 
 class Stages:
@@ -115,9 +119,10 @@ def main() -> None:
     with overlapping_kernels():
         for base, (extra, seed, runs) in bases.items():
             stages.start(base, "pretrain.py", "--out", args.out / base, "--seed", seed, *extra)
-            folders = [f"{args.out / run}-{base}:{RUNS[run][1]}" for run in runs]
             where = ["--base", args.out / base, "--out", args.results / base, "--wait", args.deadline]
-            stages.start(f"evaluate-{base}", "evaluate.py", *where, "--runs", *folders)
+            for part in filter(None, (runs[:1], runs[1:])):  # the first run has the most points
+                folders = [f"{args.out / run}-{base}:{RUNS[run][1]}" for run in part]
+                stages.start(f"evaluate-{base}-{part[0]}", "evaluate.py", *where, "--runs", *folders)
         while stages.running:
             for name, well in stages.finished().items():
                 for run in bases[name][2] if well and name in bases else ():

@@ -14,7 +14,7 @@ NAMES = {"pre": "before SFT", "raw": "after SFT (raw)", "restore": "**Q and K re
 WAYS = {
     "full": "SFT, 2e-3",
     "mild": "SFT, 1e-3",
-    "milder": "SFT, 5e-4",
+    "gentle": "SFT, 3e-4",
     "frozen": "SFT with Q/K frozen, 2e-3",
     "windows": "SFT on longer windows, 2e-3",
     "lora": "LoRA, 2e-3",
@@ -90,11 +90,12 @@ def points_table(results: Sequence[Mapping]) -> str:
 
 
 def ways_table(runs: Mapping[str, Sequence[Mapping]]) -> str:
-    """Raw and restored recall on S2 of every way to fine-tune."""
-    columns = lengths(runs["full"], S)
+    """Raw and restored recall on S2 of every way to fine-tune a base."""
+    first = next(iter(runs.values()))
+    columns = lengths(first, S)
     head = ["", *(f"S2 {tokens(n)}" for n in columns), "skill", "drift Q / K", "drift of routing"]
-    before = [cell(over_seeds(runs["full"], "pre", lambda p, n=n: share(p, S, length=n))) for n in columns]
-    rows = [["before SFT", *before, cell(over_seeds(runs["full"], "pre", lambda p: p["skill"])), "", ""]]
+    before = [cell(over_seeds(first, "pre", lambda p, n=n: share(p, S, length=n))) for n in columns]
+    rows = [["before SFT", *before, cell(over_seeds(first, "pre", lambda p: p["skill"])), "", ""]]
     for way, label in WAYS.items():
         results = runs.get(way, [])
         moved = " / ".join(cell([mean(r["drift"][f"{x}_proj"]) for r in results]) for x in "qk")
@@ -158,8 +159,8 @@ def all_tables(folder: Path) -> dict[str, str]:
     for base, runs in results.items():
         if "full" in runs:
             out[f"points-{base}"] = points_table(runs["full"])
+        out[f"ways-{base}"] = ways_table(runs)
     if "one" in results:
-        out["ways"] = ways_table(results["one"])
         out["depth"] = depth_table(results["one"]["full"])
         out["attention"] = attention_table(results["one"]["full"])
     if (folder / "exploration.jsonl").exists():
