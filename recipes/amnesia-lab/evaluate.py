@@ -148,8 +148,8 @@ def options() -> argparse.ArgumentParser:
         "--wait", type=float, default=0, help="seconds to wait for models that are still in the making"
     )
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096])
-    parser.add_argument("--far", type=int, nargs="*", default=[16384, 65536], help="lengths with half of the samples")
-    parser.add_argument("--tasks", nargs="+", default=["single_2"])
+    parser.add_argument("--far", type=int, nargs="*", default=[16384], help="lengths with half of the samples")
+    parser.add_argument("--tasks", nargs="+", default=["single_2", "multikey_1", "multikey_2"])
     parser.add_argument("--depths", type=int, default=5)
     parser.add_argument("--samples", type=int, default=4, help="per task, length and depth")
     parser.add_argument("--problems", type=int, default=128)
