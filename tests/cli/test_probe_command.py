@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import qkguard.demo
-from qkguard.cli.probe import parse_depths, parse_lengths
+from qkguard.cli.options import parse_depths, parse_lengths
 from qkguard.errors import QKGuardError
 from qkguard.probe import ProbeResult, command
 from qkguard.probe.command import ProbeSettings, probe_models, run_within_memory
@@ -82,7 +82,8 @@ def test_prompts_from_a_file(run: Run, tmp_path: Path) -> None:
         ([DEMO, "--depths", "0,7"], "expected numbers from 0"),
         ([DEMO, "--tasks", "vt"], "unknown probe task"),
         ([DEMO, "--lengths", "20"], "too short"),
-        ([DEMO, "--samples", "0"], "at least one"),
+        ([DEMO, "--new-tokens", "0"], "'--new-tokens'"),
+        ([DEMO, "--samples", "0"], "'--samples'"),
         ([DEMO, "--mode", "chat"], "no chat template"),
         ([DEMO, "--mode", "loud"], "--mode 'loud'"),
         ([DEMO, "--dtype", "int3"], "dtype 'int3'"),
