@@ -25,6 +25,7 @@ from qkguard.probe.samples import plan
 from qkguard.probe.schedule import Budget, interval
 from qkguard.probe.setting import training_prose, why_not
 from qkguard.probing import alarm
+from qkguard.rows import sampled
 from tests import judge
 from tests.models import tiny_model
 from tests.probing import bpe_tokenizer
@@ -140,6 +141,9 @@ def test_haystack_is_the_training_text_decoded():
     prose = training_prose(rows, tokenizer)
     assert prose.origin == "training text" and set(prose.sentences) <= set(texts) and len(prose.sentences) > 20
     assert training_prose(iter(texts), tokenizer).origin == "generated", "a stream is not used up"
+    assert [row["input_ids"] for row in sampled(rows, 40)] == rows[::2]["input_ids"], (
+        "at most so many, from everywhere"
+    )
 
 
 # -- trainings -----------------------------------------------------------------------------------------------------
