@@ -19,7 +19,8 @@ from qkguard.checkpoint.weights import open_weights, resolve_folder
 from qkguard.config import RUN_FOLDER, QKGuardConfig
 from qkguard.errors import QKGuardError, WrongReferenceError
 from qkguard.layout import ParamMap, disk_names
-from qkguard.reference import Reference, ReferenceFile, Selection, compare_with_base
+from qkguard.layout.spec import Selection
+from qkguard.reference import Reference, ReferenceFile, compare_with_base
 
 logger = logging.getLogger(__name__)
 

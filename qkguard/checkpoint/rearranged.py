@@ -7,7 +7,6 @@ and the disk of one, unlike everything else here; of transformers 5.23's causal 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,7 @@ from torch import Tensor
 from qkguard.checkpoint.sources import FolderSource
 from qkguard.checkpoint.weights import WeightFolder, open_weights
 from qkguard.errors import QKGuardError
-from qkguard.layout.spec import AttentionSpec, Block, ParamMap
-
-Selection = Sequence[tuple[AttentionSpec, tuple[ParamMap, ...]]]
+from qkguard.layout.spec import AttentionSpec, Block, ParamMap, Selection
 
 
 def selection_on_disk(
@@ -31,7 +28,7 @@ def selection_on_disk(
     *,
     base_id: str,
     trust_remote_code: bool = False,
-) -> tuple[list[tuple[AttentionSpec, tuple[ParamMap, ...]]], FolderSource]:
+) -> tuple[Selection, FolderSource]:
     """The selection in terms of the tensors on disk, and the rows to write there.
 
     Args:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +11,10 @@ from torch import Tensor
 
 from qkguard import ranks, sharding
 from qkguard.errors import QKGuardError
-from qkguard.layout.spec import AttentionSpec, ParamMap
+from qkguard.layout.spec import ParamMap, Selection
 from qkguard.lora.adapter import check_config
 
 QUANTISED = ("Params4bit", "Int8Params")  # bitsandbytes
-
-Selection = Sequence[tuple[AttentionSpec, tuple[ParamMap, ...]]]
 
 
 @dataclass(frozen=True)
