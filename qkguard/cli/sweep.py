@@ -147,7 +147,7 @@ def _files(out: Path | None, html: Path | None, png: Path | None) -> dict[str, l
 
 def _write_files(report: SweepReport, files: dict[str, list[Path]]) -> None:
     from qkguard.checkpoint.manifest import dump
-    from qkguard.probe.pictures import png
+    from qkguard.page import themed_png
     from qkguard.sweeping.report import html_page, picture
 
     for file in files["json"]:
@@ -155,7 +155,7 @@ def _write_files(report: SweepReport, files: dict[str, list[Path]]) -> None:
     for file in files["html"]:
         file.write_text(html_page(report), encoding="utf-8")
     for file in files["png"]:
-        file.write_bytes(png(picture(report)))
+        file.write_bytes(themed_png(picture(report)))
 
 
 def _show(report: SweepReport, files: dict[str, list[Path]], written: Path | None) -> None:

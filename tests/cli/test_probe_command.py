@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -47,8 +48,9 @@ def test_models_side_by_side(run: Run, broken: Path, tmp_path: Path) -> None:
     assert "run/model" in out and "against model (95%:" in out
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "a.html").read_text()
-    assert page.count("data:image/png;base64,") == 2 * 3, (
-        "light and dark" and "run/model" in page and "multikey_2" in page
+    assert page.count("data:image/png;base64,") == 2 * 3, "three pictures, light and dark"
+    assert "run/model" in page and re.search(
+        r"<td>multikey_2</td><td>256</td><td>\d+\.\d% \(\d+% to \d+%\)</td>", page
     )
     assert "http" not in page  # nothing is loaded from elsewhere
 
