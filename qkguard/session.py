@@ -23,14 +23,14 @@ from qkguard.attempt import attempt
 from qkguard.checkpoint.export import export_model, holds_weights, link_checkpoint
 from qkguard.checkpoint.restored import RestoredWrite
 from qkguard.checkpoint.weights import open_weights
-from qkguard.config import RUN_FOLDER, QKGuardConfig
+from qkguard.config import RUN_FOLDER, QKGuardConfig, every
 from qkguard.drift_live import DriftTracker, Tracker
 from qkguard.errors import QKGuardError
 from qkguard.heldout import keep_rows
 from qkguard.layout import disk_names, find_attention, select
 from qkguard.layout.spec import unselected_norms
 from qkguard.probing import Probing, Swap
-from qkguard.reference import ReferenceFile
+from qkguard.reference import TENSORS, ReferenceFile
 from qkguard.restore import check_strengths, get_method
 from qkguard.start import establish_reference, retire_later_checkpoints, warnings_at_start
 from qkguard.swap import restored
@@ -285,26 +285,23 @@ class Session:
         kept = sum(m.numel * self.reference.pieces[m.name].element_size() for m in maps)
         share = "" if ranks.world_size() == 1 else f", {_megabytes(self.reference.nbytes)} of it on this rank"
         config = self.config
-        when = {
-            "save": f"checkpoint-N/{RESTORED} at every save",
-            "best": f"checkpoint-N/{RESTORED} at every best save",
-            "end": "none before the end",
-            "never": "none",
-        }[config.restore_on]
-        final = (
-            f", final models in {self.folder / 'final'}"
-            if config.final_export and config.restore_on != "never"
-            else ""
-        )
         return (
             f"guarding the queries and keys of {len(layers)} softmax-attention layers"
             + (f" of {total} layers" if total else "")
             + f" ({', '.join(layers)}): {sum(m.numel for m in maps):,} elements in {len(maps)} parameters, "
-            f"{_megabytes(kept)} kept in CPU memory{share}. Reference {self.folder / 'reference.safetensors'}: "
-            f"{self.origin} ({seconds:.1f} s). Drift every {_steps(config.drift_steps)}, routing drift every "
-            f"{_steps(config.routing_drift_steps)}, to {', '.join(['metrics.jsonl', *(args.report_to or [])])}. "
-            f"Restored checkpoints ({config.method}): {when}{final}."
+            f"{_megabytes(kept)} kept in CPU memory{share}. Reference {self.folder / TENSORS}: "
+            f"{self.origin} ({seconds:.1f} s). Drift every {every(config.drift_steps)}, routing drift every "
+            f"{every(config.routing_drift_steps)}, to {', '.join([METRICS, *(args.report_to or [])])}. "
+            f"Restored checkpoints ({config.method}): {self._when(f'checkpoint-N/{RESTORED}')}."
         )
+
+    def _when(self, place: str) -> str:
+        """When restored models are written to `place`, and where the final ones go."""
+        config = self.config
+        final = config.final_export and config.restore_on != "never"
+        saves = {"save": f"{place} at every save", "best": f"{place} at every best save"}
+        when = saves.get(config.restore_on, "none before the end" if final else "none")
+        return when + (f", final models in {self.folder / 'final'}" if final else "")
 
 
 def run_folder(config: QKGuardConfig, args: TrainingArguments) -> Path:
@@ -319,10 +316,6 @@ def _alone(write: RestoredWrite, extra: dict[str, Any]) -> None:
     except BaseException:
         write.abort()
         raise
-
-
-def _steps(value: str) -> str:
-    return {"logging": "logging step", "0": "0 steps (never)"}.get(value, f"{value} steps")
 
 
 def _megabytes(count: int) -> str:

@@ -213,11 +213,10 @@ class AdapterSession(Session):
             f"({seconds:.1f} s). The base's queries and keys are frozen, no reference is "
             "kept; drift is that of the effective weights. "
             + (
-                f"Restored adapters ({config.method}): checkpoint-N/{RESTORED}/<adapter>"
+                f"Restored adapters ({config.method}): {self._when(f'checkpoint-N/{RESTORED}/<adapter>')}"
                 if self.writable
-                else "Adapters"
+                else "Restored adapters: none, DoRA has no such form here"
             )
-            + (f", final ones in {self.folder / 'final'}" if config.final_export else "")
             + (f", merged models at the end, onto {self._merge_base()}" if config.merge_at_end else "")
             + (
                 " (the base in training is quantised, drift is that of its dequantised weights)."
