@@ -139,8 +139,8 @@ def refuse_guarded_checkpoint(model: Any) -> None:
         return
     here = Path(name).resolve()
     own = (here / RESTORED_MANIFEST).is_file()
-    run = next((p for p in (here, *list(here.parents)[:3]) if (p / RUN_FOLDER / "reference.json").is_file()), None)
-    run = run or next((p for p in list(here.parents)[:3] if (p / "reference.json").is_file()), None)
+    run = next((p for p in (here, *list(here.parents)[:3]) if ReferenceFile.exists(p / RUN_FOLDER)), None)
+    run = run or next((p for p in list(here.parents)[:3] if ReferenceFile.exists(p)), None)
     if own or run:
         where = f"the guarded run {run}" if run else "a checkpoint that qkguard wrote"
         raise QKGuardError(

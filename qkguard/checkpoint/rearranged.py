@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from qkguard.checkpoint.sources import FolderSource
 from qkguard.checkpoint.weights import WeightFolder, open_weights
 from qkguard.errors import QKGuardError
-from qkguard.layout.spec import AttentionSpec, Block, ParamMap, Selection
+from qkguard.layout.spec import AttentionSpec, Block, ParamMap, Selection, true_ranges
 
 
 def selection_on_disk(
@@ -90,13 +89,6 @@ def _changed(key: str, tuned: WeightFolder, saved: WeightFolder) -> ParamMap | N
     whole = ParamMap(key, shape, 0, "weight", (Block(0, shape[0], "qk"),))
     before, after = tuned.read(key, whole), saved.read(key, whole)
     moved = (before != after.to(before.dtype)).flatten(1).any(1) if before.dim() > 1 else before != after
-    blocks = tuple(Block(start, stop, "qk") for start, stop in _runs(moved))
+    blocks = tuple(Block(start, stop, "qk") for start, stop in true_ranges(moved))
     kind = "bias" if len(shape) == 1 else "weight"
     return replace(whole, kind=kind, blocks=blocks) if blocks else None
-
-
-def _runs(flags: Tensor) -> list[tuple[int, int]]:
-    """Half-open ranges of the True values."""
-    edges = torch.diff(flags.int(), prepend=torch.zeros(1, dtype=torch.int), append=torch.zeros(1, dtype=torch.int))
-    starts, stops = (edges == 1).nonzero()[:, 0].tolist(), (edges == -1).nonzero()[:, 0].tolist()
-    return list(zip(starts, stops, strict=True))

@@ -240,6 +240,13 @@ def join_ranges(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...
     return tuple(out)
 
 
+def true_ranges(flags: Tensor) -> list[tuple[int, int]]:
+    """Half-open ranges of the True values of a 1-D tensor."""
+    edge = flags.new_zeros(1)
+    steps = torch.diff(torch.cat([edge, flags, edge]).int())
+    return list(zip((steps == 1).nonzero()[:, 0].tolist(), (steps == -1).nonzero()[:, 0].tolist(), strict=True))
+
+
 def select(
     specs: Sequence[AttentionSpec],
     *,
