@@ -26,17 +26,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from qkguard import QKGuardCallback
 from tests import judge
+from tests.distributed.cases import deepspeed_config
 from tests.training import Recorder
-
-DEEPSPEED = {
-    "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True},
-    "train_micro_batch_size_per_gpu": "auto",
-    "train_batch_size": "auto",
-    "gradient_accumulation_steps": "auto",
-    "gradient_clipping": "auto",
-    "bf16": {"enabled": "auto"},
-    "zero_allow_untested_optimizer": True,
-}
 
 
 class Clock(TrainerCallback):
@@ -87,7 +78,7 @@ def main(hidden: int = 2048, layers: int = 16, steps: int = 12) -> None:
             gradient_checkpointing=True,
             report_to=[],
             disable_tqdm=True,
-            deepspeed=DEEPSPEED,
+            deepspeed=deepspeed_config(3, tight=False),
             optim="adamw_torch",
         )
         dist.barrier()
