@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qkguard import ranks, sharding
+from qkguard import sharding
+from qkguard.attempt import attempt
 from qkguard.config import QKGuardConfig
-from qkguard.errors import QKGuardError, RankLostError, WrongReferenceError
+from qkguard.errors import QKGuardError
 from qkguard.session import Session, run_folder
 
-logger = logging.getLogger(__name__)
+LATER = "`qkguard restore` makes the restored model from the raw checkpoint, which is safe"
 
 
 class QKGuardCallback(TrainerCallback):
@@ -91,8 +91,11 @@ class QKGuardCallback(TrainerCallback):
             session = self.session
             if session.probing:
                 session.probing.at_save(state, control)
-            self._attempt(
-                f"restoring {folder}", lambda: session.restore_checkpoint(folder, state.global_step, processing_class)
+            attempt(
+                f"restoring {folder}",
+                lambda: session.restore_checkpoint(folder, state.global_step, processing_class),
+                strict=self.config.strict,
+                advice=LATER,
             )
 
     def on_train_end(
@@ -111,7 +114,12 @@ class QKGuardCallback(TrainerCallback):
         if session.probing:
             session.probing.at_end(state, control)
         if self.config.final_export and self.config.restore_on != "never":
-            self._attempt("the final export", lambda: session.final_export(state, args, processing_class))
+            attempt(
+                "the final export",
+                lambda: session.final_export(state, args, processing_class),
+                strict=self.config.strict,
+                advice=LATER,
+            )
         session.finish()
 
     def save(self, trainer: Any, output_dir: str | Path) -> None:
@@ -123,21 +131,6 @@ class QKGuardCallback(TrainerCallback):
             raise QKGuardError("nothing to restore from: the guard's reference is taken when train() begins")
         trainer.save_model(str(output_dir))
         self.session.restore_checkpoint(Path(output_dir), trainer.state.global_step, trainer.processing_class)
-
-    def _attempt(self, what: str, work: Callable[[], None]) -> None:
-        """Let training go on when a restored write fails: the raw checkpoint is safe and can be restored offline."""
-        try:
-            work()
-        except Exception as error:
-            if self.config.strict or isinstance(error, WrongReferenceError | RankLostError):
-                raise
-            if ranks.rank() == 0:
-                logger.error(
-                    "%s failed: %s. Training goes on; `qkguard restore` makes the restored model from a checkpoint "
-                    "later, strict=True stops instead",
-                    what,
-                    error if isinstance(error, QKGuardError) else f"{type(error).__name__}: {error}",
-                )
 
 
 def _session_class(model: Any) -> type[Session]:

@@ -237,6 +237,11 @@ class QKGuardConfig:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name in names}
 
 
+def every(steps: str) -> str:
+    """A drift schedule in words, after "every"."""
+    return {"logging": "logging step", "0": "0 steps (never)"}.get(steps, f"{steps} steps")
+
+
 def _is_fraction(value: str) -> bool:
     try:
         return 0 < float(value) < 1

@@ -6,17 +6,14 @@ noise below a relative drift of 1e-3 in float32.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import isfinite, sqrt
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from qkguard.layout.spec import AttentionSpec, ParamMap
-
-if TYPE_CHECKING:
-    from qkguard.reference import Selection
+from qkguard.layout.spec import AttentionSpec, ParamMap, Selection
 
 # CPU: small enough to stay in the cache; accelerators: large enough to be bound by memory
 _CHUNK = {"cpu": 1 << 18}
@@ -55,7 +52,7 @@ def difference_sums(live: Tensor, pre: Tensor) -> Tensor:
     out = torch.zeros(2, dtype=torch.float64, device=live.device)
     chunk = _CHUNK.get(live.device.type, _CHUNK_ACCELERATOR)
     for start in range(0, live.numel(), chunk):
-        w0 = pre[start : start + chunk].to(live.device, torch.float32, non_blocking=True)
+        w0 = pre[start : start + chunk].to(live.device, non_blocking=True).float()  # converted where live is
         delta = live[start : start + chunk].float() - w0
         out += torch.stack(((delta * delta).sum(), (w0 * delta).sum()))
     return out
@@ -66,8 +63,13 @@ def square_sum(tensor: Tensor) -> float:
     return float(difference_sums(tensor, torch.zeros((), dtype=tensor.dtype).expand(tensor.numel()))[0])
 
 
+def add(sums: Sequence[Sums]) -> Sums:
+    """Sums over the union of disjoint sets of elements."""
+    return Sums(*(sum(column) for column in zip(*sums, strict=True)))
+
+
 def routing_drift(q: Tensor, q0: Tensor, k: Tensor, k0: Tensor) -> Tensor:
-    """|R - R0|_F / |R0|_F per query head, where R = W_Q^T W_K is the routing matrix (METHOD: notation).
+    """|R - R0|_F / |R0|_F per query head, where R = W_Q^T W_K is the routing matrix.
 
     Args:
         q, q0: query weights now and before SFT, (heads, d_k, d).
@@ -163,19 +165,41 @@ def layer_metrics(selection: Selection, sums: dict[tuple[str, str], Sums]) -> di
         for role in "qk":
             mine = [s for p in maps if p.kind == "weight" for (n, r), s in sums.items() if n == p.name and role in r]
             if mine:
-                total = Sums(*(sum(parts) for parts in zip(*mine, strict=True)))
+                total = add(mine)
                 out[f"{label}/{role}_rel"] = total.rel
                 out[f"{label}/{role}_1mcos"] = total.one_minus_cos
                 means[f"{role}_rel"].append(total.rel)
-    return summarise(out, means)
+    return _summarised(out, means)
 
 
-def summarise(per_layer: dict[str, float], means: dict[str, list[float]]) -> dict[str, float]:
+def routing_metrics(
+    selection: Selection, layers: Mapping[str, tuple[list[float], float | None, float | None]]
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Metrics by key, and per-head routing drift by layer label, from what `layer_routing` gave for every label."""
+    per_layer: dict[str, float] = {}
+    heads: dict[str, list[float]] = {}
+    for label in (layer_label(i, selection) for i in range(len(selection))):
+        routing, q_top, k_top = layers[label]
+        if routing:
+            heads[label] = routing
+            per_layer[f"{label}/routing_rel"] = sum(routing) / len(routing)
+        per_layer |= {f"{label}/{n}": v for n, v in (("q_top_sv", q_top), ("k_top_sv", k_top)) if v is not None}
+    means = {"routing_rel": [v for k, v in per_layer.items() if k.endswith("/routing_rel")]}
+    return _summarised(per_layer, means), heads
+
+
+def largest(values: Sequence[float]) -> float:
+    """The maximum; nan where a value is not finite, which `max` would show or hide by their order."""
+    return max(values) if all(map(isfinite, values)) else float("nan")
+
+
+def _summarised(per_layer: dict[str, float], means: dict[str, list[float]]) -> dict[str, float]:
+    """Mean and largest of each kind over the layers, then the layers, under the names of the metrics."""
     out = {}
     for name, values in means.items():
         if values:
             out[name] = sum(values) / len(values)
-            out[f"{name}/max"] = max(values) if all(map(isfinite, values)) else float("nan")
+            out[f"{name}/max"] = largest(values)
     return {f"qkguard/drift/{name}": value for name, value in (out | per_layer).items()}
 
 

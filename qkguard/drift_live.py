@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from qkguard import ranks
-from qkguard.drift import Sums, difference_sums, layer_label, layer_metrics, layer_routing, square_sum, summarise
-from qkguard.reference import Reference, Selection
+from qkguard.drift import Sums, difference_sums, layer_label, layer_metrics, layer_routing, routing_metrics, square_sum
+from qkguard.layout.spec import Selection
+from qkguard.reference import Reference
 
 
 class Tracker(Protocol):
@@ -67,15 +68,5 @@ class DriftTracker:
                 pre = {n: pair[0] for n, pair in pairs.items() if pair}
                 live = {n: pair[1] for n, pair in pairs.items() if pair}
                 mine[layer_label(i, self.selection)] = layer_routing(spec, maps, pre, live)
-        merged = {k: v for part in ranks.together("measuring routing drift", lambda: mine) for k, v in part.items()}
-        per_layer: dict[str, float] = {}
-        heads: dict[str, list[float]] = {}
-        for i in range(len(self.selection)):
-            label = layer_label(i, self.selection)
-            routing, q_top, k_top = merged[label]
-            if routing:
-                heads[label] = routing
-                per_layer[f"{label}/routing_rel"] = sum(routing) / len(routing)
-            per_layer |= {f"{label}/{n}": v for n, v in (("q_top_sv", q_top), ("k_top_sv", k_top)) if v is not None}
-        means = {"routing_rel": [v for k, v in per_layer.items() if k.endswith("/routing_rel")]}
-        return summarise(per_layer, means), heads
+        parts = ranks.together("measuring routing drift", lambda: mine)
+        return routing_metrics(self.selection, {k: v for part in parts for k, v in part.items()})

@@ -1,4 +1,4 @@
-"""Drift between two checkpoints on disk, a layer at a time: the numbers of METHOD's Drift section without a model."""
+"""Drift between two checkpoints on disk, a layer at a time: the numbers of training without a model."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from qkguard.drift import Sums, difference_sums, layer_routing
+from qkguard.drift import Sums, add, difference_sums, largest, layer_routing, square_sum
 from qkguard.layout.spec import AttentionSpec, Block, ParamMap
 
 
@@ -17,8 +16,7 @@ def rows_drift(post: Tensor, pre: Tensor) -> Sums:
     """The sums of drift over two tensors of one shape."""
     flat, before = post.reshape(-1), pre.reshape(-1)
     moved, cross = difference_sums(flat, before).tolist()
-    zeros = torch.zeros((), dtype=pre.dtype).expand(before.numel())
-    return Sums(moved, cross, float(difference_sums(before, zeros)[0]))
+    return Sums(moved, cross, square_sum(before))
 
 
 def block_drift(param: ParamMap, pre: Tensor, post: Tensor) -> list[tuple[Block, Sums]]:
@@ -27,11 +25,6 @@ def block_drift(param: ParamMap, pre: Tensor, post: Tensor) -> list[tuple[Block,
         (block, rows_drift(post.narrow(param.dim, lo, hi - lo), pre.narrow(param.dim, lo, hi - lo)))
         for block, lo, hi in param.compact_blocks()
     ]
-
-
-def add(sums: Sequence[Sums]) -> Sums:
-    """Sums over the union of disjoint sets of elements."""
-    return Sums(*(sum(column) for column in zip(*sums, strict=True)))
 
 
 def projection_drift(
@@ -95,7 +88,7 @@ def drift_report(
         "tuned": os.fspath(tuned),
         "layers": layers,
         "mean": {key: sum(values) / len(values) for key, values in columns.items()},
-        "max": {key: max(values) for key, values in columns.items()},
+        "max": {key: largest(values) for key, values in columns.items()},
         "warnings": pair.warnings,
     }
 

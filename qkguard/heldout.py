@@ -7,34 +7,29 @@ from pathlib import Path
 from typing import Any
 
 from qkguard.config import RUN_FOLDER
+from qkguard.rows import sampled
 from qkguard.tracking import METRICS
 
 HELDOUT = "heldout.jsonl"
 ROWS = 128
 
 
-def keep_rows(dataset: Any, folder: Path) -> bool:
-    """Write up to `ROWS` rows of a prepared `datasets.Dataset`, from everywhere in it; False where there are none.
+def keep_rows(dataset: Any, folder: Path) -> None:
+    """Write up to `ROWS` rows of a prepared `datasets.Dataset`, from everywhere in it; no file where there are none.
 
     A row is {"input_ids", "labels"}: token ids, and -100 where nothing is to be predicted. Packed rows and rows scored
-    in several places are not kept. Other kinds of data sets are left alone: reading them may use up their rows or
-    random numbers.
+    in several places are not kept, nor are rows of other kinds of data sets (`rows.sampled`).
     """
-    if not type(dataset).__module__.startswith("datasets.") or not hasattr(dataset, "__getitem__"):
-        return False
-    plain = dataset.with_format(None)
-    if "input_ids" not in plain.column_names or "seq_lengths" in plain.column_names or not len(plain):
-        return False
     lines = []
-    for i in range(0, len(plain), max(1, -(-len(plain) // ROWS))):
-        row, labels = plain[i], _labels(plain[i])
+    for row in sampled(dataset, ROWS):
+        if "input_ids" not in row or "seq_lengths" in row:
+            continue
+        labels = _labels(row)
         begin = next((n for n, label in enumerate(labels) if label != -100), None)
         if begin is not None and -100 not in labels[begin:]:
             lines.append(json.dumps({"input_ids": list(row["input_ids"]), "labels": labels}))
-    if not lines:
-        return False
-    (folder / HELDOUT).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return True
+    if lines:
+        (folder / HELDOUT).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _labels(row: dict[str, Any]) -> list[int]:

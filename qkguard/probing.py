@@ -12,14 +12,14 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from transformers import IntervalStrategy, TrainerControl, TrainerState, TrainingArguments
 
 from qkguard import ranks, sharding
+from qkguard.attempt import attempt
 from qkguard.config import QKGuardConfig
-from qkguard.errors import QKGuardError, RankLostError, WrongReferenceError
 from qkguard.probe.lengths import check_lengths, default_lengths
 from qkguard.probe.prober import Prober
 from qkguard.probe.results import Drop, ProbeResult
@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 STATE = "probe.json"
 PATIENCE = 1800.0  # seconds that ranks wait for one another in a probe
+ADVICE = "change the probe_* settings or set probe_steps=0, and see `qkguard probe` for finished checkpoints"
+T = TypeVar("T")
 Swap = Callable[[], AbstractContextManager[None]]
 Publish = Callable[[dict[str, float], int, dict[str, Any]], None]
 
@@ -67,7 +69,7 @@ class Probing:
         self.baseline: ProbeResult | None = None
         self._raw: ProbeResult | None = None  # the last one of the raw weights
         self._alarmed = self._thinned = self._running = False
-        self._cost = 0.0  # seconds of one pass over the samples
+        self._cost = 0.0  # seconds of one probe: a pass over the samples, and the trackers' pictures of it
         self._last_step = {False: -1, True: -1}  # of the raw and of the restored weights
         self.budget = Budget(config.probe_budget)
         lengths = list(config.probe_lengths or default_lengths(model, getattr(args, "max_length", None)))
@@ -120,10 +122,12 @@ class Probing:
             return
         began = time.perf_counter()
         self.baseline = self._attempt("the probe before the first step", self._measure_baseline)
-        self.budget.first = time.perf_counter() - began
         if self.baseline is not None:
+            reporting = time.perf_counter()
             self._report(self.baseline, 0, "", None)
+            self._expect(self.baseline.seconds + time.perf_counter() - reporting)
             self._last_step[False] = 0
+        self.budget.first = time.perf_counter() - began
         self.begin(state)
 
     def at_step(self, state: TrainerState, control: TrainerControl) -> None:
@@ -173,20 +177,23 @@ class Probing:
                 self._raw = result
                 if self.baseline is not None:
                     self._watch(result, step, control)
-            self._cost = time.perf_counter() - began  # with the trackers' pictures
+            self._cost = time.perf_counter() - began
         self.budget.spent += time.perf_counter() - began
 
     def _run(self, what: str, swapped: bool = False, forms: bool = False) -> ProbeResult:
         prober, rank, world = self._prober(), ranks.rank(), ranks.world_size()
         failed_together = False
 
-        def reduce(vector: Tensor) -> Tensor:
+        def agree(work: Callable[[], None] = lambda: None) -> None:
             nonlocal failed_together
             try:
-                ranks.together(what, lambda: None, patience=PATIENCE)
+                ranks.together(what, work, patience=PATIENCE)
             except BaseException:
                 failed_together = True
                 raise
+
+        def reduce(vector: Tensor) -> Tensor:
+            agree()
             return ranks.all_reduce_sum(vector)
 
         swap = self.swap() if swapped and self.swap else nullcontext()
@@ -195,6 +202,7 @@ class Probing:
                 try:
                     if forms:
                         prober.find_forms(self.model, rank=rank, world=world, all_reduce=reduce)
+                    agree(lambda: prober.prepare(rank, world))  # in the forms now known, outside forward passes
                     return prober.run(self.model, rank=rank, world=world, all_reduce=reduce)
                 except Exception as error:
                     if failed_together:
@@ -210,8 +218,6 @@ class Probing:
 
     def _measure_baseline(self) -> ProbeResult:
         result = self._run("the probe before the first step", forms=True)
-        self._cost = result.seconds
-        self.budget.last = self._cost * (1 if self.swap is None else 2)
         data = {"state": self._prober().state(), "baseline": result.to_json()}
         ranks.on_rank_zero("keeping the probe's baseline", lambda: write_json(self.folder / STATE, data))
         return result
@@ -223,7 +229,7 @@ class Probing:
 
         data = ranks.on_rank_zero("reading the probe's baseline", read)
         if data is None:
-            self._run("finding the answer forms", forms=True)
+            self._expect(self._run("finding the answer forms", forms=True).seconds)
             if ranks.rank() == 0:
                 logger.warning(
                     "the resumed run has no %s: recall is probed, but without a probe from before training there is "
@@ -233,24 +239,14 @@ class Probing:
             return
         self._prober().load_state(data["state"])
         self.baseline = ProbeResult.from_json(data["baseline"])
-        self._cost = self.baseline.seconds
-        self.budget.last = self._cost * (1 if self.swap is None else 2)
+        self._expect(self.baseline.seconds)
 
-    def _attempt(self, what: str, work: Callable[[], Any]) -> Any:
-        """The result of `work`, or None where it failed and training should go on."""
-        try:
-            return work()
-        except Exception as error:
-            if self.config.strict or isinstance(error, WrongReferenceError | RankLostError):
-                raise
-            if ranks.rank() == 0:
-                logger.error(
-                    "%s failed: %s. Training goes on; change the probe_* settings or set probe_steps=0, and see "
-                    "`qkguard probe` for finished checkpoints; strict=True stops instead",
-                    what,
-                    error if isinstance(error, QKGuardError) else f"{type(error).__name__}: {error}",
-                )
-            return None
+    def _expect(self, seconds: float) -> None:
+        """What the next probe, and those at the end, will cost."""
+        self._cost, self.budget.last = seconds, seconds * (1 if self.swap is None else 2)
+
+    def _attempt(self, what: str, work: Callable[[], T]) -> T | None:
+        return attempt(what, work, strict=self.config.strict, advice=ADVICE)
 
     def _affords(self, state: TrainerState, cost: float) -> bool:
         """Whether the budget allows a probe now, decided on rank 0 from its clock."""
@@ -261,7 +257,7 @@ class Probing:
             self._thinned = True
             if ranks.rank() == 0:
                 logger.info(
-                    "probe_budget=%g leaves out the probe at step %d and others as needed: a pass over the samples "
+                    "probe_budget=%g leaves out the probe at step %d and others as needed: a probe "
                     "takes %.1f s, training so far took %.1f s, the probe before it %.1f s. Fewer probe_samples, "
                     "probe_depths or shorter probe_lengths make probes cheaper",
                     self.config.probe_budget,

@@ -163,28 +163,34 @@ def gather_flat(local: Tensor, spans: list[tuple[int, int]], dst: int = 0) -> Te
     """
     if world_size() == 1:
         return local
-    width = local.element_size()
-    padded = torch.zeros(max(b - a for a, b in spans) * width, dtype=torch.uint8, device=comm_device())
-    padded[: local.numel() * width] = local.contiguous().view(torch.uint8).to(padded.device)
+    padded = _padded(local, spans)
     parts = [torch.empty_like(padded) for _ in spans] if rank() == dst else None
     dist.gather(padded, parts, dst=dst)
-    if parts is None:
-        return None
-    ordered = sorted(zip(spans, parts, strict=True), key=lambda pair: pair[0])
-    return torch.cat([part[: (b - a) * width].view(local.dtype) for (a, b), part in ordered])
+    return None if parts is None else _joined(parts, spans, local.dtype)
 
 
 def all_gather_flat(local: Tensor, spans: list[tuple[int, int]]) -> Tensor:
     """`gather_flat` whose result every rank gets."""
     if world_size() == 1:
         return local
+    padded = _padded(local, spans)
+    parts = [torch.empty_like(padded) for _ in spans]
+    dist.all_gather(parts, padded)
+    return _joined(parts, spans, local.dtype)
+
+
+def _padded(local: Tensor, spans: list[tuple[int, int]]) -> Tensor:
+    """A piece's bytes on the communication device, followed by zeros up to the length of the longest piece."""
     width = local.element_size()
     padded = torch.zeros(max(b - a for a, b in spans) * width, dtype=torch.uint8, device=comm_device())
     padded[: local.numel() * width] = local.contiguous().view(torch.uint8).to(padded.device)
-    parts = [torch.empty_like(padded) for _ in spans]
-    dist.all_gather(parts, padded)
+    return padded
+
+
+def _joined(parts: list[Tensor], spans: list[tuple[int, int]], dtype: torch.dtype) -> Tensor:
+    """The pieces in the order of their spans, without their padding."""
     ordered = sorted(zip(spans, parts, strict=True), key=lambda pair: pair[0])
-    return torch.cat([part[: (b - a) * width].view(local.dtype) for (a, b), part in ordered])
+    return torch.cat([part[: (b - a) * dtype.itemsize].view(dtype) for (a, b), part in ordered])
 
 
 def scatter_flat(full: Tensor | None, spans: list[tuple[int, int]], dtype: torch.dtype) -> Tensor:

@@ -16,10 +16,8 @@ from qkguard import ranks, sharding
 from qkguard.checkpoint.safetensors_io import sha256_of
 from qkguard.checkpoint.safetensors_writer import SafetensorsWriter
 from qkguard.errors import QKGuardError, WrongReferenceError
-from qkguard.layout.spec import AttentionSpec, ParamMap
+from qkguard.layout.spec import ParamMap, Selection
 from qkguard.sharding import Param, Span
-
-Selection = Sequence[tuple[AttentionSpec, tuple[ParamMap, ...]]]
 
 TENSORS, MANIFEST = "reference.safetensors", "reference.json"
 

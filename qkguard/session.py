@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,21 +19,22 @@ from torch import nn
 from transformers import TrainerState, TrainingArguments
 
 from qkguard import ranks, sharding
+from qkguard.attempt import attempt
 from qkguard.checkpoint.export import export_model, holds_weights, link_checkpoint
 from qkguard.checkpoint.restored import RestoredWrite
 from qkguard.checkpoint.weights import open_weights
-from qkguard.config import RUN_FOLDER, QKGuardConfig
+from qkguard.config import RUN_FOLDER, QKGuardConfig, every
 from qkguard.drift_live import DriftTracker, Tracker
 from qkguard.errors import QKGuardError
 from qkguard.heldout import keep_rows
 from qkguard.layout import disk_names, find_attention, select
 from qkguard.layout.spec import unselected_norms
 from qkguard.probing import Probing, Swap
-from qkguard.reference import ReferenceFile
+from qkguard.reference import TENSORS, ReferenceFile
 from qkguard.restore import check_strengths, get_method
 from qkguard.start import establish_reference, retire_later_checkpoints, warnings_at_start
 from qkguard.swap import restored
-from qkguard.tracking import Tracking
+from qkguard.tracking import METRICS, Tracking
 
 logger = logging.getLogger(__name__)
 
@@ -141,35 +143,42 @@ class Session:
         self.publish(metrics, step, details)
 
     def publish(self, metrics: dict[str, float], step: int, details: dict[str, Any] | None = None) -> None:
-        """One row of metrics from rank 0; a failing tracker stops training, on all ranks, only if `strict`."""
-
-        def log() -> None:
-            if self.tracking is not None:
-                self.tracking.log(metrics, step, details)
-
-        if self.config.strict:
-            ranks.on_rank_zero("logging metrics", log)
-            return
-        try:
-            log()
-        except Exception as error:
-            logger.error("logging metrics at step %d failed (%s); training goes on", step, error)
+        """One row of metrics to every tracker."""
+        self._track(
+            f"logging metrics at step {step}",
+            lambda tracking: tracking.log(metrics, step, details),
+            advice=f"what could be logged is in {self.folder / METRICS}",
+        )
 
     def finish(self) -> None:
-        """Training is over: the run's final numbers and its page; rank 0's work, and never a reason to fail."""
-        if self.tracking is None:
-            return
+        """Training is over: the run's page, and its final numbers to the trackers."""
         probes = self.probing.summary if self.probing else {}
         summary = {
             f"recall_{which}": probes[which]["recall"] for which in ("before", "raw", "restored") if which in probes
         }
         summary |= {k.rpartition("/")[2]: v for k, v in self.drift.items() if k.count("/") == 2}
-        try:
-            logger.info("the run's page: %s", self.tracking.finish(summary))
-        except Exception as error:
-            if self.config.strict:
-                raise
-            logger.error("writing the run's page failed (%s); `qkguard report %s` writes it later", error, self.folder)
+        self._track(
+            "writing the run's page",
+            lambda tracking: logger.info("the run's page: %s", tracking.write_page()),
+            advice=f"`qkguard report {self.folder}` writes it later",
+        )
+        self._track(
+            "sending the final numbers to the trackers",
+            lambda tracking: tracking.summarise(summary),
+            advice="they are on the run's page",
+        )
+
+    def _track(self, what: str, work: Callable[[Tracking], None], *, advice: str) -> None:
+        """Rank 0's work for people to look at: a failure stops training, on all ranks, only if `strict`."""
+
+        def on_rank_zero() -> None:
+            if self.tracking is not None:
+                work(self.tracking)
+
+        if self.config.strict:
+            ranks.on_rank_zero(what, on_rank_zero)
+        else:
+            attempt(what, on_rank_zero, strict=False, advice=advice)
 
     # -- writing -----------------------------------------------------------------------------------------------------
 
@@ -276,26 +285,23 @@ class Session:
         kept = sum(m.numel * self.reference.pieces[m.name].element_size() for m in maps)
         share = "" if ranks.world_size() == 1 else f", {_megabytes(self.reference.nbytes)} of it on this rank"
         config = self.config
-        when = {
-            "save": f"checkpoint-N/{RESTORED} at every save",
-            "best": f"checkpoint-N/{RESTORED} at every best save",
-            "end": "none before the end",
-            "never": "none",
-        }[config.restore_on]
-        final = (
-            f", final models in {self.folder / 'final'}"
-            if config.final_export and config.restore_on != "never"
-            else ""
-        )
         return (
             f"guarding the queries and keys of {len(layers)} softmax-attention layers"
             + (f" of {total} layers" if total else "")
             + f" ({', '.join(layers)}): {sum(m.numel for m in maps):,} elements in {len(maps)} parameters, "
-            f"{_megabytes(kept)} kept in CPU memory{share}. Reference {self.folder / 'reference.safetensors'}: "
-            f"{self.origin} ({seconds:.1f} s). Drift every {_steps(config.drift_steps)}, routing drift every "
-            f"{_steps(config.routing_drift_steps)}, to {', '.join(['metrics.jsonl', *(args.report_to or [])])}. "
-            f"Restored checkpoints ({config.method}): {when}{final}."
+            f"{_megabytes(kept)} kept in CPU memory{share}. Reference {self.folder / TENSORS}: "
+            f"{self.origin} ({seconds:.1f} s). Drift every {every(config.drift_steps)}, routing drift every "
+            f"{every(config.routing_drift_steps)}, to {', '.join([METRICS, *(args.report_to or [])])}. "
+            f"Restored checkpoints ({config.method}): {self._when(f'checkpoint-N/{RESTORED}')}."
         )
+
+    def _when(self, place: str) -> str:
+        """When restored models are written to `place`, and where the final ones go."""
+        config = self.config
+        final = config.final_export and config.restore_on != "never"
+        saves = {"save": f"{place} at every save", "best": f"{place} at every best save"}
+        when = saves.get(config.restore_on, "none before the end" if final else "none")
+        return when + (f", final models in {self.folder / 'final'}" if final else "")
 
 
 def run_folder(config: QKGuardConfig, args: TrainingArguments) -> Path:
@@ -310,10 +316,6 @@ def _alone(write: RestoredWrite, extra: dict[str, Any]) -> None:
     except BaseException:
         write.abort()
         raise
-
-
-def _steps(value: str) -> str:
-    return {"logging": "logging step", "0": "0 steps (never)"}.get(value, f"{value} steps")
 
 
 def _megabytes(count: int) -> str:

@@ -45,6 +45,11 @@ def backend(model: nn.Module) -> str:
     return "replicated" if ranks.world_size() > 1 else "single"
 
 
+def is_sharded(param: Param) -> bool:
+    """Whether this rank may hold a part of the parameter alone."""
+    return hasattr(param, "ds_tensor") or isinstance(param, DTensor)
+
+
 def full_shape(param: Param) -> tuple[int, ...]:
     """The shape of the whole parameter, whatever part of it this rank holds."""
     return tuple(getattr(param, "ds_shape", param.shape))

@@ -19,7 +19,8 @@ from qkguard.checkpoint.weights import open_weights, resolve_folder
 from qkguard.config import RUN_FOLDER, QKGuardConfig
 from qkguard.errors import QKGuardError, WrongReferenceError
 from qkguard.layout import ParamMap, disk_names
-from qkguard.reference import Reference, ReferenceFile, Selection, compare_with_base
+from qkguard.layout.spec import Selection
+from qkguard.reference import Reference, ReferenceFile, compare_with_base
 
 logger = logging.getLogger(__name__)
 
@@ -138,8 +139,8 @@ def refuse_guarded_checkpoint(model: Any) -> None:
         return
     here = Path(name).resolve()
     own = (here / RESTORED_MANIFEST).is_file()
-    run = next((p for p in (here, *list(here.parents)[:3]) if (p / RUN_FOLDER / "reference.json").is_file()), None)
-    run = run or next((p for p in list(here.parents)[:3] if (p / "reference.json").is_file()), None)
+    run = next((p for p in (here, *list(here.parents)[:3]) if ReferenceFile.exists(p / RUN_FOLDER)), None)
+    run = run or next((p for p in list(here.parents)[:3] if ReferenceFile.exists(p)), None)
     if own or run:
         where = f"the guarded run {run}" if run else "a checkpoint that qkguard wrote"
         raise QKGuardError(

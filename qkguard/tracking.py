@@ -90,12 +90,15 @@ class Tracking:
             if sink.visual:
                 sink.show(pictures, table, step)
 
-    def finish(self, summary: Mapping[str, float]) -> Path:
-        """Training is over: final numbers to the trackers' summaries, and the page. Returns its path."""
+    def summarise(self, values: Mapping[str, float]) -> None:
+        """Final numbers to the trackers' summaries."""
+        for sink in self.sinks:
+            sink.summary(values)
+
+    def write_page(self) -> Path:
+        """The page of the run as it is now; returns its path."""
         from qkguard.report import write_report
 
-        for sink in self.sinks:
-            sink.summary(summary)
         return write_report(self.folder)
 
 

@@ -145,10 +145,8 @@ def _merged(manifest: Mapping[str, Any], base: str) -> tuple[str, str, str]:
     """The same of a merged adapter's card."""
     adapter = manifest["adapter"]["id"]
     adapter = adapter if _is_hub_id(adapter) else Path(adapter).name
-    where, method = (
-        f"{_parts(manifest)} projections of {len(manifest['layers'])} softmax-attention layer(s)",
-        manifest["method"],
-    )
+    where = f"{_parts(manifest)} projections of {len(manifest['layers'])} softmax-attention layer(s)"
+    method = manifest["method"]
     if method["keep_qk"]:
         return (
             "Merged model",

@@ -20,7 +20,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from qkguard import ranks, sharding
 from qkguard.checkpoint.companions import companions
-from qkguard.checkpoint.files import Staging, copy_file, link_or_copy
+from qkguard.checkpoint.files import copy_named, link_or_copy, published
 from qkguard.checkpoint.safetensors_writer import SafetensorsWriter
 from qkguard.checkpoint.weights import INDEX, open_weights
 from qkguard.checkpoint.weights import SINGLE as WEIGHTS
@@ -39,18 +39,11 @@ def link_checkpoint(raw: Path, out: Path) -> None:
     Training state stays behind; the folder appears whole or not at all, replacing an older one.
     """
     weights = open_weights(raw)
-    staging = Staging(out)
-    mode = staging.create()
-    try:
+    with published(out) as (folder, mode):
         for name in [*weights.files, *([INDEX] if (raw / INDEX).is_file() else [])]:
-            link_or_copy(raw / name, staging.path / name, mode)
+            link_or_copy(raw / name, folder / name, mode)
         for name in companions(raw)[0]:
-            (staging.path / name).parent.mkdir(parents=True, exist_ok=True)
-            copy_file(raw / name, staging.path / name)
-        staging.publish(replace=True)
-    except BaseException:
-        staging.discard()
-        raise
+            copy_named(raw, name, folder)
 
 
 def export_model(model: Any, folder: Path, processing_class: Any = None) -> None:

@@ -7,8 +7,8 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qkguard.checkpoint.weights import TEMPORARY
@@ -24,6 +24,12 @@ def copy_file(source: Path, target: Path) -> None:
     with open(source, "rb") as src, os.fdopen(os.open(target, CREATE, 0o666), "r+b") as dst:
         copy_bytes(src.fileno(), dst.fileno())
         os.fsync(dst.fileno())
+
+
+def copy_named(folder: Path, name: str, target: Path) -> None:
+    """`copy_file` from one folder to another, subfolders in the name included."""
+    (target / name).parent.mkdir(parents=True, exist_ok=True)
+    copy_file(folder / name, target / name)
 
 
 def can_clone(source: Path, folder: Path) -> bool:
@@ -173,6 +179,19 @@ class Staging:
                 fcntl.flock(self._lock, fcntl.LOCK_UN)
             os.close(self._lock)
             self._lock = None
+
+
+@contextmanager
+def published(out: Path, parent: Path | None = None, *, replace: bool = True) -> Iterator[tuple[Path, int]]:
+    """A folder to fill, and the file mode the umask gives; it becomes `out` when the block ends without an error."""
+    staging = Staging(out, parent)
+    try:
+        mode = staging.create()
+        yield staging.path, mode
+        staging.publish(replace=replace)
+    except BaseException:
+        staging.discard()
+        raise
 
 
 def remove_stale(folder: Path, *, certain: bool) -> bool:

@@ -12,13 +12,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from qkguard.checkpoint.patched_folder import Progress, check_target
-from qkguard.checkpoint.restored import Selection, write_restored
+from qkguard.checkpoint.restored import write_restored
 from qkguard.checkpoint.scan import BackgroundScan
 from qkguard.checkpoint.sources import FolderSource
 from qkguard.checkpoint.weights import WeightFolder, open_weights, resolve_folder
 from qkguard.errors import QKGuardError, RearrangedError
 from qkguard.layout.remembered import remembered
-from qkguard.layout.spec import AttentionSpec, ParamMap, select, unselected_norms
+from qkguard.layout.spec import AttentionSpec, ParamMap, Selection, select, unselected_norms
 from qkguard.layout.spec_file import dump_specs, parse_specs
 from qkguard.restore import check_options, get_method
 
@@ -98,9 +98,6 @@ def find_pair(
         include_sliding_window=include_sliding_window,
         entangled=entangled,
     )
-    if layers is not None and (unknown := sorted(set(layers) - {s.layer for s in specs if s.layer is not None})):
-        known = ", ".join(str(s.layer) for s in specs)
-        raise QKGuardError(f"layers {unknown} have no softmax attention; those that have it: {known}")
     params = [param for _, maps in selection for param in maps]
     # Both through the tuned model's class, as when SFT loaded the base: its own class may differ (text-only or not).
     how: dict[str, Any] = {"by_hand": spec is not None, "trust_remote_code": trust_remote_code}
@@ -156,6 +153,7 @@ def restore_checkpoint(
         device: where the arithmetic of methods beyond copying runs ("cuda"); one layer is in memory at a time.
         allow_pickle: also read `pytorch_model*.bin`, weights-only.
         trust_remote_code: allow the checkpoints' own model code to be imported.
+        overwrite: replace an earlier restored folder at `out`.
         extra: further keys for the manifest.
         progress: called with (bytes done, bytes in all).
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from qkguard.checkpoint.card import model_card, read_card
 from qkguard.checkpoint.companions import companions
-from qkguard.checkpoint.files import CREATE, Staging, can_clone, copy_bytes, copy_file, link_or_copy, write_text
+from qkguard.checkpoint.files import CREATE, Staging, can_clone, copy_bytes, copy_named, link_or_copy, write_text
 from qkguard.checkpoint.manifest import MANIFEST, describe_file, dump
 from qkguard.checkpoint.pickles import PickleFolder
 from qkguard.checkpoint.safetensors_io import TensorEntry
@@ -170,13 +170,8 @@ class PatchedFolder:
         """Copy what travels with the weights; (files taken, files left out)."""
         taken, left = companions(self.raw)
         for name in taken:
-            self.copy_companion(self.raw, name)
+            copy_named(self.raw, name, self.staging.path)
         return taken, left
-
-    def copy_companion(self, folder: Path, name: str) -> None:
-        target = self.staging.path / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        copy_file(folder / name, target)
 
     def card(self) -> str | None:
         """The text of the model card whose metadata is taken over."""
@@ -186,7 +181,7 @@ class PatchedFolder:
         """The index of a sharded checkpoint: the raw one's bytes, or a new one where pickles were converted."""
         if isinstance(self.weights, SafetensorsFolder):
             if self.weights.index:
-                copy_file(self.raw / self.weights.index, self.staging.path / self.weights.index)
+                copy_named(self.raw, self.weights.index, self.staging.path)
             return [self.weights.index] if self.weights.index else []
         if len(self.jobs) == 1:
             return []

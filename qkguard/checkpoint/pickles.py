@@ -11,23 +11,10 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from qkguard.checkpoint.safetensors_io import TensorEntry, bytes_of, write_header
+from qkguard.checkpoint.safetensors_io import PLAIN, TensorEntry, bytes_of, write_header
 from qkguard.checkpoint.weights import PICKLE_INDEX, PICKLE_SINGLE, read_index
 from qkguard.errors import QKGuardError
 from qkguard.layout.spec import ParamMap
-
-NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 @dataclass(frozen=True)
@@ -50,7 +37,7 @@ class PickleFolder:
     def convert(self, file: str, target: BinaryIO) -> dict[str, TensorEntry]:
         """Write one file's tensors as safetensors, one tensor in memory at a time; tied ones once under each name."""
         tensors = self.files[file]
-        entries = write_header(target, {n: (NAMES[t.dtype], tuple(t.shape)) for n, t in tensors.items()})
+        entries = write_header(target, {n: (PLAIN[t.dtype], tuple(t.shape)) for n, t in tensors.items()})
         for tensor in tensors.values():
             target.write(bytes_of(tensor.detach().contiguous()))
         target.flush()
@@ -81,6 +68,6 @@ def _load(path: Path) -> dict[str, Tensor]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise QKGuardError(f"{path} cannot be loaded weights-only: {reason}") from None
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) and t.dtype in NAMES for t in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(t, Tensor) and t.dtype in PLAIN for t in state.values()):
         raise QKGuardError(f"{path} is not a plain state dict of unquantised tensors; save it as safetensors")
     return state

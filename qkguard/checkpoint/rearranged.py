@@ -7,20 +7,16 @@ and the disk of one, unlike everything else here; of transformers 5.23's causal 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from qkguard.checkpoint.sources import FolderSource
 from qkguard.checkpoint.weights import WeightFolder, open_weights
 from qkguard.errors import QKGuardError
-from qkguard.layout.spec import AttentionSpec, Block, ParamMap
-
-Selection = Sequence[tuple[AttentionSpec, tuple[ParamMap, ...]]]
+from qkguard.layout.spec import AttentionSpec, Block, ParamMap, Selection, true_ranges
 
 
 def selection_on_disk(
@@ -31,7 +27,7 @@ def selection_on_disk(
     *,
     base_id: str,
     trust_remote_code: bool = False,
-) -> tuple[list[tuple[AttentionSpec, tuple[ParamMap, ...]]], FolderSource]:
+) -> tuple[Selection, FolderSource]:
     """The selection in terms of the tensors on disk, and the rows to write there.
 
     Args:
@@ -93,13 +89,6 @@ def _changed(key: str, tuned: WeightFolder, saved: WeightFolder) -> ParamMap | N
     whole = ParamMap(key, shape, 0, "weight", (Block(0, shape[0], "qk"),))
     before, after = tuned.read(key, whole), saved.read(key, whole)
     moved = (before != after.to(before.dtype)).flatten(1).any(1) if before.dim() > 1 else before != after
-    blocks = tuple(Block(start, stop, "qk") for start, stop in _runs(moved))
+    blocks = tuple(Block(start, stop, "qk") for start, stop in true_ranges(moved))
     kind = "bias" if len(shape) == 1 else "weight"
     return replace(whole, kind=kind, blocks=blocks) if blocks else None
-
-
-def _runs(flags: Tensor) -> list[tuple[int, int]]:
-    """Half-open ranges of the True values."""
-    edges = torch.diff(flags.int(), prepend=torch.zeros(1, dtype=torch.int), append=torch.zeros(1, dtype=torch.int))
-    starts, stops = (edges == 1).nonzero()[:, 0].tolist(), (edges == -1).nonzero()[:, 0].tolist()
-    return list(zip(starts, stops, strict=True))

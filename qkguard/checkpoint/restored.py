@@ -24,10 +24,8 @@ from qkguard.checkpoint.sources import QKSource
 from qkguard.checkpoint.weights import open_weights
 from qkguard.drift_offline import projection_drift
 from qkguard.errors import QKGuardError
-from qkguard.layout.spec import AttentionSpec, ParamMap, unselected_norms
+from qkguard.layout.spec import AttentionSpec, ParamMap, Selection, unselected_norms
 from qkguard.restore import check_device, check_options, check_strengths, get_method, restore_layer
-
-Selection = Sequence[tuple[AttentionSpec, tuple[ParamMap, ...]]]
 
 
 class RestoredWrite(PatchedFolder):

@@ -25,6 +25,17 @@ from qkguard.layout.spec import ParamMap
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Dtypes whose rows can be restored; everything else in a Q/K tensor is a quantised or broken checkpoint."""
 
+PLAIN = {dtype: name for name, dtype in FLOATS.items()} | {
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+NAMES = PLAIN | {torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}
+"""What torch's dtypes are called in a header; `PLAIN` has those that are not quantised."""
+
 _NAMES_BY_BITS = {
     64: "F64 I64 U64 C64",
     32: "F32 I32 U32",

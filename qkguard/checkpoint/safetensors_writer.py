@@ -9,23 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qkguard.checkpoint.safetensors_io import bytes_of, write_header
+from qkguard.checkpoint.safetensors_io import NAMES, bytes_of, write_header
 from qkguard.errors import QKGuardError
-
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 class SafetensorsWriter:
@@ -39,7 +24,7 @@ class SafetensorsWriter:
         self.path, self._pending = path, list(tensors.items())
         self._failure: OSError | None = None
         self._file = open(path, "wb")  # noqa: SIM115 - closed in `close`
-        write_header(self._file, {name: (DTYPE_NAMES[dtype], shape) for name, (dtype, shape) in tensors.items()})
+        write_header(self._file, {name: (NAMES[dtype], shape) for name, (dtype, shape) in tensors.items()})
 
     def write(self, tensor: Tensor) -> None:
         """The next tensor, on any device."""

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from qkguard.checkpoint.weights import SafetensorsFolder, WeightFolder
@@ -36,21 +35,13 @@ class FolderSource:
         weights: the base folder, opened by `open_weights`.
         names: parameter name -> tensor name in the base files (`disk_names`).
         model_id: what the user called the base: a hub id or a folder.
-        step0_dtype: the dtype the parameters had at step 0, where the base was cast on loading.
 
     Raises:
         QKGuardError: from `check` and `get`, where the base lacks a tensor, or holds it in another shape or quantised.
     """
 
-    def __init__(
-        self,
-        weights: WeightFolder,
-        names: Mapping[str, str],
-        *,
-        model_id: str | None = None,
-        step0_dtype: torch.dtype | None = None,
-    ) -> None:
-        self.weights, self.names, self.step0_dtype = weights, names, step0_dtype
+    def __init__(self, weights: WeightFolder, names: Mapping[str, str], *, model_id: str | None = None) -> None:
+        self.weights, self.names = weights, names
         self.model_id = model_id or str(weights.folder)
 
     def check(self, params: Iterable[ParamMap]) -> None:
@@ -73,8 +64,7 @@ class FolderSource:
     def get(self, param: ParamMap, /) -> Tensor:
         if param.name not in self.names:
             self.check([param])
-        rows = self.weights.read(self.names[param.name], param)
-        return rows if self.step0_dtype is None else rows.to(self.step0_dtype)
+        return self.weights.read(self.names[param.name], param)
 
     def describe(self) -> dict[str, Any]:
         files = self.weights.files if isinstance(self.weights, SafetensorsFolder) else {}

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from qkguard.cli import options as opt
-from qkguard.cli.output import human_bytes, number, print_json, progress_bar, quiet_transformers, say, warn
+from qkguard.cli.output import drifts, human_bytes, print_json, progress_bar, quiet_transformers, say, warn
 
 
 def merge(
@@ -69,9 +69,6 @@ def merge(
         f"{out}: {len(manifest['tensors'])} tensors merged ({human_bytes(size)}); the adapters on queries and keys of "
         f"{len(adapted)} of {len(manifest['layers'])} softmax-attention layers {what}"
     )
-    for role, name in (("q_rel", "queries"), ("k_rel", "keys")):
-        values = [layer["drift"][role] for layer in adapted if layer["drift"].get(role) is not None]
-        if values:
-            mean, top = sum(values) / len(values), max(values)
-            say(f"the whole adapter moves {name} by: mean {number(mean)}, largest {number(top)} of the base's norm")
+    for name, drift in drifts(adapted):
+        say(f"the whole adapter moves {name} by: {drift} of the base's norm")
     say(f"next: qkguard verify {out}")

@@ -42,11 +42,32 @@ Strengths = Annotated[
     str | None,
     typer.Option(help="Ridge or alpha of single layers, e.g. 3=0.5,7=1.", metavar="LAYER=VALUE,..."),
 ]
+ENTANGLED = ("keep", "restore", "refuse")
+MODES = ("auto", "chat", "plain")
+
 AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Also read pytorch_model*.bin, with torch's weights-only unpickler.")
 ]
 RemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Allow the checkpoint's own model code to be imported.")
+]
+Depths = Annotated[str, typer.Option(help="How many needle depths, or a list such as 0,0.5,1.")]
+Samples = Annotated[int, typer.Option(min=1, help="Probe samples for every task, length and depth.")]
+Tasks = Annotated[str, typer.Option(help="RULER tasks: single_1-3 (or S1-S3), multikey_1-3, multivalue, multiquery.")]
+Haystack = Annotated[
+    str | None, typer.Option(help="Text for the haystacks: .txt, .md, .json or .jsonl. Default: generated.")
+]
+Mode = Annotated[str, typer.Option(help="auto, chat or plain prompts; auto uses a chat template where there is one.")]
+Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help='"auto" (all accelerators), cpu, cuda:1, ...')]
+BatchTokens = Annotated[
+    int, typer.Option(min=1, help="Tokens in one forward pass of the probe, where several samples fit.")
+]
+Chunk = Annotated[
+    int | None,
+    typer.Option(
+        help="Read longer contexts in pieces of so many tokens; 0 never. Default: above 32K.", show_default=False
+    ),
 ]
 
 
@@ -88,10 +109,34 @@ def parse_strengths(text: str | None) -> dict[int, float] | None:
     return strengths
 
 
+def parse_lengths(text: str) -> list[int]:
+    """ "512,1K,2k" -> [512, 1024, 2048]."""
+    try:
+        lengths = [
+            int(float(item[:-1]) * 1024) if item[-1] in "kK" else int(item) for item in text.replace(",", " ").split()
+        ]
+    except ValueError:
+        lengths = []
+    if not lengths or min(lengths) < 1:
+        raise QKGuardError(f"--lengths {text!r} is not a list of lengths such as 512,4096,32K")
+    return lengths
+
+
+def parse_depths(text: str) -> int | list[float]:
+    """ "5" -> 5 depths; "0,0.5,1" or "0.5," -> these."""
+    try:
+        return int(text) if text.strip().isdigit() else [float(item) for item in text.replace(",", " ").split()]
+    except ValueError:
+        raise QKGuardError(f"--depths {text!r} is neither a number of depths nor a list such as 0,0.5,1") from None
+
+
 def parse_choice(option: str, value: str, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise QKGuardError(f"{option} {value!r} is not known; expected one of: {', '.join(choices)}")
     return value
 
 
-ENTANGLED = ("keep", "restore", "refuse")
+def check_file(file: Path | None) -> None:
+    """Refuse a file to write whose folder is missing, before anything is measured for it."""
+    if file is not None and not (folder := file.resolve().parent).is_dir():
+        raise QKGuardError(f"{file}: there is no folder {folder}; make it first")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -86,3 +86,11 @@ def human_bytes(count: float) -> str:
 def number(value: float | None) -> str:
     """Three significant digits, "-" where there is none."""
     return "-" if value is None else f"{value:.3g}"
+
+
+def drifts(layers: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    """("queries", "mean 0.12, largest 0.3") and the same of the keys, from the layers of a manifest."""
+    for role, name in (("q_rel", "queries"), ("k_rel", "keys")):
+        values = [layer["drift"][role] for layer in layers if layer["drift"].get(role) is not None]
+        if values:
+            yield name, f"mean {number(sum(values) / len(values))}, largest {number(max(values))}"

@@ -9,7 +9,6 @@ import typer
 
 from qkguard.cli import options as opt
 from qkguard.cli.output import number, print_json, print_table, progress_bar, quiet_transformers, say, warn
-from qkguard.errors import QKGuardError
 
 if TYPE_CHECKING:
     from qkguard.probe.command import ModelReport
@@ -18,18 +17,12 @@ if TYPE_CHECKING:
 def probe(
     models: Annotated[list[str], typer.Argument(help="Folders or hub ids, probed side by side on the same samples.")],
     lengths: Annotated[str, typer.Option(help="Context lengths in tokens, e.g. 512,4096,32K.")] = "512,1K,2K,4K",
-    depths: Annotated[str, typer.Option(help="How many needle depths, or a list such as 0,0.5,1.")] = "5",
-    samples: Annotated[int, typer.Option(help="Samples for every task, length and depth.")] = 2,
-    tasks: Annotated[
-        str, typer.Option(help="RULER tasks: single_1-3 (or S1-S3), multikey_1-3, multivalue, multiquery.")
-    ] = "single_1,single_2,single_3",
-    haystack: Annotated[
-        str | None, typer.Option(help="Text for the haystacks: .txt, .md, .json or .jsonl. Default: generated.")
-    ] = None,
+    depths: opt.Depths = "5",
+    samples: opt.Samples = 2,
+    tasks: opt.Tasks = "single_1,single_2,single_3",
+    haystack: opt.Haystack = None,
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
-    mode: Annotated[
-        str, typer.Option(help="auto, chat or plain; auto uses a chat template where there is one.")
-    ] = "auto",
+    mode: opt.Mode = "auto",
     generate: Annotated[
         bool, typer.Option("--generate", help="Also RULER's own generation and metric (slower).")
     ] = False,
@@ -39,19 +32,14 @@ def probe(
             help="Generate on these prompts instead: JSON lines as RULER or lm-evaluation-harness write them."
         ),
     ] = None,
-    new_tokens: Annotated[int, typer.Option(help="Tokens to generate with --generate or --prompts.")] = 128,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate with --generate or --prompts.")] = 128,
     attention: Annotated[
         bool, typer.Option("--attention/--no-attention", help="Attention mass on needle and recent tokens.")
     ] = True,
-    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help='"auto" (all accelerators), cpu, cuda:1, ...')] = "auto",
-    batch_tokens: Annotated[int, typer.Option(help="Tokens in one forward pass, where several samples fit.")] = 16384,
-    chunk: Annotated[
-        int | None,
-        typer.Option(
-            help="Read longer contexts in pieces of so many tokens; 0 never. Default: above 32K.", show_default=False
-        ),
-    ] = None,
+    dtype: opt.Dtype = "auto",
+    device: opt.Device = "auto",
+    batch_tokens: opt.BatchTokens = 16384,
+    chunk: opt.Chunk = None,
     png: Annotated[Path | None, typer.Option(help="Write the heatmap length x depth to this file.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with tables and heatmaps to this file.")] = None,
     trust_remote_code: opt.RemoteCode = False,
@@ -64,21 +52,20 @@ def probe(
     """
     quiet_transformers()
     for file in (png, html):
-        if file is not None and not file.resolve().parent.is_dir():
-            raise QKGuardError(f"{file}: there is no folder {file.resolve().parent}; make it first")
+        opt.check_file(file)
     from transformers.utils.logging import disable_progress_bar
 
     from qkguard.probe.command import ProbeSettings, answer_file, heatmap_png, html_page, probe_models, to_json
 
     disable_progress_bar()  # transformers draws its own also where stderr is no terminal
     settings = ProbeSettings(
-        lengths=parse_lengths(lengths),
-        depths=parse_depths(depths),
+        lengths=opt.parse_lengths(lengths),
+        depths=opt.parse_depths(depths),
         samples=samples,
         tasks=[t for t in tasks.replace(",", " ").split() if t],
         haystack=haystack,
         seed=seed,
-        mode=opt.parse_choice("--mode", mode, ("auto", "chat", "plain")),
+        mode=opt.parse_choice("--mode", mode, opt.MODES),
         attention=attention,
         batch_tokens=batch_tokens,
         chunk=chunk,
@@ -102,27 +89,6 @@ def probe(
         return
     warn(w for report in reports for w in report.warnings)
     _show(reports)
-
-
-def parse_lengths(text: str) -> list[int]:
-    """ "512,1K,2k" -> [512, 1024, 2048]."""
-    try:
-        lengths = [
-            int(float(item[:-1]) * 1024) if item[-1] in "kK" else int(item) for item in text.replace(",", " ").split()
-        ]
-    except ValueError:
-        lengths = []
-    if not lengths or min(lengths) < 1:
-        raise QKGuardError(f"--lengths {text!r} is not a list of lengths such as 512,4096,32K")
-    return lengths
-
-
-def parse_depths(text: str) -> int | list[float]:
-    """ "5" -> 5 depths; "0,0.5,1" or "0.5," -> these."""
-    try:
-        return int(text) if text.strip().isdigit() else [float(item) for item in text.replace(",", " ").split()]
-    except ValueError:
-        raise QKGuardError(f"--depths {text!r} is neither a number of depths nor a list such as 0,0.5,1") from None
 
 
 def _bar(label: str) -> Any:

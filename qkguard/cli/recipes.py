@@ -51,7 +51,6 @@ def copy(
     target = to or Path(f"{name.removesuffix('.yaml').replace('/', '-')}.yaml")
     if target.exists():
         raise QKGuardError(f"{target} exists; choose another file with --to")
-    if not target.resolve().parent.is_dir():
-        raise QKGuardError(f"{target}: there is no folder {target.resolve().parent}; make it first")
+    opt.check_file(target)
     target.write_bytes(source.read_bytes())
     say(f"wrote {target}; next: qkguard sft --config {target} --dry-run")

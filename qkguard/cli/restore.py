@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from qkguard.cli import options as opt
-from qkguard.cli.output import human_bytes, number, print_json, progress_bar, quiet_transformers, say, warn
+from qkguard.cli.output import drifts, human_bytes, number, print_json, progress_bar, quiet_transformers, say, warn
 
 
 def restore(
@@ -85,11 +85,8 @@ def restore(
         f"{len(made)} weight files ({human_bytes(size)}, {made.count('linked')} linked)"
     )
     said = "drift taken back" if method == "restore" else "drift by SFT"
-    for role, name in (("q_rel", "queries"), ("k_rel", "keys")):
-        values = [layer["drift"][role] for layer in restored if layer["drift"].get(role) is not None]
-        if values:
-            mean, top = sum(values) / len(values), max(values)
-            say(f"{said}, {name}: mean {number(mean)}, largest {number(top)} of the norm before SFT")
+    for name, drift in drifts(restored):
+        say(f"{said}, {name}: {drift} of the norm before SFT")
     for role, name in (("q", "queries"), ("k", "keys")):
         found = [
             [layer["distance"][key] for layer in restored if key in layer.get("distance", {})]

@@ -9,8 +9,6 @@ import typer
 
 from qkguard.cli import options as opt
 from qkguard.cli.output import print_json, print_table, progress_bar, quiet_transformers, say, warn
-from qkguard.cli.probe import parse_depths, parse_lengths
-from qkguard.errors import QKGuardError
 
 if TYPE_CHECKING:
     from qkguard.sweeping import SweepReport
@@ -56,31 +54,22 @@ def sweep(
         str | None,
         typer.Option(help="Context lengths of the probe in tokens.", show_default="512,1K,2K as far as they fit"),
     ] = None,
-    depths: Annotated[str, typer.Option(help="How many needle depths, or a list such as 0,0.5,1.")] = "5",
-    samples: Annotated[int, typer.Option(help="Probe samples for every task, length and depth.")] = 2,
-    tasks: Annotated[
-        str, typer.Option(help="RULER tasks: single_1-3 (or S1-S3), multikey_1-3, multivalue, multiquery.")
-    ] = "single_1,single_2,single_3",
-    haystack: Annotated[
-        str | None, typer.Option(help="Text for the haystacks: .txt, .md, .json or .jsonl. Default: generated.")
-    ] = None,
-    mode: Annotated[str, typer.Option(help="auto, chat or plain prompts for the probe.")] = "auto",
-    rows: Annotated[int, typer.Option(help="At most so many rows of the data.")] = 256,
-    max_length: Annotated[int, typer.Option(help="Rows longer than this many tokens are left out.")] = 4096,
+    depths: opt.Depths = "5",
+    samples: opt.Samples = 2,
+    tasks: opt.Tasks = "single_1,single_2,single_3",
+    haystack: opt.Haystack = None,
+    mode: opt.Mode = "auto",
+    rows: Annotated[int, typer.Option(min=1, help="At most so many rows of the data.")] = 256,
+    max_length: Annotated[int, typer.Option(min=1, help="Rows longer than this many tokens are left out.")] = 4096,
     layers: opt.Layers = None,
     include_norms: opt.Norms = False,
     sliding_window: opt.Sliding = True,
     entangled: opt.Entangled = "keep",
     spec: opt.Spec = None,
-    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help='"auto" (all accelerators), cpu, cuda:1, ...')] = "auto",
-    batch_tokens: Annotated[int, typer.Option(help="Tokens in one forward pass of the probe.")] = 16384,
-    chunk: Annotated[
-        int | None,
-        typer.Option(
-            help="Read longer contexts in pieces of so many tokens; 0 never. Default: above 32K.", show_default=False
-        ),
-    ] = None,
+    dtype: opt.Dtype = "auto",
+    device: opt.Device = "auto",
+    batch_tokens: opt.BatchTokens = 16384,
+    chunk: opt.Chunk = None,
     seed: Annotated[int, typer.Option(help="Seed of the samples and of the intervals.")] = 0,
     trust_remote_code: opt.RemoteCode = False,
     as_json: opt.Json = False,
@@ -95,10 +84,7 @@ def sweep(
     """
     quiet_transformers()
     opt.parse_choice("--entangled", entangled, opt.ENTANGLED)
-    opt.parse_choice("--mode", mode, ("auto", "chat", "plain"))
-    for number, name in ((samples, "--samples"), (rows, "--rows"), (max_length, "--max-length")):
-        if number < 1:
-            raise QKGuardError(f"{name} {number} leaves nothing to measure; expected at least 1")
+    opt.parse_choice("--mode", mode, opt.MODES)
     files = _files(out, html, png)
     chosen = opt.parse_layers(layers)
     from transformers.utils.logging import disable_progress_bar
@@ -116,8 +102,8 @@ def sweep(
         tolerance=tolerance,
         write=write,
         overwrite=overwrite,
-        lengths=None if lengths is None else parse_lengths(lengths),
-        depths=parse_depths(depths),
+        lengths=None if lengths is None else opt.parse_lengths(lengths),
+        depths=opt.parse_depths(depths),
         samples=samples,
         tasks=[t for t in tasks.replace(",", " ").split() if t],
         haystack=haystack,
@@ -151,8 +137,7 @@ def _files(out: Path | None, html: Path | None, png: Path | None) -> dict[str, l
     """Where the JSON, the page and the picture go, their folders checked before anything is measured."""
     files: dict[str, list[Path]] = {"json": [], "html": [html] if html else [], "png": [png] if png else []}
     for file in (html, png):
-        if file is not None and not file.resolve().parent.is_dir():
-            raise QKGuardError(f"{file}: there is no folder {file.resolve().parent}; make it first")
+        opt.check_file(file)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         for kind, found in files.items():
@@ -162,7 +147,7 @@ def _files(out: Path | None, html: Path | None, png: Path | None) -> dict[str, l
 
 def _write_files(report: SweepReport, files: dict[str, list[Path]]) -> None:
     from qkguard.checkpoint.manifest import dump
-    from qkguard.probe.pictures import png
+    from qkguard.page import themed_png
     from qkguard.sweeping.report import html_page, picture
 
     for file in files["json"]:
@@ -170,7 +155,7 @@ def _write_files(report: SweepReport, files: dict[str, list[Path]]) -> None:
     for file in files["html"]:
         file.write_text(html_page(report), encoding="utf-8")
     for file in files["png"]:
-        file.write_bytes(png(picture(report)))
+        file.write_bytes(themed_png(picture(report)))
 
 
 def _show(report: SweepReport, files: dict[str, list[Path]], written: Path | None) -> None:

@@ -218,9 +218,12 @@ class AttentionSpec:
         return "sliding" in self.kind or "chunked" in self.kind
 
 
-def unselected_norms(selection: Iterable[tuple[AttentionSpec, Sequence[ParamMap]]]) -> list[ParamMap]:
+Selection = Sequence[tuple[AttentionSpec, tuple[ParamMap, ...]]]
+"""Layers and, in each, the rows to restore, as `select` gives them."""
+
+
+def unselected_norms(selection: Selection) -> list[ParamMap]:
     """The q/k norms of selected layers that are not selected themselves: they stay as tuned."""
-    selection = list(selection)
     chosen = {param.name for _, maps in selection for param in maps}
     norms = {p.name: p for spec, _ in selection for p in spec.params if p.kind == "norm" and p.name not in chosen}
     return list(norms.values())
@@ -237,6 +240,13 @@ def join_ranges(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...
     return tuple(out)
 
 
+def true_ranges(flags: Tensor) -> list[tuple[int, int]]:
+    """Half-open ranges of the True values of a 1-D tensor."""
+    edge = flags.new_zeros(1)
+    steps = torch.diff(torch.cat([edge, flags, edge]).int())
+    return list(zip((steps == 1).nonzero()[:, 0].tolist(), (steps == -1).nonzero()[:, 0].tolist(), strict=True))
+
+
 def select(
     specs: Sequence[AttentionSpec],
     *,
@@ -250,7 +260,13 @@ def select(
 
     `parts` chooses among "q" and "k" (rows that feed both need both); `entangled` is "keep" (rows that also feed
     values are left out), "restore" (they are included) or "refuse".
+
+    Raises:
+        QKGuardError: `layers` names one without softmax attention, or entangled rows are there and refused.
     """
+    if layers is not None and (unknown := sorted(set(layers) - {spec.layer for spec in specs})):
+        known = ", ".join(str(spec.layer) for spec in specs)
+        raise QKGuardError(f"layers {unknown} have no softmax attention; those that have it: {known}")
     wanted = set(parts) | ({"v"} if entangled == "restore" else set())
 
     def keep(block: Block) -> bool:

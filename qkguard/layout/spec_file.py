@@ -123,6 +123,11 @@ def _specs(entry: Any, where: str) -> list[AttentionSpec]:
     for key in ("num_heads", "num_kv_heads", "head_dim"):
         if not _is_count(entry[key]) or not entry[key]:
             raise QKGuardError(f"{where}: {key} must be a positive number, found {entry[key]!r}")
+    for key in ("module", "kind"):
+        if not isinstance(entry[key], str):
+            raise QKGuardError(f"{where}: {key} must be text, found {entry[key]!r}")
+    if entry.get("rotary") not in (None, "half", "interleaved", "none"):
+        raise QKGuardError(f"{where}: rotary must be half, interleaved or none, found {entry['rotary']!r}")
     if not isinstance(entry["params"], list) or not entry["params"]:
         raise QKGuardError(f"{where}: params must be a list")
     params = tuple(_param(param, f"{where}.params[{i}]") for i, param in enumerate(entry["params"]))

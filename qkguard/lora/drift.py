@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from qkguard import ranks, sharding
-from qkguard.drift import Sums, head_weights, layer_label, layer_metrics, summarise, top_singular_value
-from qkguard.layout.spec import ParamMap
-from qkguard.lora.live import AdaptedWeight, Factors, Selection, replicate
+from qkguard.drift import Sums, head_weights, layer_label, layer_metrics, routing_metrics, top_singular_value
+from qkguard.layout.spec import ParamMap, Selection
+from qkguard.lora.live import AdaptedWeight, Factors, replicate
 
 _CHUNK = 1 << 22  # elements of the base weight in float64 at once
 
@@ -106,6 +106,7 @@ class AdapterTracker:
             )
         )
         self._grams: dict[str, tuple[Tensor, Tensor]] = {}  # of the layers that this rank works out
+        self._gathered = False
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         """Relative drift and 1 - cos of the effective W_Q and W_K; two small all-reduces (ALL ranks)."""
@@ -129,7 +130,7 @@ class AdapterTracker:
         me, size = ranks.rank(), ranks.world_size()
         params, state = self._params(model), self._state(model)
         mine: dict[str, tuple[list[float], float | None, float | None]] = {}
-        first = not getattr(self, "_gathered", False)
+        first = not self._gathered
         for i, (spec, maps) in enumerate(self.selection):
             label = layer_label(i, self.selection)
             weights = [self.weights[p.name] for p in maps if p.kind == "weight"]
@@ -147,17 +148,8 @@ class AdapterTracker:
             tops = [self._top(role, maps, state, base) for role in "qk"]
             mine[label] = (routing, tops[0], tops[1])
         self._gathered = True
-        merged = {k: v for part in ranks.together("measuring routing drift", lambda: mine) for k, v in part.items()}
-        per_layer: dict[str, float] = {}
-        heads: dict[str, list[float]] = {}
-        for label, (routing, q_top, k_top) in merged.items():
-            if routing:
-                heads[label] = routing
-                per_layer[f"{label}/routing_rel"] = sum(routing) / len(routing)
-            per_layer |= {f"{label}/{n}": v for n, v in (("q_top_sv", q_top), ("k_top_sv", k_top)) if v is not None}
-        return summarise(
-            per_layer, {"routing_rel": [v for k, v in per_layer.items() if k.endswith("/routing_rel")]}
-        ), heads
+        parts = ranks.together("measuring routing drift", lambda: mine)
+        return routing_metrics(self.selection, {k: v for part in parts for k, v in part.items()})
 
     def _routing(self, index: int, state: dict[str, Moved]) -> list[float]:
         spec, maps = self.selection[index]

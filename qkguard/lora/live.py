@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +11,10 @@ from torch import Tensor
 
 from qkguard import ranks, sharding
 from qkguard.errors import QKGuardError
-from qkguard.layout.spec import AttentionSpec, ParamMap
+from qkguard.layout.spec import ParamMap, Selection
 from qkguard.lora.adapter import check_config
 
 QUANTISED = ("Params4bit", "Int8Params")  # bitsandbytes
-
-Selection = Sequence[tuple[AttentionSpec, tuple[ParamMap, ...]]]
 
 
 @dataclass(frozen=True)
@@ -102,9 +99,7 @@ def adapted_weights(model: Any, selection: Selection, *, merging: bool = False) 
                     f"{pmap.name} is trained whole (modules_to_save, or unfrozen) in a model with adapters; leave "
                     "queries and keys to LoRA, or train without PEFT"
                 )
-            if not param.is_floating_point() and (
-                type(param).__name__ not in QUANTISED or hasattr(param, "ds_tensor")
-            ):
+            if not param.is_floating_point() and (type(param).__name__ not in QUANTISED or sharding.is_sharded(param)):
                 raise QKGuardError(
                     f"{pmap.name} is held as {type(param).__name__} of {param.dtype}, which is not read; expected a "
                     "base in 16 or 32 bits, or bitsandbytes' 4 or 8 without ZeRO-3. `qkguard merge` works afterwards"
@@ -131,7 +126,7 @@ def _dequantised(module: Any) -> Tensor:
 
 def replicate(params: list[Any]) -> list[Tensor]:
     """Full tensors of small parameters in float64 on the CPU of every rank; one collective where they are sharded."""
-    if not any(hasattr(p, "ds_tensor") or hasattr(p, "placements") for p in params):
+    if not any(map(sharding.is_sharded, params)):
         return [p.detach().double().cpu() for p in params]
     sizes = [sharding.full_numel(p) for p in params]
     joined = torch.zeros(sum(sizes), dtype=torch.float64)

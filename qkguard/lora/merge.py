@@ -18,9 +18,9 @@ from torch import Tensor
 
 from qkguard.checkpoint.card import read_card
 from qkguard.checkpoint.companions import companions
-from qkguard.checkpoint.files import write_text
+from qkguard.checkpoint.files import copy_named, write_text
 from qkguard.checkpoint.manifest import build_manifest, describe_file
-from qkguard.checkpoint.offline import tensor_names
+from qkguard.checkpoint.offline import folder_attention, tensor_names
 from qkguard.checkpoint.patched_folder import Job, OpenFile, PatchedFolder, Progress, check_target
 from qkguard.checkpoint.restored import describe_rows
 from qkguard.checkpoint.safetensors_io import sha256_of, write_rows
@@ -29,8 +29,7 @@ from qkguard.checkpoint.sources import FolderSource, identify
 from qkguard.checkpoint.weights import INDEX, SafetensorsFolder, open_weights, resolve_folder
 from qkguard.drift_offline import projection_drift
 from qkguard.errors import QKGuardError
-from qkguard.layout import disk_names, find_attention
-from qkguard.layout.spec import AttentionSpec, Block, ParamMap, select
+from qkguard.layout.spec import Block, ParamMap, Selection, select
 from qkguard.lora.adapter import CONFIG, TENSORS, Adapter, open_adapter
 from qkguard.lora.skeleton import Change, Skeleton
 
@@ -87,11 +86,9 @@ def merge_adapter(
     sources = [Path(folder) for folder in (base, adapter) if os.path.isdir(folder)]
     check_target(sources, Path(out), overwrite)
     opened_adapter = open_adapter(adapter)
-    folder = resolve_folder(base)
-    check_mergeable(folder)
-    weights = open_weights(folder)
-    assert isinstance(weights, SafetensorsFolder)  # without allow_pickle there is nothing else
-    specs = find_attention(folder, spec=spec, trust_remote_code=trust_remote_code)
+    weights = mergeable_weights(base)
+    folder = weights.folder
+    specs = folder_attention(folder, spec=spec, trust_remote_code=trust_remote_code)
     chosen: dict[str, Any] = {"parts": list(parts), "layers": None if layers is None else list(layers)}
     chosen |= {
         "include_norms": include_norms,
@@ -108,6 +105,7 @@ def merge_adapter(
         qk_share=1.0 if keep_qk else 1.0 - alpha,
         selected=chosen,
         by_hand=spec is not None,
+        trust_remote_code=trust_remote_code,
         overwrite=overwrite,
     )
     try:
@@ -118,12 +116,14 @@ def merge_adapter(
         raise
 
 
-def check_mergeable(base: str | os.PathLike[str]) -> None:
-    """Refuse a base that adapters cannot be merged onto: no safetensors, or quantised ones."""
+def mergeable_weights(base: str | os.PathLike[str]) -> SafetensorsFolder:
+    """The weights of a base; QKGuardError where no adapter can be merged onto them: no safetensors, or quantised."""
     weights = open_weights(resolve_folder(base))
+    assert isinstance(weights, SafetensorsFolder)  # without allow_pickle there is nothing else
     for name in weights.where:
         if name.endswith("proj.weight"):
             weights.dtype(name)
+    return weights
 
 
 class MergeWrite(PatchedFolder):
@@ -136,6 +136,7 @@ class MergeWrite(PatchedFolder):
         qk_share: how much of their adapters is merged: 1 all, 0 nothing.
         selected: the options `selection` was made with, for the manifest.
         by_hand: the layout's names were given by hand.
+        trust_remote_code: allow the base's own model code to be imported.
     """
 
     def __init__(
@@ -144,12 +145,13 @@ class MergeWrite(PatchedFolder):
         out: Path,
         skeleton: Skeleton,
         adapter: Adapter,
-        selection: Sequence[tuple[AttentionSpec, tuple[ParamMap, ...]]],
+        selection: Selection,
         *,
         base_id: str,
         qk_share: float,
         selected: Mapping[str, Any],
         by_hand: bool = False,
+        trust_remote_code: bool = False,
         overwrite: bool = False,
     ) -> None:
         super().__init__(weights, out, overwrite=overwrite)
@@ -159,8 +161,9 @@ class MergeWrite(PatchedFolder):
         self.qk = {p.name: p for _, params in self.selection for p in params}
         self.changes = {change.name: change for change in skeleton.changes}
         changed = [_whole(change) for change in self.changes.values()]
-        self.names = disk_names(changed, weights.shapes(), weights.folder) if changed else {}
-        self.qk_names = tensor_names(list(self.qk.values()), weights, weights.folder, by_hand=by_hand)
+        trusted = {"trust_remote_code": trust_remote_code}
+        self.names = tensor_names(changed, weights, weights.folder, **trusted) if changed else {}
+        self.qk_names = tensor_names(list(self.qk.values()), weights, weights.folder, by_hand=by_hand, **trusted)
         for name in self.names.values():
             weights.dtype(name)  # a quantised tensor is refused here, before anything is written
         self.added = {n: (c, steps) for c in self.changes.values() for n, steps in c.untied}
@@ -276,7 +279,7 @@ class MergeWrite(PatchedFolder):
         taken, left = companions(self.raw)
         mine = [n for n in companions(self.adapter.folder)[0] if n not in _BASE_CONFIGS]
         for name in sorted({*taken, *mine}):
-            self.copy_companion(self.adapter.folder if name in mine else self.raw, name)
+            copy_named(self.adapter.folder if name in mine else self.raw, name, self.staging.path)
         if self.added:
             path = self.staging.path / "config.json"
             config = json.loads(path.read_text(encoding="utf-8"))

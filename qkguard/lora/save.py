@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,11 @@ from torch import Tensor
 from qkguard import ranks, sharding
 from qkguard.checkpoint.card import adapter_card, read_card
 from qkguard.checkpoint.companions import companions
-from qkguard.checkpoint.files import Staging, copy_file, link_or_copy, write_text
+from qkguard.checkpoint.files import copy_named, link_or_copy, published, write_text
 from qkguard.checkpoint.manifest import FORMAT, MANIFEST, describe_file, dump, versions
 from qkguard.checkpoint.patched_folder import check_target, readable_errors
 from qkguard.errors import QKGuardError
-from qkguard.layout.spec import AttentionSpec, ParamMap
+from qkguard.layout.spec import ParamMap, Selection
 from qkguard.lora.adapter import CONFIG, TENSORS, check_tensors, open_adapter
 from qkguard.lora.skeleton import quiet
 from qkguard.reference import same_bits
@@ -38,7 +38,7 @@ PREFIX = "base_model.model."
 def write_restored_adapter(
     raw: Path,
     out: Path,
-    selection: Sequence[tuple[AttentionSpec, tuple[ParamMap, ...]]],
+    selection: Selection,
     *,
     share: float = 0.0,
     staging: Path | None = None,
@@ -63,45 +63,35 @@ def write_restored_adapter(
     check_target([], out, overwrite)
     tensors, config = adapter.tensors(), dict(adapter.config)
     change = restrict(tensors, config, qk_modules(selection), share)
-    place = Staging(out, staging)
-    with readable_errors(out):
-        place.create()
-        try:
-            named = {_loadable(key): tensor for key, tensor in tensors.items()}
-            save_file(named, place.path / TENSORS, metadata={"format": "pt"})
-            os.chmod(place.path / TENSORS, place.path.stat().st_mode & 0o666)
-            write_text(place.path / CONFIG, json.dumps(config, indent=2) + "\n")
-            taken = companions(raw)[0]
-            for name in taken:
-                (place.path / name).parent.mkdir(parents=True, exist_ok=True)
-                copy_file(raw / name, place.path / name)
-            manifest = {
-                "format": FORMAT,
-                "kind": "adapter",
-                "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                "base": {"id": adapter.base or "unknown"},
-                "raw": {
-                    "path": os.path.relpath(raw.resolve(), out.resolve()),
-                    "files": {TENSORS: describe_file(raw / TENSORS)},
-                },
-                "method": {"name": "restore", "alpha": 1 - share} | dict(method or {}),
-                **change,
-                "files": {TENSORS: describe_file(place.path / TENSORS)},
-                "companions": [CONFIG, *taken],
-                "warnings": [],
-                "versions": versions(),
-                **(extra or {}),
-            }
-            write_text(place.path / "README.md", adapter_card(manifest, read_card(raw)))
-            write_text(place.path / MANIFEST, dump(manifest))
-            place.publish(replace=overwrite)
-        except BaseException:
-            place.discard()
-            raise
+    with readable_errors(out), published(out, staging, replace=overwrite) as (folder, mode):
+        _save_tensors({_loadable(key): tensor for key, tensor in tensors.items()}, folder / TENSORS, mode)
+        write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+        taken = companions(raw)[0]
+        for name in taken:
+            copy_named(raw, name, folder)
+        manifest = {
+            "format": FORMAT,
+            "kind": "adapter",
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "base": {"id": adapter.base or "unknown"},
+            "raw": {
+                "path": os.path.relpath(raw.resolve(), out.resolve()),
+                "files": {TENSORS: describe_file(raw / TENSORS)},
+            },
+            "method": {"name": "restore", "alpha": 1 - share} | dict(method or {}),
+            **change,
+            "files": {TENSORS: describe_file(folder / TENSORS)},
+            "companions": [CONFIG, *taken],
+            "warnings": [],
+            "versions": versions(),
+            **(extra or {}),
+        }
+        write_text(folder / "README.md", adapter_card(manifest, read_card(raw)))
+        write_text(folder / MANIFEST, dump(manifest))
     return json.loads(dump(manifest))
 
 
-def qk_modules(selection: Sequence[tuple[AttentionSpec, tuple[ParamMap, ...]]]) -> dict[str, ParamMap]:
+def qk_modules(selection: Selection) -> dict[str, ParamMap]:
     """Module name in the base model -> its query and key rows."""
     out = {}
     for _, params in selection:
@@ -214,17 +204,10 @@ def _compare(ours: dict[str, Tensor], raw: dict[str, Tensor], manifest: Mapping[
 
 def copy_adapter(raw: Path, out: Path) -> None:
     """Another name for an adapter folder (tensors linked where possible), replacing an older one."""
-    place = Staging(out)
-    mode = place.create()
-    try:
-        link_or_copy(raw / TENSORS, place.path / TENSORS, mode)
+    with published(out) as (folder, mode):
+        link_or_copy(raw / TENSORS, folder / TENSORS, mode)
         for name in (CONFIG, *companions(raw)[0]):
-            (place.path / name).parent.mkdir(parents=True, exist_ok=True)
-            copy_file(raw / name, place.path / name)
-        place.publish(replace=True)
-    except BaseException:
-        place.discard()
-        raise
+            copy_named(raw, name, folder)
 
 
 def export_adapter(model: Any, name: str, folder: Path, processing_class: Any = None) -> None:
@@ -242,19 +225,18 @@ def export_adapter(model: Any, name: str, folder: Path, processing_class: Any = 
             )
         tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
         check_tensors({key: tuple(t.shape) for key, t in tensors.items()}, f"the adapter {name!r}")
-        place = Staging(folder)
-        place.create()
-        try:
-            save_file(tensors, place.path / TENSORS, metadata={"format": "pt"})
-            _save_config(model, name, place.path)
+        with published(folder) as (place, mode):
+            _save_tensors(tensors, place / TENSORS, mode)
+            _save_config(model, name, place)
             if processing_class is not None:
-                processing_class.save_pretrained(place.path)
-            place.publish(replace=True)
-        except BaseException:
-            place.discard()
-            raise
+                processing_class.save_pretrained(place)
 
     ranks.on_rank_zero(f"writing the adapter {name}", write)
+
+
+def _save_tensors(tensors: dict[str, Tensor], file: Path, mode: int) -> None:
+    save_file(tensors, file, metadata={"format": "pt"})
+    os.chmod(file, mode)  # safetensors makes it the owner's alone
 
 
 def _save_config(model: Any, name: str, folder: Path) -> None:

@@ -17,7 +17,7 @@ from qkguard.errors import QKGuardError
 from qkguard.lora.adapter import TENSORS
 from qkguard.lora.drift import AdapterTracker
 from qkguard.lora.live import adapted_weights
-from qkguard.lora.merge import check_mergeable, merge_adapter
+from qkguard.lora.merge import merge_adapter, mergeable_weights
 from qkguard.lora.muted import muted
 from qkguard.lora.save import copy_adapter, export_adapter, no_restored_form, write_restored_adapter
 from qkguard.probing import Swap
@@ -51,7 +51,9 @@ class AdapterSession(Session):
         self.writable = self._check_writable()
         self.quantised = any(weight.quantised for weight in self.weights)
         if self.config.merge_at_end:
-            ranks.on_rank_zero("looking at the base to merge onto", lambda: check_mergeable(self._merge_base()))
+            ranks.on_rank_zero(
+                "looking at the base to merge onto", lambda: bool(mergeable_weights(self._merge_base()))
+            )
         return AdapterTracker(self.model, self.selection, self.weights) if self.guards else _NoDrift()
 
     def _check_writable(self) -> bool:
@@ -211,11 +213,10 @@ class AdapterSession(Session):
             f"({seconds:.1f} s). The base's queries and keys are frozen, no reference is "
             "kept; drift is that of the effective weights. "
             + (
-                f"Restored adapters ({config.method}): checkpoint-N/{RESTORED}/<adapter>"
+                f"Restored adapters ({config.method}): {self._when(f'checkpoint-N/{RESTORED}/<adapter>')}"
                 if self.writable
-                else "Adapters"
+                else "Restored adapters: none, DoRA has no such form here"
             )
-            + (f", final ones in {self.folder / 'final'}" if config.final_export else "")
             + (f", merged models at the end, onto {self._merge_base()}" if config.merge_at_end else "")
             + (
                 " (the base in training is quantised, drift is that of its dequantised weights)."

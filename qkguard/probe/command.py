@@ -18,7 +18,7 @@ from qkguard.errors import QKGuardError
 from qkguard.probe.forward import check_chunks, input_device
 from qkguard.probe.generation import NEW_TOKENS, answer_prompts, generated, read_prompts
 from qkguard.probe.lengths import check_lengths
-from qkguard.probe.pictures import attention_heatmap, png, recall_heatmap, short_length
+from qkguard.probe.pictures import attention_heatmap, recall_heatmap, short_length
 from qkguard.probe.prober import TASKS, Prober, Progress
 from qkguard.probe.prompt import Encoder, make_frame
 from qkguard.probe.results import ProbeResult
@@ -102,7 +102,7 @@ def probe_models(models: Sequence[str], settings: ProbeSettings, bar: Bar | None
         result = replace(result, settings=result.settings | {"model": str(path)})
         reports.append(ModelReport(name, result, [f"{name}: {text}" for text in warnings]))
         del model
-        _free()
+        free_memory()
     return reports
 
 
@@ -190,7 +190,7 @@ def run_within_memory(model: nn.Module, prober: Prober, progress: Progress) -> P
                     "or --dtype bfloat16"
                 ) from error
             prober.batch_tokens = max(longest, prober.batch_tokens // 2)
-        _free()
+        free_memory()
 
 
 def to_json(reports: Sequence[ModelReport]) -> dict[str, Any]:
@@ -215,7 +215,7 @@ def drop_since_first(reports: Sequence[ModelReport], report: ModelReport) -> dic
 
 
 def heatmap_png(reports: Sequence[ModelReport]) -> bytes:
-    return png(recall_heatmap({r.name: r.result for r in reports}))
+    return page.themed_png(recall_heatmap({r.name: r.result for r in reports}))
 
 
 def html_page(reports: Sequence[ModelReport]) -> str:
@@ -258,7 +258,8 @@ def _prober(tokenizer: Any, settings: ProbeSettings) -> Prober:
     )
 
 
-def _free() -> None:
+def free_memory() -> None:
+    """Give back what models let go of, on the accelerator too."""
     gc.collect()
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()
@@ -275,7 +276,7 @@ def _name(path: str, taken: Sequence[str]) -> str:
 
 
 def _percent(recall: float, interval: tuple[float, float]) -> str:
-    return f"{recall:.1%} <small>({interval[0]:.0%} to {interval[1]:.0%})</small>"
+    return f"{recall:.1%} ({interval[0]:.0%} to {interval[1]:.0%})"
 
 
 def _line(error: Exception) -> str:

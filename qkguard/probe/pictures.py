@@ -2,67 +2,85 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import nan
+from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from qkguard.probe.results import AttentionMass, ProbeResult
 
+Grid = Sequence[Sequence[float]]
+MOST_LABELS = 40  # rows of a heatmap with a label each
+MOST_NUMBERS = 80  # cells of a heatmap with a number each
+
 
 def recall_heatmap(results: Mapping[str, ProbeResult]) -> Figure:
     """Recall by context length and needle depth, one panel per model, in the usual needle-in-a-haystack colours."""
-    figure = Figure(figsize=(1.2 + 3.6 * len(results), 3.4), layout="constrained")
-    axes = figure.subplots(1, len(results), squeeze=False)[0]
-    image = None
-    for axis, (name, result) in zip(axes, results.items(), strict=True):
-        lengths = sorted({c.length for c in result.cells})
-        depths = sorted({c.depth for c in result.cells})
-        cells = result.by("depth", "length")
-        grid = [[cells[d, n].recall if (d, n) in cells else nan for n in lengths] for d in depths]
-        image = axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-        axis.set_xticks(range(len(lengths)), [short_length(n) for n in lengths])
-        axis.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths])
-        axis.set_xlabel("context length (tokens)")
-        axis.set_title(f"{name}\nrecall {result.recall:.1%}", fontsize="medium")
-        if grid and len(grid) * len(lengths) <= 80:
-            for y, row in enumerate(grid):
-                for x, value in enumerate(row):
-                    if value == value:
-                        ink = "black" if 0.15 < value < 0.85 else "white"
-                        axis.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize="small", color=ink)
-    axes[0].set_ylabel("needle depth")
-    if image is not None:
-        figure.colorbar(image, ax=axes, label="recall", shrink=0.9)
-    return figure
+    panels = {}
+    for name, result in results.items():
+        recall = {key: group.recall for key, group in result.by("depth", "length").items()}
+        panels[f"{name}\nrecall {result.recall:.1%}"] = recall
+    return recall_panels(panels)
 
 
 def attention_heatmap(mass: AttentionMass) -> Figure:
     """Layer x head: attention of the answer positions on needle and most recent tokens, mean over lengths."""
-    figure = Figure(figsize=(8, 1.2 + 0.28 * max(4, len(mass.layers))), layout="constrained")
-    axes = figure.subplots(1, 2)
-    for axis, kind, title in zip(axes, ("needle", "local"), ("needle", f"last {mass.window} tokens"), strict=True):
-        grids = list(getattr(mass, kind).values())
-        heads = max(len(row) for row in grids[0])
-        mean = [
-            [sum(g[y][x] for g in grids) / len(grids) if x < len(grids[0][y]) else nan for x in range(heads)]
-            for y in range(len(mass.layers))
-        ]
-        image = axis.imshow(mean, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-        axis.set_yticks(range(len(mass.layers)), [str(n) for n in mass.layers])
-        axis.set_xlabel("head")
-        axis.set_title(f"attention on the {title}", fontsize="medium")
-    axes[0].set_ylabel("softmax-attention layer")
-    figure.colorbar(image, ax=axes, label="probability", shrink=0.9)
+    titles = {"needle": "attention on the needle", "local": f"attention on the last {mass.window} tokens"}
+    panels = {title: list(getattr(mass, kind).values()) for kind, title in titles.items()}
+    return head_panels(panels, mass.layers, "probability")
+
+
+def recall_panels(panels: Mapping[str, Mapping[tuple[float, int], float]]) -> Figure:
+    """Recall by (depth, length), side by side under their titles."""
+    figure = Figure(figsize=(1.4 + 3.2 * len(panels), 3.3), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (title, recall) in zip(axes, panels.items(), strict=True):
+        depths, lengths = (sorted({key[i] for key in recall}) for i in range(2))
+        grid = [[recall.get((d, int(n)), nan) for n in lengths] for d in depths]
+        image = axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        axis.set_xticks(range(len(lengths)), [short_length(int(n)) for n in lengths])
+        axis.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths])
+        axis.set_xlabel("context length (tokens)")
+        axis.set_title(title, fontsize="medium")
+        if len(depths) * len(lengths) <= MOST_NUMBERS:
+            _write_numbers(axis, grid)
+    axes[0].set_ylabel("needle depth")
+    figure.colorbar(image, ax=axes, label="recall", shrink=0.9)
     return figure
 
 
-def png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    return buffer.getvalue()
+def _write_numbers(axis: Any, grid: Grid) -> None:
+    for y, row in enumerate(grid):
+        for x, value in enumerate(row):
+            if value == value:
+                ink = "black" if 0.15 < value < 0.85 else "white"
+                axis.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize="small", color=ink)
+
+
+def head_panels(panels: Mapping[str, Sequence[Grid]], layers: Sequence[int], label: str) -> Figure:
+    """Layer x head side by side under their titles, each the mean of its grids (one per context length)."""
+    height = 1.4 + min(7.0, max(1.2, 0.26 * len(layers)))
+    figure = Figure(figsize=(1.2 + 3.2 * len(panels), height), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    every = max(1, -(-len(layers) // MOST_LABELS))
+    for axis, (title, grids) in zip(axes, panels.items(), strict=True):
+        image = axis.imshow(_mean(grids), vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        axis.set_yticks(range(0, len(layers), every), [str(n) for n in layers[::every]])
+        axis.set_xlabel("head")
+        axis.set_title(title, fontsize="medium")
+    axes[0].set_ylabel("softmax-attention layer")
+    figure.colorbar(image, ax=axes, label=label, shrink=0.9)
+    return figure
+
+
+def _mean(grids: Sequence[Grid]) -> list[list[float]]:
+    """Element by element; layers with fewer heads than others end in nan."""
+    heads = max(len(row) for row in grids[0])
+    return [
+        [sum(values) / len(grids) for values in zip(*rows, strict=True)] + [nan] * (heads - len(rows[0]))
+        for rows in zip(*grids, strict=True)
+    ]
 
 
 def short_length(tokens: int) -> str:

@@ -8,6 +8,7 @@ from qkguard import sharding
 from qkguard.config import QKGuardConfig
 from qkguard.errors import QKGuardError
 from qkguard.probe.haystack import Prose, load_prose
+from qkguard.rows import sampled
 
 TEXT_ROWS = 400  # training examples that a haystack is made of, at most
 
@@ -39,20 +40,14 @@ def _splits_sequences(args: Any) -> bool:
 
 
 def training_prose(dataset: Any, tokenizer: Any) -> Prose:
-    """Sentences of the run's own training text: rows of a `datasets.Dataset` taken from everywhere, decoded.
-
-    Other kinds of data sets are left alone: reading them may use up their rows or random numbers.
-    """
-    if not type(dataset).__module__.startswith("datasets.") or not hasattr(dataset, "__getitem__"):
-        return Prose()
-    plain = dataset.with_format(None)
-    rows = (plain[i] for i in range(0, len(plain), max(1, len(plain) // TEXT_ROWS)))
+    """Sentences of the run's own training text, decoded; generated ones where its rows are not looked at."""
     decoder = getattr(tokenizer, "tokenizer", tokenizer)
 
     def decode(tokens: list[int]) -> str:
         return str(decoder.decode(tokens, skip_special_tokens=True))
 
+    rows = sampled(dataset, TEXT_ROWS)
     try:
         return load_prose(rows, without=decoder.all_special_tokens, decode=decode, origin="training text")
-    except QKGuardError:
+    except QKGuardError:  # no rows, or no text in them
         return Prose()

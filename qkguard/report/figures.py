@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from math import nan
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from qkguard.probe.pictures import short_length
-from qkguard.report.run import DRIFT, Probe, Run
+from qkguard.probe.pictures import MOST_LABELS, head_panels, recall_panels, short_length
+from qkguard.report.run import DRIFT, Probe, Run, Share
 
-COLORS = {"before": "#7f8c8d", "raw": "#c0392b", "restored": "#2e86c1"}
 NAMES = {"before": "before SFT", "raw": "raw", "restored": "Q/K restored"}
 KINDS = {"q_rel": "queries", "k_rel": "keys", "routing_rel": "routing"}
-MOST_LAYERS = 40  # rows of a heatmap with a label each
 MOST_STEPS = 400  # columns of a heatmap
 
 
@@ -56,19 +54,7 @@ def recall_grid(run: Run) -> Figure | None:
     shown = {name: probe for name in NAMES if (probe := run.last(name)) is not None and probe.cells}
     if not shown:
         return None
-    figure = Figure(figsize=(1.4 + 3.0 * len(shown), 3.2), layout="constrained")
-    axes = figure.subplots(1, len(shown), squeeze=False)[0]
-    for axis, (name, probe) in zip(axes, shown.items(), strict=True):
-        lengths, depths = list(probe.by("length")), list(probe.by("depth"))
-        grid = [[_cell(probe, length, depth) for length in lengths] for depth in depths]
-        image = axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-        axis.set_xticks(range(len(lengths)), [short_length(n) for n in lengths])
-        axis.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths])
-        axis.set_xlabel("context length (tokens)")
-        axis.set_title(f"{NAMES[name]}: {probe.recall:.2f}", fontsize="medium")
-    axes[0].set_ylabel("needle depth")
-    figure.colorbar(image, ax=axes, label="recall", shrink=0.9)
-    return figure
+    return recall_panels({f"{NAMES[name]}: {probe.recall:.2f}": _by_place(probe) for name, probe in shown.items()})
 
 
 def drift_curves(run: Run) -> Figure | None:
@@ -104,7 +90,7 @@ def drift_heatmap(run: Run) -> Figure | None:
         ticks = range(0, len(steps), max(1, -(-len(steps) // 5)))
         axis.set_xticks(list(ticks), [str(steps[i]) for i in ticks])
         names = [label.removeprefix("layer_").replace("_", ".") for label in run.layers]
-        every = max(1, -(-rows // MOST_LAYERS))
+        every = max(1, -(-rows // MOST_LABELS))
         axis.set_yticks(range(0, rows, every), names[::every])
         axis.set_xlabel("step")
         axis.set_title(KINDS[kind], fontsize="medium")
@@ -118,19 +104,9 @@ def needle_heatmap(run: Run) -> Figure | None:
     shown = {name: probe for name in NAMES if (probe := run.last(name)) is not None and probe.needle}
     if not shown:
         return None
-    rows = len(next(iter(shown.values())).needle[0]["layers"])
-    figure = Figure(figsize=(1.2 + 3.0 * len(shown), 1.4 + min(7.0, max(1.2, 0.26 * rows))), layout="constrained")
-    axes = figure.subplots(1, len(shown), squeeze=False)[0]
-    for axis, (name, probe) in zip(axes, shown.items(), strict=True):
-        image = axis.imshow(_mean_heads(probe.needle), vmin=0, vmax=1, cmap="viridis", aspect="auto")
-        layers = probe.needle[0]["layers"]
-        every = max(1, -(-len(layers) // MOST_LAYERS))
-        axis.set_yticks(range(0, len(layers), every), [str(n) for n in layers[::every]])
-        axis.set_xlabel("head")
-        axis.set_title(NAMES[name], fontsize="medium")
-    axes[0].set_ylabel("softmax layer")
-    figure.colorbar(image, ax=axes, label="attention on the needle", shrink=0.9)
-    return figure
+    layers = next(iter(shown.values())).needle[0]["layers"]
+    panels = {NAMES[name]: [grid["heads"] for grid in probe.needle] for name, probe in shown.items()}
+    return head_panels(panels, layers, "attention on the needle")
 
 
 def compared(runs: Mapping[str, Run]) -> dict[str, Figure]:
@@ -163,21 +139,13 @@ def _has(probe: Probe, weights: str, length: int) -> bool:
     return probe.weights == weights and length in probe.by("length")
 
 
-def _cell(probe: Probe, length: int, depth: float) -> float:
-    cells = [c for c in probe.cells if c["length"] == length and c["depth"] == depth]
-    count = sum(c["count"] for c in cells)
-    return sum(c["recall"] * c["count"] for c in cells) / count if count else nan
-
-
-def _mean_heads(grids: Sequence[Mapping[str, Any]]) -> list[list[float]]:
-    heads = max(len(row) for row in grids[0]["heads"])
-    return [
-        [
-            sum(g["heads"][y][x] for g in grids) / len(grids) if x < len(grids[0]["heads"][y]) else nan
-            for x in range(heads)
-        ]
-        for y in range(len(grids[0]["layers"]))
-    ]
+def _by_place(probe: Probe) -> dict[tuple[float, int], float]:
+    """Recall by (depth, length), tasks together."""
+    found: dict[tuple[float, int], Share] = {}
+    for cell in probe.cells:
+        place = cell["depth"], cell["length"]
+        found[place] = found.get(place, Share(0, 0)).with_cell(cell)
+    return {place: share.recall for place, share in found.items()}
 
 
 def _finish(axis: Any, x: str, y: str) -> None:

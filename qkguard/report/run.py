@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qkguard.checkpoint.manifest import MANIFEST
+from qkguard.checkpoint.manifest import MANIFEST, load_manifest
 from qkguard.config import RUN_FOLDER
 from qkguard.errors import QKGuardError
 from qkguard.probe.results import wilson
@@ -25,6 +24,10 @@ class Share:
 
     hits: float
     count: int
+
+    def with_cell(self, cell: Mapping[str, Any]) -> Share:
+        """This and the needles of a cell of `Probe.cells`."""
+        return Share(self.hits + cell["recall"] * cell["count"], self.count + cell["count"])
 
     @property
     def recall(self) -> float:
@@ -56,8 +59,7 @@ class Probe:
         """Recall by "task", "length" or "depth"."""
         out: dict[Any, Share] = {}
         for cell in self.cells:
-            known = out.get(cell[name], Share(0, 0))
-            out[cell[name]] = Share(known.hits + cell["recall"] * cell["count"], known.count + cell["count"])
+            out[cell[name]] = out.get(cell[name], Share(0, 0)).with_cell(cell)
         return dict(sorted(out.items()))
 
     @property
@@ -133,7 +135,7 @@ def load_run(folder: Path) -> Run:
     """A run from its output folder or from the `_qkguard` folder in it.
 
     Raises:
-        QKGuardError: no such folder, or no metrics in it.
+        QKGuardError: no such folder, no metrics in it, or a damaged manifest of its last restored folder.
     """
     if not folder.is_dir():
         raise QKGuardError(f"no such folder: {folder}; give the output_dir of a guarded run")
@@ -144,7 +146,7 @@ def load_run(folder: Path) -> Run:
     written = [*_manifests(inner.parent, "checkpoint-*"), *_manifests(inner, "final")]
     merged = inner / "final/merged_qk_restored" / MANIFEST
     written += [merged] if merged.is_file() else []
-    manifest = json.loads(written[-1].read_text(encoding="utf-8")) if written else None
+    manifest = load_manifest(written[-1].parent) if written else None
     return Run(inner, rows, manifest, [path.parent for path in written])
 
 

@@ -43,8 +43,7 @@ def allowed_rotations(spec: AttentionSpec, gains: Mapping[str, Tensor]) -> Rotat
         No positions and no norms: all ("orthogonal"). Rotary positions: an angle for each frequency, and all rotations
         of the channels without positions ("phases"). Norms: the same if every gain is equal on the channels that are
         mixed; only norms with one gain vector per role count, which in transformers are those that do not subtract
-        the mean. Otherwise none ("identity"), nor
-        where the kind of positions is not known or layers share keys.
+        the mean. None ("identity") otherwise, where the kind of positions is not known, and where layers share keys.
     """
     channels = range(spec.head_dim)
     if spec.rotary is None:

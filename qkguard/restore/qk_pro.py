@@ -1,4 +1,4 @@
-"""`qk-pro`: routing as before SFT, and as much of the tuned W_Q as that leaves room for (METHOD of arXiv 2606.11052).
+"""`qk-pro`: routing as before SFT, and as much of the tuned W_Q as that leaves room for (arXiv 2606.11052).
 
 The problem is min |W_Q - W_Q_post| + |W_K - W_K_post| subject to W_Q^T W_K = W_Q_pre^T W_K_pre. The paper's linearised
 solution sets W_K = W_K_pre and corrects W_Q with a ridge; there are two readings of its formula, both offered. Where

@@ -8,7 +8,7 @@ from math import isfinite
 from typing import Any
 
 from qkguard.errors import QKGuardError
-from qkguard.layout.spec import AttentionSpec
+from qkguard.layout.spec import Selection
 from qkguard.restore.interpolate import interpolate
 from qkguard.restore.plain import Restored, restore
 from qkguard.restore.procrustes import procrustes
@@ -89,10 +89,10 @@ def check_options(name: str, options: Mapping[str, Any], parts: Sequence[str] = 
     return chosen
 
 
-def check_strengths(options: Mapping[str, Any], selection: Sequence[tuple[AttentionSpec, Any]]) -> None:
+def check_strengths(options: Mapping[str, Any], selection: Selection) -> None:
     """Refuse strengths for layers that are not selected."""
-    layers = {spec.layer for spec, _ in selection}
-    if unknown := sorted(set(options.get("strengths") or {}) - layers):
+    layers = [spec.layer for spec, _ in selection]
+    if unknown := sorted(set(options.get("strengths") or {}) - set(layers)):
         known = ", ".join(str(layer) for layer in layers)
         raise QKGuardError(f"strengths names layers {unknown}, which are not restored; those that are: {known}")
 

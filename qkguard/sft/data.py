@@ -15,6 +15,7 @@ from qkguard.errors import QKGuardError
 FILES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 SAMPLED = 256  # rows that a plan or a length check looks at
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
+DATASETS = 'a list of data sets, [{"path": ..., "weight": ...}, ...]'
 DEFAULT_TEMPLATE = "{solution}\n\n{answer}"
 
 
@@ -100,11 +101,18 @@ class DataArguments(Columns):
             return [Source(**own, path=path, config=config, split=split)]
         if self.dataset_name:
             raise QKGuardError("dataset_name and datasets are both given; keep one (--datasets null drops the list)")
-        entries = json.loads(self.datasets) if isinstance(self.datasets, str) else self.datasets
+        entries: Any = self.datasets
+        if isinstance(entries, str):
+            try:
+                entries = json.loads(entries)
+            except ValueError as error:
+                raise QKGuardError(f"datasets: {entries!r} is not JSON ({error}); expected {DATASETS}") from None
+        if not isinstance(entries, list) or not entries:
+            raise QKGuardError(f"datasets: expected {DATASETS}, found {entries!r}")
         known = {f.name for f in dataclasses.fields(Source)}
         for entry in entries:
             if not isinstance(entry, dict) or not entry.get("path"):
-                raise QKGuardError(f"datasets: expected a list of {{path: ..., weight: ...}}, found {entry!r}")
+                raise QKGuardError(f"datasets: expected {DATASETS}, found {entry!r} in it")
             if unknown := sorted(set(entry) - known):
                 raise QKGuardError(f"datasets: unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}")
         sources = [Source(**own | entry) for entry in entries]

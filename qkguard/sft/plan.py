@@ -14,9 +14,11 @@ from qkguard.layout import build
 from qkguard.layout.geometry import layer_types
 from qkguard.probe.lengths import default_lengths
 from qkguard.probe.schedule import interval
+from qkguard.reference import TENSORS
 from qkguard.session import RESTORED, run_folder
 from qkguard.sft.arguments import Settings
 from qkguard.sft.preflight import Preflight
+from qkguard.tracking import METRICS
 
 ADAM_STATES = 12  # bytes of a trained parameter's float32 master copy and Adam's two moments
 FORWARD_SHARE = 1 / 3  # of a training step's arithmetic per token; a fourth with gradient checkpointing
@@ -193,8 +195,8 @@ def _files(settings: Settings) -> dict[str, str | None]:
         "raw": str(out / "checkpoint-N"),
         "restored": str(out / "checkpoint-N" / RESTORED) + adapter if guard.restore_on in ("save", "best") else None,
         "manifest": MANIFEST,
-        "reference": str(folder / "reference.safetensors"),
-        "metrics": str(folder / "metrics.jsonl"),
+        "reference": str(folder / TENSORS),
+        "metrics": str(folder / METRICS),
         "final": str(folder / "final") if final else None,
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from qkguard.cli.output import human_bytes, number
+from qkguard.config import every
 from qkguard.layout.spec import join_ranges
 
 
@@ -20,7 +21,7 @@ def lines(plan: dict[str, Any]) -> list[tuple[str, str]]:
     out = [("model", _model(plan["model"])), ("data", _data(plan["data"])), ("training", _training(plan))]
     out += [("guard", guarded), ("reference", _reference(plan))]
     drift = (
-        f"every {_every(guard['drift_steps'])}, routing drift every {_every(guard['routing_drift_steps'])}, to "
+        f"every {every(guard['drift_steps'])}, routing drift every {every(guard['routing_drift_steps'])}, to "
         f"{files['metrics']}"
     )
     out += [("drift", drift), ("probes", _probes(plan["probes"])), ("checkpoints", _checkpoints(files))]
@@ -71,7 +72,7 @@ def _reference(plan: dict[str, Any]) -> str:
 
 
 def _checkpoints(files: dict[str, Any]) -> str:
-    restored = files["restored"] or "none before the end"
+    restored = files["restored"] or ("none before the end" if files["final"] else "none")
     final = f"; at the end {files['final']}/{{raw,qk_restored}}" if files["final"] else ""
     return f"raw {files['raw']}, restored {restored}{final}"
 
@@ -99,7 +100,3 @@ def _probes(probes: dict[str, Any]) -> str:
         if probes["count"] and probes["within_budget"] < probes["count"]:
             text += f", so probe_budget={probes['budget']:g} leaves room for about {probes['within_budget']} of them"
     return text
-
-
-def _every(steps: str) -> str:
-    return {"logging": "logging step", "0": "0 steps (never)"}.get(steps, f"{steps} steps")

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from qkguard.errors import QKGuardError
-from qkguard.layout import AttentionSpec, ParamMap, find_attention, select
+from qkguard.layout import AttentionSpec, find_attention, select
 from qkguard.layout.build import first_line, load_config
+from qkguard.layout.spec import Selection
 from qkguard.probe.lengths import default_lengths
 from qkguard.probe.prober import Prober
 from qkguard.sft.arguments import Settings
@@ -17,7 +18,6 @@ from qkguard.sft.data import Sampled, look, token_lengths
 from qkguard.sft.packing import check_packing
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tokenization_*.py")
-Selection = Sequence[tuple[AttentionSpec, Sequence[ParamMap]]]
 
 
 @dataclass

@@ -42,7 +42,7 @@ def find_recipe(name: str) -> Path:
     if wanted in names:
         return names[wanted]
     near = difflib.get_close_matches(wanted, names, 1, 0.4)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    hint = f"; did you mean {near[0]}?" if near else ";"
     raise QKGuardError(f"{name} is neither a file nor a bundled recipe{hint} `qkguard recipes` lists them")
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qkguard.errors import QKGuardError
 from qkguard.layout.build import first_line
-from qkguard.layout.spec import AttentionSpec, Block, ParamMap
+from qkguard.layout.spec import AttentionSpec, Block, ParamMap, true_ranges
 from qkguard.probe.attention import AttentionRecorder
 from qkguard.probe.forward import input_device
 from qkguard.probe.undisturbed import undisturbed
@@ -63,9 +63,7 @@ def _values(model: nn.Module, spec: AttentionSpec, calls: dict[str, Tensor]) -> 
         for role in "qk":
             if role in reached:
                 rows = rows & ~reached[role]
-        edges = torch.diff(rows.int(), prepend=rows.new_zeros(1).int(), append=rows.new_zeros(1).int())
-        starts, stops = (edges == 1).nonzero()[:, 0].tolist(), (edges == -1).nonzero()[:, 0].tolist()
-        if blocks := tuple(Block(a, b, "v") for a, b in zip(starts, stops, strict=True)):
+        if blocks := tuple(Block(start, stop, "v") for start, stop in true_ranges(rows)):
             out.append(ParamMap(name, tuple(param.shape), dim, "bias" if param.dim() == 1 else "weight", blocks))
     return out
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -15,10 +14,18 @@ import torch
 from torch import nn
 
 from qkguard.checkpoint.offline import find_pair, open_folders, read_config, restore_checkpoint
+from qkguard.checkpoint.patched_folder import check_target
 from qkguard.checkpoint.restored import fallbacks
 from qkguard.errors import QKGuardError
 from qkguard.heldout import find_rows
-from qkguard.probe.command import ProbeSettings, choose_chunk, load_model, load_tokenizer, run_within_memory
+from qkguard.probe.command import (
+    ProbeSettings,
+    choose_chunk,
+    free_memory,
+    load_model,
+    load_tokenizer,
+    run_within_memory,
+)
 from qkguard.probe.lengths import check_lengths, default_lengths
 from qkguard.probe.prober import TASKS, Prober, Progress
 from qkguard.probe.results import ProbeResult
@@ -186,7 +193,7 @@ def sweep(
     base_folder, tuned_folder = folders.base.folder, folders.tuned.folder
     find_pair(folders, **selected, spec=spec, trust_remote_code=trust_remote_code)  # refuses before hours of measuring
     if write is not None:
-        _check_writable(Path(write), [base_folder, tuned_folder], overwrite)
+        check_target([base_folder, tuned_folder], Path(write), overwrite)
     settings = ProbeSettings(
         lengths=lengths or (), dtype=dtype, device=device, chunk=chunk, trust_remote_code=trust_remote_code
     )
@@ -219,7 +226,7 @@ def sweep(
     warnings += choose_chunk(model, prober, settings)
     measured = [Measured(Point("base", "base"), *measure(model, "base"))]
     del model
-    _free()
+    free_memory()
     model = load_model(tuned_folder, settings)
     swapper = Swapper(
         model,
@@ -247,7 +254,7 @@ def sweep(
         report.warnings.append("some points gave NaN or infinite outputs; these samples count as wrong")
     if write is not None and report.recommended.point.recommendable:
         del model, swapper
-        _free()
+        free_memory()
         _write(report, write, overwrite=overwrite, spec=spec, trust_remote_code=trust_remote_code, **selected)
     report.seconds = time.perf_counter() - began
     return report
@@ -299,20 +306,8 @@ def _write(report: SweepReport, out: str | os.PathLike[str], **selected: Any) ->
     )
 
 
-def _check_writable(out: Path, sources: Sequence[Path], overwrite: bool) -> None:
-    from qkguard.checkpoint.patched_folder import check_target
-
-    check_target(sources, out, overwrite)
-
-
 def _tokenizer_or_none(folder: Path, settings: ProbeSettings) -> Any:
     try:
         return load_tokenizer(folder, settings, None)
     except QKGuardError:
         return None
-
-
-def _free() -> None:
-    gc.collect()
-    if torch.accelerator.is_available():
-        torch.accelerator.empty_cache()

@@ -67,7 +67,6 @@ class Swapper:
             raise QKGuardError(f"{meta[0]} is offloaded to disk, so it cannot be swapped; use a larger device, or cpu")
         self._names = [self._disk_names(folder, params) for folder in (folders.base, folders.tuned)]
         self._source(params)
-        self._norms = unselected_norms(self.selection)
         self._carried: dict[str, list[tuple[AttentionSpec, ParamMap]]] = {}
 
     @property

@@ -118,7 +118,7 @@ def _encode(tokenizer: Any, row: Mapping[str, Any], number: int) -> Row:
         raise QKGuardError(f"row {number} has nothing to score after its prompt; expected {FORMS}")
     span = None
     if answer is not None:
-        at = (before or "").__len__() + after.rfind(answer)
+        at = len(before or "") + after.rfind(answer)
         inside = [i for i, (lo, hi) in enumerate(offsets) if lo < at + len(answer) and hi > at and i >= start]
         if not answer.strip() or after.rfind(answer) < 0 or not inside:
             raise QKGuardError(f"row {number}: its answer {answer!r} is not in its completion")

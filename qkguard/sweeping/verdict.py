@@ -81,7 +81,7 @@ def quality_of(task: TaskResult) -> float:
 
 
 def recommend(points: Sequence[Measured], tolerance: float) -> Measured:
-    """The point that `RULE` names."""
+    """The point that `rule` describes."""
     raw = next(p for p in points if p.point.kind == "raw")
     allowed = [p for p in points if p.point.recommendable and p.gain.low > 0 and within(p, tolerance)]
     return max(allowed, key=lambda p: (p.recall.value, p.change.value if p.change else 0.0), default=raw)

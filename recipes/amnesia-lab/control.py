@@ -50,6 +50,7 @@ def save_base(model: Path, out: Path) -> None:
     if model.suffix == ".gguf":
         model, options = model.parent, {"gguf_file": model.name}
     tokenizer = AutoTokenizer.from_pretrained(model, **options)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # GGUF files may name none
     if options:
         options["quantization_config"] = GgufConfig(dequantize=True)
     AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **options).save_pretrained(out)

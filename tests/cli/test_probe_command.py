@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import qkguard.demo
-from qkguard.cli.probe import parse_depths, parse_lengths
+from qkguard.cli.options import parse_depths, parse_lengths
 from qkguard.errors import QKGuardError
 from qkguard.probe import ProbeResult, command
 from qkguard.probe.command import ProbeSettings, probe_models, run_within_memory
@@ -47,8 +48,9 @@ def test_models_side_by_side(run: Run, broken: Path, tmp_path: Path) -> None:
     assert "run/model" in out and "against model (95%:" in out
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "a.html").read_text()
-    assert page.count("data:image/png;base64,") == 2 * 3, (
-        "light and dark" and "run/model" in page and "multikey_2" in page
+    assert page.count("data:image/png;base64,") == 2 * 3, "three pictures, light and dark"
+    assert "run/model" in page and re.search(
+        r"<td>multikey_2</td><td>256</td><td>\d+\.\d% \(\d+% to \d+%\)</td>", page
     )
     assert "http" not in page  # nothing is loaded from elsewhere
 
@@ -82,7 +84,8 @@ def test_prompts_from_a_file(run: Run, tmp_path: Path) -> None:
         ([DEMO, "--depths", "0,7"], "expected numbers from 0"),
         ([DEMO, "--tasks", "vt"], "unknown probe task"),
         ([DEMO, "--lengths", "20"], "too short"),
-        ([DEMO, "--samples", "0"], "at least one"),
+        ([DEMO, "--new-tokens", "0"], "'--new-tokens'"),
+        ([DEMO, "--samples", "0"], "'--samples'"),
         ([DEMO, "--mode", "chat"], "no chat template"),
         ([DEMO, "--mode", "loud"], "--mode 'loud'"),
         ([DEMO, "--dtype", "int3"], "dtype 'int3'"),

@@ -287,15 +287,38 @@ def failing_write(folder: Path) -> None:
         dist.barrier()  # rank 0 clears up after the others have heard of the failure
         assert not (folder / f"run/checkpoint-{STEPS}/qk_restored").exists()
         assert not list((folder / "run/_qkguard").glob("_*")), "a temporary folder was left"
-        reset()
-        try:
-            train(base, arguments(folder / "strict"), QKGuardCallback(strict=True))
-        except QKGuardError as error:
-            assert f"rank {dist.get_world_size() - 1}" in str(error) and "No space left" in str(error), error
-        else:
-            raise AssertionError("strict went on")
+        stops_if_strict(base, folder, f"failed on rank {dist.get_world_size() - 1}: ")
     finally:
         RestoredWrite.run = original
+
+
+def failing_page(folder: Path) -> None:
+    """A page that rank 0 cannot write: the run is done all the same, and with `strict` it ends on all ranks alike."""
+    from qkguard.tracking import Tracking
+
+    base = base_model(folder)
+    original = Tracking.write_page
+
+    def broken(self):
+        raise OSError(28, "No space left on device")
+
+    Tracking.write_page = broken
+    try:
+        train(base, arguments(folder), QKGuardCallback())
+        stops_if_strict(base, folder, "writing the run's page failed on rank 0: ")
+    finally:
+        Tracking.write_page = original
+
+
+def stops_if_strict(base: Path, folder: Path, where: str) -> None:
+    """A training on a disk that is full for one rank, with `strict`, raises on this rank too."""
+    reset()
+    try:
+        train(base, arguments(folder / "strict"), QKGuardCallback(strict=True))
+    except QKGuardError as error:
+        assert where in str(error) and "No space left" in str(error), error
+    else:
+        raise AssertionError("strict went on")
 
 
 def renamed(folder: Path) -> None:

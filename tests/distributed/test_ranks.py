@@ -41,6 +41,7 @@ CASES = {
         "lora_fsdp2",
         "lora_fsdp2@dora",
         "failing_write",
+        "failing_page",
         "trained_alike@zero3",
         "swapped@zero3",
         "swapped@zero3,qk-pro",

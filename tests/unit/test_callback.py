@@ -99,15 +99,18 @@ def test_every_node_writes_its_own_files(base, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "saves"),
+    ("options", "saves", "said"),
     [
-        ({"restore_on": "end"}, []),
-        ({"restore_on": "never"}, []),
-        ({"restore_on": "save", "final_export": False}, [1, 2, 3]),
+        ({"restore_on": "end"}, [], "(restore): none before the end, final models in "),
+        ({"restore_on": "never"}, [], "(restore): none."),
+        ({"restore_on": "save", "final_export": False}, [1, 2, 3], "/qk_restored at every save."),
     ],
 )
-def test_when_restored_folders_are_written(base, tmp_path, options, saves):
+def test_when_restored_folders_are_written(base, tmp_path, options, saves, said, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("qkguard"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="qkguard")
     train(base, arguments(tmp_path, save_steps=1), QKGuardCallback(strict=True, **options))
+    assert said in caplog.text
     run = tmp_path / "run"
     assert sorted(int(p.parent.name[11:]) for p in run.glob("checkpoint-*/qk_restored")) == saves
     exported = options.get("final_export", True) and options["restore_on"] != "never"
@@ -324,8 +327,8 @@ def test_settings_are_checked_at_once():
 
 
 def test_models_without_the_asked_layers_are_refused(base, tmp_path):
-    with pytest.raises(QKGuardError, match="no query or key rows are selected"):
-        train(base, arguments(tmp_path), QKGuardCallback(layers=[0]))
+    with pytest.raises(QKGuardError, match=r"layers \[0\] have no softmax attention; those that have it: "):
+        train(base, arguments(tmp_path), QKGuardCallback(layers=[0, 3]))
 
 
 def test_temporary_names_never_survive(base, tmp_path):

@@ -205,8 +205,10 @@ def test_fused_dora_has_no_restored_adapter_but_a_merge(tmp_path, caplog, monkey
     base = save_base(tmp_path / "base", "phi3")
     monkeypatch.setattr(logging.getLogger("qkguard"), "propagate", True)
     guard = QKGuardCallback(merge_at_end=True)
+    caplog.set_level(logging.INFO, logger="qkguard")
     config = lora(target_modules=["qkv_proj"], use_dora=True)
     train(base, arguments(tmp_path), guard, peft_config=config)
+    assert "Restored adapters: none" in caplog.text
     assert caplog.text.count("has no restored form") == 1 and "qkv_proj" in caplog.text
     with pytest.raises(QKGuardError, match="set merge_at_end=True"):
         train(base, arguments(tmp_path / "strict"), QKGuardCallback(strict=True), peft_config=config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,8 @@ from qkguard.probe.samples import plan
 from qkguard.probe.schedule import Budget, interval
 from qkguard.probe.setting import training_prose, why_not
 from qkguard.probing import alarm
+from qkguard.rows import sampled
+from qkguard.tracking import Tracking
 from tests import judge
 from tests.models import tiny_model
 from tests.probing import bpe_tokenizer
@@ -140,6 +143,9 @@ def test_haystack_is_the_training_text_decoded():
     prose = training_prose(rows, tokenizer)
     assert prose.origin == "training text" and set(prose.sentences) <= set(texts) and len(prose.sentences) > 20
     assert training_prose(iter(texts), tokenizer).origin == "generated", "a stream is not used up"
+    assert [row["input_ids"] for row in sampled(rows, 40)] == rows[::2]["input_ids"], (
+        "at most so many, from everywhere"
+    )
 
 
 # -- trainings -----------------------------------------------------------------------------------------------------
@@ -182,6 +188,25 @@ def test_a_budget_that_is_used_up_leaves_out_probes_and_says_so_once(base, tmp_p
         probed(base, tmp_path, guard, max_steps=4, save_strategy="steps", save_steps=2)
     assert [step for step, _ in recalls(tmp_path)] == [0, 4], "the first and the last always run"
     assert len([r for r in caplog.records if "probe_budget" in r.getMessage()]) == 1
+
+
+def test_the_first_probe_costs_its_pictures_too_and_makes_its_samples_in_the_form_found(base, tmp_path, monkeypatch):
+    log, prepare, forms = Tracking.log, Prober.prepare, []
+
+    def slow(self: Tracking, metrics: Any, step: int, details: Any = None) -> None:
+        time.sleep(0.5 if details and "niah_grid" in details else 0)
+        log(self, metrics, step, details)
+
+    def watched(self: Prober, *args: Any) -> None:
+        forms.append(dict(self.maker.forms))
+        prepare(self, *args)
+
+    monkeypatch.setattr(Tracking, "log", slow)
+    monkeypatch.setattr(Prober, "prepare", watched)
+    probed(base, tmp_path, guard := QKGuardCallback(strict=True, probe_restored=False, **PROBES), max_steps=1)
+    probing = guard.session.probing
+    assert min(probing.budget.first, probing.budget.last) > probing.baseline.seconds + 0.5
+    assert forms[0] == {} and len(forms) == 3 and all(found.keys() == {"single_1"} for found in forms[1:])
 
 
 class BoomError(Exception):

@@ -207,9 +207,12 @@ def test_restored_adapters_are_found(run: Path, tmp_path: Path) -> None:
     for step in (9, 10):
         folder = tmp_path / f"checkpoint-{step}/qk_restored/default"
         folder.mkdir(parents=True)
-        manifest = {"kind": "adapter", "method": {"name": "restore"}, "warnings": []}
+        manifest = {"format": 1, "kind": "adapter", "method": {"name": "restore"}, "warnings": []}
         (folder / "qkguard.json").write_text(json.dumps(manifest))
     found = load_run(tmp_path)
     assert [path.parent.parent.name for path in found.restored_folders] == ["checkpoint-9", "checkpoint-10"]
     text = write_report(tmp_path).read_text()
     assert "an adapter that leaves queries and keys to the base" in text and "2 restored folder(s)" in text
+    (folder / "qkguard.json").write_text("{")
+    with pytest.raises(QKGuardError, match="not a readable manifest"):
+        load_run(tmp_path)

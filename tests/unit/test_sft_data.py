@@ -143,9 +143,11 @@ def test_problems_mix_with_messages_and_prompts_do_not(tmp_path: Path) -> None:
         ([{"path": "a", "weight": 0}], "above 0"),
         ([{"path": "a", "wieght": 1}], "unknown key 'wieght'"),
         ([{"weight": 1}], "expected a list of"),
+        ('[{"path": "a"}', "is not JSON"),
+        ('{"path": "a"}', "expected a list of"),
     ],
 )
-def test_wrong_mixtures_are_refused(datasets: list, said: str) -> None:
+def test_wrong_mixtures_are_refused(datasets: list | str, said: str) -> None:
     with pytest.raises(QKGuardError, match=said):
         DataArguments(datasets=datasets).sources()
 

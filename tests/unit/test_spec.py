@@ -81,6 +81,8 @@ def test_select_parts_layers_norms_and_entangled():
     assert names(include_norms=True)[0] == (1, ["w", "n"])
     assert names(include_sliding_window=False) == [(1, ["w"])]
     assert names(layers=[3]) == [(3, ["w", "b"])]
+    with pytest.raises(QKGuardError, match=r"layers \[2\] have no softmax attention; those that have it: 1, 3"):
+        select(_specs(), layers=[2, 3])
 
     def roles(**options):
         return {b.role for _, maps in select(_specs(), **options) for p in maps for b in p.blocks}

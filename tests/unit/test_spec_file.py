@@ -65,6 +65,12 @@ def test_written_by_hand(tmp_path: Path) -> None:
         ("version: 1\n", "", "version missing"),
         ("num_heads", "num_head", "did you mean 'num_heads'"),
         ("head_dim: 16", "head_dim: big", "head_dim must be a positive number"),
+        ("kind: full_attention", "kind: 3", "kind must be text, found 3"),
+        (
+            "kind: full_attention",
+            "kind: full_attention\n    rotary: spiral",
+            "rotary must be half, interleaved or none",
+        ),
         ("[1, 3]", "[1, -3]", "layers must be a list of layer numbers"),
         ("[0, 16, q, 0]", "[0, 40, q, 0]", "overlaps"),
         ("[0, 16, q, 0]", "[0, 16, w, 0]", r"blocks\[0\]: expected"),

@@ -21,7 +21,7 @@ from qkguard.demo import MODEL
 from qkguard.demo.arithmetic import problems
 from qkguard.errors import QKGuardError
 from qkguard.layout import find_attention
-from qkguard.probe.pictures import png
+from qkguard.page import themed_png
 from qkguard.probe.results import ProbeResult
 from qkguard.probe.samples import Cell
 from qkguard.sweeping import SweepReport, sweep
@@ -114,7 +114,7 @@ def test_queries_and_keys_that_are_not_the_cause(tmp_path: Path) -> None:
     said = " ".join(report.words)
     assert "Q/K are not the cause on this run" in said and "V only brings back more" in said
     assert "No point has more recall" in said and report.metric is None
-    assert png(picture(report)).startswith(b"\x89PNG")
+    assert themed_png(picture(report)).startswith(b"\x89PNG")
     page = html_page(report)
     assert "<table>" in page and "V only" in page and 'src="data:image/png;base64,' in page
     assert "http" not in page.replace("https://arxiv.org", "") and page.count("src=") == 1
