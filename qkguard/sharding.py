@@ -179,7 +179,8 @@ def settle(model: nn.Module) -> None:
 
     ZeRO-3 learns the order of parameters from one pass and fetches ahead by it in the next: a probe's order must not
     reach a training step, where parameters fetched for nothing crash the backward pass (a fused loss never calls the
-    output embedding). Its fetches still under way are finished. FSDP2's unsharded copies are dropped.
+    output embedding). Its fetches still under way are finished. FSDP2's unsharded copies are dropped, and a pass that
+    an exception ended is over for it too.
     """
     coordinator = _zero3_coordinator(model)
     if coordinator is not None:
@@ -188,7 +189,27 @@ def settle(model: nn.Module) -> None:
             coordinator._invalidate_trace()
     for module in model.modules():
         if isinstance(module, FSDPModule):
+            _end_pass(module)
             module.reshard()
+
+
+def _end_pass(module: Any) -> None:
+    """Tell FSDP2 that no forward pass is under way; only an exception in one has left it of another opinion.
+
+    It would keep parameters gathered, and the next pass would not wait for the optimizer's step on other streams.
+    """
+    context = module._get_fsdp_state()._state_ctx  # one for all modules, the root comes first
+    if context.iter_forward_root is None:
+        return
+    if hasattr(module, "reset_iter_state"):  # torch 2.13
+        module.reset_iter_state()
+        return
+    for state in context.all_states:
+        groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # the latter in torch 2.11
+        for part in (state, *(group for group in groups if group is not None)):
+            part._training_state = type(part._training_state).IDLE
+        state._modules_to_run_forward.clear()
+    context.iter_forward_root = None
 
 
 def can_settle(model: nn.Module) -> bool:

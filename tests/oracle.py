@@ -44,11 +44,12 @@ ROWS: dict[str, dict[str, Rows]] = {
 
 
 def load_folder(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, through the safetensors library."""
+    """All tensors of a checkpoint or of an adapter, through the safetensors library."""
     index = folder / "model.safetensors.index.json"
     files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else None
     out: dict[str, Tensor] = {}
-    for file in files or ["model.safetensors"]:
+    one = "adapter_model.safetensors" if (folder / "adapter_config.json").exists() else "model.safetensors"
+    for file in files or [one]:
         out |= load_file(folder / file)
     return out
 

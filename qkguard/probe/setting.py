@@ -23,8 +23,6 @@ def why_not(config: QKGuardConfig, args: Any, model: Any, tokenizer: Any, length
         return "no default length fits the model's max_position_embeddings; set probe_lengths"
     if _splits_sequences(args):
         return "sequence or context parallel training splits sequences over ranks; use `qkguard probe` on checkpoints"
-    if hasattr(model, "peft_config") and sharding.backend(model) == "fsdp2":
-        return "adapters under FSDP2 are not probed during training; use `qkguard probe` on merged checkpoints"
     if not sharding.can_settle(model):
         return "this DeepSpeed engine hides its ZeRO-3 state; use `qkguard probe` on checkpoints"
     return None

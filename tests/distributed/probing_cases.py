@@ -9,16 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
+from peft import AutoPeftModelForCausalLM
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from qkguard import QKGuardCallback, restored, sharding
 from qkguard.probe import Prober
 from qkguard.probe.undisturbed import undisturbed
 from tests import judge
 from tests.distributed.cases import STEPS, base_model, deepspeed_config, rank, reset
+from tests.distributed.launch import sharded_at_loading, sharding_of
+from tests.distributed.lora_cases import lora_config
 from tests.probing import bpe_tokenizer
 from tests.training import arguments, make_trainer
 
@@ -35,7 +41,8 @@ class Trap:
 
     def __init__(self, model: nn.Module, every: int, only: int | None = None) -> None:
         self.calls, self.every, self.only, self.sprung = 0, every, only, 0
-        self.hook = sharding.unwrap(model).model.layers[2].register_forward_pre_hook(self)
+        layer = next(module for name, module in model.named_modules() if name.endswith("layers.2"))
+        self.hook = layer.register_forward_pre_hook(self)
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         if not module.training:
@@ -45,25 +52,33 @@ class Trap:
                 raise BoomError("in the middle of a probe")
 
 
+class StaysSharded(TrainerCallback):
+    """After the guard's events no parameter is left as FSDP2 gathers it for a forward pass."""
+
+    def check(self, args, state, control, model=None, **kwargs):
+        whole = [n for n, p in model.named_parameters() if not isinstance(p, DTensor)]
+        assert not [n for n in whole if "lora_" not in n], whole
+
+    on_train_begin = on_step_end = on_save = on_train_end = check
+
+
 def run(folder: Path, base: Path, backend: str, guard: Any = None, extra: Any = None, **options: Any) -> Any:
-    """A finished training of a tiny untied model."""
+    """A finished training of a tiny untied model; `backend` "loaded_fsdp2" is sharded by transformers at loading."""
     reset()
+    settings: dict[str, Any] = {"processing_class": bpe_tokenizer(), "peft_config": options.pop("peft_config", None)}
     if backend.startswith("zero"):
         options["deepspeed"] = deepspeed_config(int(backend[-1]), tight=False)
-    settings: dict[str, Any] = {"processing_class": bpe_tokenizer()}
     if backend == "loaded_fsdp2":
-        from transformers.distributed import DistributedConfig
-
-        spread = DistributedConfig(fsdp_size=dist.get_world_size())
-        model = AutoModelForCausalLM.from_pretrained(base, distributed_config=spread)
-        args = arguments(folder, TrainingArguments, save_only_model=True, **options)
-        trainer = make_trainer(base, args, guard, model=model, **settings)
-    else:
+        settings["model"], options["save_only_model"] = sharded_at_loading(base), True
+    with sharding_of(backend):
         trainer = make_trainer(base, arguments(folder, **options), guard, **settings)
-    made = extra(trainer) if extra else None
-    if isinstance(made, TrainerCallback):
-        trainer.add_callback(made)
-    trainer.train()
+        if backend.endswith("fsdp2"):
+            trainer.add_callback(StaysSharded())
+        made = extra(trainer) if extra else None
+        if isinstance(made, TrainerCallback):
+            trainer.add_callback(made)
+        trainer.train()
+    assert (sharding.backend(trainer.model) == "fsdp2") == backend.endswith("fsdp2")
     return trainer, made
 
 
@@ -80,10 +95,23 @@ def lines_into(lines: list[str]) -> None:
     logging.getLogger("qkguard").handlers[:] = [handler]
 
 
-def trained_alike(folder: Path, backend: str) -> None:
-    """Without probes, with them at every step and at the save, and with some that raise: bit-identical trainings."""
+def trained_alike(folder: Path, backend: str, *flags: str) -> None:
+    """Without probes, with them at every step and at the save, and with some that raise: bit-identical trainings.
+
+    Flags: lora, dora; older for what torch offered before 2.13.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if "older" in flags:
+            patch.delattr(FSDPModule, "reset_iter_state", raising=False)
+        compare_trainings(folder, backend, flags)
+
+
+def compare_trainings(folder: Path, backend: str, flags: tuple[str, ...]) -> None:
     base = base_model(folder, "llama", **TINY)
-    trainer, _ = run(folder / "bare", base, backend)
+    adapters: dict[str, Any] = {}
+    if "lora" in flags or "dora" in flags:
+        adapters["peft_config"] = lora_config("llama", flags)
+    trainer, _ = run(folder / "bare", base, backend, **adapters)
     expected = outcome(folder / "bare", trainer)
     assert len(expected[0]) == STEPS
     haystack = folder / "prose.txt"
@@ -92,10 +120,10 @@ def trained_alike(folder: Path, backend: str) -> None:
     dist.barrier()
     options = PROBES | {"probe_steps": 1, "probe_budget": 1e9, "haystack": str(haystack)}
     guard = QKGuardCallback(strict=True, **options)
-    trainer, _ = run(folder / "probed", base, backend, guard)
+    trainer, _ = run(folder / "probed", base, backend, guard, **adapters)
     assert outcome(folder / "probed", trainer) == expected
     if rank() == 0:
-        check_numbers(folder / "probed/run", base, haystack)
+        check_numbers(folder / "probed/run", base, haystack, "qk_restored/default" if adapters else "qk_restored")
 
     lines: list[str] = []
 
@@ -103,7 +131,7 @@ def trained_alike(folder: Path, backend: str) -> None:
         lines_into(lines)
         return Trap(trainer.model, 2)
 
-    trainer, sprung = run(folder / "trapped", base, backend, QKGuardCallback(**options), trap)
+    trainer, sprung = run(folder / "trapped", base, backend, QKGuardCallback(**options), trap, **adapters)
     assert sprung.sprung >= 2 and outcome(folder / "trapped", trainer) == expected
     if rank() == 0:
         told = [line for line in lines if "BoomError" in line and "Training goes on" in line]
@@ -111,29 +139,30 @@ def trained_alike(folder: Path, backend: str) -> None:
     dist.barrier()
 
 
-def check_numbers(folder: Path, base: Path, haystack: Path) -> None:
+def check_numbers(folder: Path, base: Path, haystack: Path, restored: str) -> None:
     """The baseline and the last probes of the raw and restored weights are those of one process on saved models."""
     reset()
     kept = json.loads((folder / "_qkguard/probe.json").read_text())["baseline"]
     rows = [row for row in judge.metrics_rows(folder) if row["step"] == STEPS]
     last = {s: next(r for r in rows if f"qkguard/niah{s}/recall" in r) for s in ("", "_restored")}
+    raw = folder / f"checkpoint-{STEPS}"
     found = {}
-    for where in (base, folder / f"checkpoint-{STEPS}", folder / f"checkpoint-{STEPS}/qk_restored"):
+    for name, where in (("base", base), ("raw", raw), ("restored", raw / restored)):
         prober = Prober(
             bpe_tokenizer(), lengths=[192], depths=5, samples=1, tasks=["s1"], haystack=str(haystack), attention=True
         )
         prober.load_state({k: kept["settings"][k] for k in ("forms", "forms_seen", "digest")})
-        found[where.name] = prober.run(AutoModelForCausalLM.from_pretrained(where))
+        loads = AutoPeftModelForCausalLM if (where / "adapter_config.json").exists() else AutoModelForCausalLM
+        found[name] = prober.run(loads.from_pretrained(where))
     alone = found["base"].to_json()
     for mine, other in zip(kept["samples"], alone["samples"], strict=True):
         assert mine[:5] == other[:5] and abs(mine[5] - other[5]) < 1e-5, (mine, other)
-    for suffix, where in (("", f"checkpoint-{STEPS}"), ("_restored", "qk_restored")):
-        want = found[where]
+    for suffix, want in (("", found["raw"]), ("_restored", found["restored"])):
         assert abs(last[suffix][f"qkguard/niah{suffix}/answer_logprob"] - want.answer_logprob) < 1e-5
         assert abs(last[suffix][f"qkguard/attention{suffix}/needle_mass"] - want.attention.mean("needle")) < 1e-6
-    pairs = zip(found["qk_restored"].logprob, found[f"checkpoint-{STEPS}"].logprob, strict=True)
+    pairs = zip(found["restored"].logprob, found["raw"].logprob, strict=True)
     assert max(abs(a - b) for a, b in pairs) > 1e-4, "raw and restored weights cannot be told apart"
-    manifest = json.loads((folder / f"checkpoint-{STEPS}/qk_restored/qkguard.json").read_text())["probe"]
+    manifest = json.loads((raw / restored / "qkguard.json").read_text())["probe"]
     assert manifest["raw"]["step"] == manifest["restored"]["step"] == STEPS
 
 
