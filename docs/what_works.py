@@ -23,11 +23,12 @@ BACKENDS = {
     "offload": "ZeRO with CPU offload",
     "nogather": "ZeRO-3 without gather-on-save",
     "fsdp2": "FSDP2",
+    "loaded_fsdp2": "FSDP2, sharded while loading",
 }
-# Kind of case -> column; what the cases do is in tests/distributed/*cases.py.
+# Column -> kinds of cases, or flags of theirs; what the cases do is in tests/distributed/*cases.py.
 COLUMNS = {
-    "full fine-tuning": ("guarded", "fsdp2", "launcher"),
-    "LoRA, DoRA": ("lora", "lora_neutral", "lora_fsdp2"),
+    "full fine-tuning": ("guarded", "launcher"),
+    "LoRA, DoRA": ("lora", "dora", "lora_neutral", "lora_fsdp2"),
     "probes, live swap": ("swapped", "trained_alike"),
     "bit-identical with and without": ("neutral", "lora_neutral", "trained_alike"),
     "resume": ("resumed", "continued_elsewhere"),
@@ -43,7 +44,7 @@ def table() -> str:
             kind, _, options = name.partition("@")
             flags = set(options.split(",")) | ({"fsdp2"} if "fsdp2" in kind else set())
             for backend in set(BACKENDS) & flags:
-                for column in (c for c, kinds in COLUMNS.items() if kind in kinds):
+                for column in (c for c, known in COLUMNS.items() if {kind, *flags} & set(known)):
                     cells.setdefault((backend, column), set()).add(ranks)
     lines = [f"| | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
     for backend, label in BACKENDS.items():

@@ -52,7 +52,7 @@ def difference_sums(live: Tensor, pre: Tensor) -> Tensor:
     out = torch.zeros(2, dtype=torch.float64, device=live.device)
     chunk = _CHUNK.get(live.device.type, _CHUNK_ACCELERATOR)
     for start in range(0, live.numel(), chunk):
-        w0 = pre[start : start + chunk].to(live.device, torch.float32, non_blocking=True)
+        w0 = pre[start : start + chunk].to(live.device, non_blocking=True).float()  # converted where live is
         delta = live[start : start + chunk].float() - w0
         out += torch.stack(((delta * delta).sum(), (w0 * delta).sum()))
     return out

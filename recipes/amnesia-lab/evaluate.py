@@ -58,8 +58,8 @@ class Measure:
         self.probers = [
             Prober(tokenizer, lengths=args.lengths, samples=args.samples, tasks=args.tasks, **settings),
         ]
-        if args.far:  # the longest contexts: fewer samples, one needle
-            far = {"lengths": args.far, "samples": max(1, args.samples // 2), "tasks": args.tasks[:1]}
+        if args.far:  # the longest contexts: fewer samples
+            far = {"lengths": args.far, "samples": max(1, args.samples // 2), "tasks": args.tasks}
             self.probers.append(Prober(tokenizer, **far, **settings))
         # Other problems than those of the training text, which has seeds of its own
         self.chains = list(islice(problems(args.probe_seed, (4, 7)), args.problems))
@@ -149,12 +149,12 @@ def options() -> argparse.ArgumentParser:
     )
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096])
     parser.add_argument("--far", type=int, nargs="*", default=[16384], help="lengths with half of the samples")
-    parser.add_argument("--tasks", nargs="+", default=["single_2"])
+    parser.add_argument("--tasks", nargs="+", default=["single_2", "multikey_1", "multikey_2"])
     parser.add_argument("--depths", type=int, default=5)
     parser.add_argument("--samples", type=int, default=4, help="per task, length and depth")
     parser.add_argument("--problems", type=int, default=128)
     parser.add_argument("--probe-seed", type=int, default=0)
-    parser.add_argument("--batch-tokens", type=int, default=1 << 14)
+    parser.add_argument("--batch-tokens", type=int, default=1 << 16, help="of a batch; less on a CPU")
     return parser
 
 
@@ -189,9 +189,13 @@ class Evaluation:
         sft = json.loads(self.there(folder / "sft.json").read_text())
         base, tuned = lab.load(self.args.base), lab.load(final(folder))
         probe = {k: v for k, v in vars(self.args).items() if k not in ("base", "runs", "out", "wait")}
-        found = {"base": self.pretrained, "sft": sft, "probe": probe, "drift": drift(base, tuned), "points": {}}
-        if which != "raw":
-            found["points"]["pre"] = self.before
+        found = {
+            "base": self.pretrained,
+            "sft": sft,
+            "probe": probe,
+            "drift": drift(base, tuned),
+            "points": {"pre": self.before},
+        }
         swapper = Swapper(tuned, open_folders(self.args.base, final(folder)))
         wanted = points(which, swapper.layers)
         with torch.enable_grad():

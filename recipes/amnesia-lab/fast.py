@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from model import _dense_mlp
 from torch import Tensor, nn
 from transformers import MiniMaxForCausalLM
+from transformers.integrations import sdpa_attention
 
 BLOCK = 128
+ask_for_grouped_keys = sdpa_attention.use_gqa_in_sdpa
 NO_MASKS = {"full_attention": None, "linear_attention": None}  # rows without padding: no mask to build
 
 
@@ -28,7 +30,13 @@ def speed_up(model: MiniMaxForCausalLM) -> MiniMaxForCausalLM:
     for module in model.modules():
         if (form := forms.get(type(module).__name__)) is not None:
             module.forward = MethodType(form, module)
+    sdpa_attention.use_gqa_in_sdpa = _grouped_keys
     return model
+
+
+def _grouped_keys(mask, key: Tensor, *rest) -> bool:
+    """Not in float32, in which only the kernel that holds all scores of a layer at once groups keys: 4 GB at 16K."""
+    return key.dtype != torch.float32 and ask_for_grouped_keys(mask, key, *rest)
 
 
 def _rms_norm(norm, hidden_states: Tensor) -> Tensor:

@@ -11,7 +11,23 @@ from statistics import mean
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from tables import HERE, S, all_tables, lengths, measured, over_seeds, read, share, strongest, tokens, write_into
+from tables import (
+    HERE,
+    TASKS,
+    able,
+    all_tables,
+    common_lengths,
+    gridded,
+    measured,
+    over_lengths,
+    over_seeds,
+    read,
+    share,
+    skill,
+    strongest,
+    tokens,
+    write_into,
+)
 
 LINES = {
     "pre": ("before SFT", "#7f8c8d"),
@@ -35,48 +51,50 @@ def figure(columns: int):
 
 
 def curve(ax, xs, per_seed, label: str, color: str) -> None:
-    """Mean over seeds, with every seed as a thin line."""
+    """Mean over bases, with every base as a thin line."""
     for values in zip(*per_seed, strict=True):
-        ax.plot(range(len(xs)), values, color=color, alpha=0.25, linewidth=0.8)
+        ax.plot(range(len(xs)), values, color=color, alpha=0.2, linewidth=0.8)
     ax.plot(range(len(xs)), [mean(v) for v in per_seed], "o-", color=color, label=label)
     ax.set_xticks(range(len(xs)), [tokens(x) for x in xs])
     ax.set(xlabel="context length in tokens", ylim=(-0.03, 1.03))
 
 
 def recall(results, path: Path) -> None:
-    """Recall by length: before, after, restored; and the controls."""
-    made, (left, right) = figure(2)
-    xs = lengths(results, S)
-    for name, (label, color) in LINES.items():
-        if name not in measured(results):
-            continue
-        per_seed = [over_seeds(results, name, lambda p, n=n: share(p, S, length=n)) for n in xs]
-        for ax in [left] * (name in ("pre", "raw", "restore")) + [right] * (name != "pre"):
-            curve(ax, xs, per_seed, label, color)
-    left.set(ylabel="needle recall (S2)", title="CoT-SFT and QK-Restore")
-    right.set(title="single projections restored")
-    for ax in (left, right):
-        ax.legend(fontsize=8)
-    made.savefig(path, dpi=110)
+    """Recall by length before, after, restored and with one projection restored; a panel per task."""
+    made, axes = figure(len(TASKS))
+    xs = common_lengths(results)
+    for ax, (task, short) in zip(axes, TASKS.items(), strict=True):
+        have = able(results, task)
+        for name, (label, color) in LINES.items():
+            if have and name in measured(have):
+                per_seed = [over_seeds(have, name, lambda p, t=task, n=n: share(p, t, length=n)) for n in xs]
+                curve(ax, xs, per_seed, label, color)
+        ax.set(title=f"{short}, {len(have)} bases")
+    axes[0].set(ylabel="needle recall")
+    axes[0].legend(fontsize=8, loc="lower left")
+    made.savefig(path, dpi=90)
 
 
 def tradeoff(results, path: Path) -> None:
-    """Recall at the long lengths against skill, every point."""
+    """Recall on all tasks and lengths against skill, every point."""
     made, (ax,) = figure(1)
-    long = [n for n in lengths(results, S) if n >= 4096] or lengths(results, S)
+    xs = common_lengths(results)
     for name in measured(results):
-        x = mean(over_seeds(results, name, lambda p: p["skill"]))
-        y = mean(mean(over_seeds(results, name, lambda p, n=n: share(p, S, length=n))) for n in long)
+        x = mean(v for v in over_seeds(results, name, skill) if v is not None)
+        by_task = [over_seeds(able(results, t), name, lambda p, t=t: over_lengths(p, t, xs)) for t in TASKS]
+        if not (known_tasks := [mean(v or 0.0 for v in values) for values in by_task if values]):
+            continue
+        y = mean(known_tasks)
         known = LINES.get(name)
         ax.plot(x, y, "o", color=known[1] if known else "#555555", markersize=8 if known else 5)
         ax.annotate(known[0] if known else name, (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
-    ax.set(xlabel="skill (final answers right)", ylabel=f"S2 recall, {tokens(long[0])} and longer")
+    ax.set(xlabel="skill (final answers right)", ylabel="recall, all tasks and lengths")
     made.savefig(path, dpi=110)
 
 
 def attention(results, path: Path) -> None:
     made, axes = figure(2)
-    xs = lengths(results, S)
+    xs = common_lengths(results)
     for ax, column, title in zip(axes, (3, 4), ("on the needle", "on the nearest 128 tokens"), strict=True):
         for name in ("pre", "raw", "restore"):
             per_seed = [over_seeds(results, name, lambda p, n=n, c=column: strongest(p, n, c)) for n in xs]
@@ -93,9 +111,9 @@ def main() -> None:
     parser.add_argument("--readme", type=Path, default=HERE / "README.md")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    full = read(args.results)["one"]["full"]
+    full = list(read(args.results)["one"]["full"].values())
     recall(full, args.out / "recall.png")
-    tradeoff(full, args.out / "tradeoff.png")
+    tradeoff(gridded(full) or full, args.out / "tradeoff.png")
     attention(full, args.out / "attention.png")
     args.readme.write_text(write_into(args.readme.read_text(), all_tables(args.results)))
 

@@ -59,6 +59,8 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=3760)
     parser.add_argument("--tokens", type=int, default=16384, help="tokens per step")
     parser.add_argument("--layers", default=lab.LAYERS, help="L lightning, A softmax")
+    parser.add_argument("--hidden", type=int, default=192)
+    parser.add_argument("--heads", type=int, default=4, help="query heads; half as many key-value heads")
     parser.add_argument("--rope", type=float, help="rotary softmax layers with this theta instead of none")
     parser.add_argument("--longest", type=int, default=1024, help="longest needle row in tokens")
     parser.add_argument("--lr", type=float, default=1.5e-3)
@@ -82,7 +84,7 @@ def main() -> None:
     lab.write_json(args.out / "settings.json", record)  # evaluate.py may be waiting for the tokenizer
     batches = Batches(tokenizer, lab.device(), args.seed, args.size)
     exam_pool(batches, args)
-    config = build_config(tokenizer, layers=args.layers, positions=lab.POSITIONS)
+    config = build_config(tokenizer, hidden=args.hidden, heads=args.heads, layers=args.layers, positions=lab.POSITIONS)
     if args.rope:
         config.rope_parameters = {"rope_type": "default", "rope_theta": args.rope}
     model = speed_up(build_model(config)).to(lab.device())

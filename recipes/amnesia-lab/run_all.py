@@ -4,6 +4,7 @@
 
 Small models leave most of a GPU idle, so every stage's processes run side by side (NVIDIA's multi-process service,
 where it can be started, lets their kernels overlap). Without a GPU the same commands work, one at a time and slowly.
+What lies finished in --out is not made again.
 """
 
 from __future__ import annotations
@@ -22,14 +23,19 @@ HERE = Path(__file__).parent
 # name: options of sft.py, points of evaluate.py
 RUNS = {
     "full": (["--lr", "2e-3"], "all"),
-    "mild": (["--lr", "1e-3"], "short"),
-    "milder": (["--lr", "5e-4"], "pair"),
+    "mild": (["--lr", "1e-3"], "pair"),
     "frozen": (["--way", "frozen"], "raw"),
-    "lora": (["--way", "lora"], "pair"),
     "windows": (["--way", "windows"], "pair"),
+    "lora": (["--way", "lora"], "pair"),
+    "gentle": (["--lr", "3e-4"], "short"),
+    "tag": (["--style", "tag", "--lr", "1e-3"], "short"),
 }
-# Other architectures, one seed each: options of pretrain.py, and the runs made of it
-VARIANTS = {"two": (["--layers", "LLALLA"], ("full",)), "rotary": (["--rope", "1e6"], ("full",))}
+# Other architectures: options of pretrain.py, how many of the seeds, and the runs made of it
+VARIANTS = {
+    "two": (["--layers", "LLALLA"], 3, ("full",)),
+    "rotary": (["--rope", "1e6"], 1, ("full",)),
+    "large": (["--hidden", "1024", "--heads", "16", "--lr", "5e-4"], 1, ("mild", "gentle")),
+}
 
 
 class Stages:
@@ -94,7 +100,9 @@ def plan(
 ) -> dict[str, tuple[list[str], int, tuple[str, ...]]]:
     """Bases by name: options of pretrain.py, seed, and the runs to make of it."""
     bases = {f"one-{seed}": ([], seed, tuple(runs)) for seed in seeds}
-    bases |= {f"{name}-{seeds[0]}": (VARIANTS[name][0], seeds[0], VARIANTS[name][1]) for name in variants}
+    for name in variants:
+        extra, count, made = VARIANTS[name]
+        bases |= {f"{name}-{seed}": (extra, seed, made) for seed in seeds[:count]}
     return {name: ([*extra, *quick], seed, made) for name, (extra, seed, made) in bases.items()}
 
 
@@ -112,17 +120,28 @@ def main() -> None:
     args = parser.parse_args()
     bases = plan(args.seeds, args.runs, args.variants, args.pretrain)
     stages = Stages(args.out, args.deadline)
+
+    def tune(base: str) -> None:
+        for run in bases[base][2]:
+            made = args.out / f"{run}-{base}"
+            if not (made / "sft.json").exists():
+                where = ["--base", args.out / base, "--out", made, "--seed", bases[base][1]]
+                stages.start(made.name, "sft.py", *where, *RUNS[run][0])
+
     with overlapping_kernels():
         for base, (extra, seed, runs) in bases.items():
-            stages.start(base, "pretrain.py", "--out", args.out / base, "--seed", seed, *extra)
-            folders = [f"{args.out / run}-{base}:{RUNS[run][1]}" for run in runs]
+            if (args.out / base / "pretrain.json").exists():
+                tune(base)
+            else:
+                stages.start(base, "pretrain.py", "--out", args.out / base, "--seed", seed, *extra)
             where = ["--base", args.out / base, "--out", args.results / base, "--wait", args.deadline]
-            stages.start(f"evaluate-{base}", "evaluate.py", *where, "--runs", *folders)
+            for part in filter(None, (runs[:1], runs[1:])):  # the first run has the most points
+                folders = [f"{args.out / run}-{base}:{RUNS[run][1]}" for run in part]
+                stages.start(f"evaluate-{base}-{part[0]}", "evaluate.py", *where, "--runs", *folders)
         while stages.running:
             for name, well in stages.finished().items():
-                for run in bases[name][2] if well and name in bases else ():
-                    made = ["--base", args.out / name, "--out", args.out / f"{run}-{name}", "--seed", bases[name][1]]
-                    stages.start(f"{run}-{name}", "sft.py", *made, *RUNS[run][0])
+                if well and name in bases:
+                    tune(name)
 
 
 if __name__ == "__main__":

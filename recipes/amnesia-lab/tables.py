@@ -1,4 +1,4 @@
-"""The results as tables: read from results/*.json, averaged over seeds, written into README.md between its markers."""
+"""The results as tables: read from results/*.json, averaged over bases, written into README.md between its markers."""
 
 from __future__ import annotations
 
@@ -9,33 +9,43 @@ from pathlib import Path
 from statistics import mean, stdev
 
 HERE = Path(__file__).parent
-S, MK = "single_2", "multikey_1"
+TASKS = {"single_2": "S2", "multikey_1": "MK1", "multikey_2": "MK2"}
 NAMES = {"pre": "before SFT", "raw": "after SFT (raw)", "restore": "**Q and K restored**"}
 WAYS = {
     "full": "SFT, 2e-3",
     "mild": "SFT, 1e-3",
-    "milder": "SFT, 5e-4",
+    "gentle": "SFT, 3e-4",
+    "tag": "SFT, `tag` style, 1e-3",
     "frozen": "SFT with Q/K frozen, 2e-3",
     "windows": "SFT on longer windows, 2e-3",
     "lora": "LoRA, 2e-3",
 }
-Results = dict[str, dict[str, list[dict]]]
+BASES = {"one": "LLLALL", "two": "LLALLA", "rotary": "LLLALL, rotary", "large": "LLLALL, 70 M"}
+Results = dict[str, dict[str, dict[int, dict]]]
+Value = Callable[[Mapping], float | None]
 
 
 def read(folder: Path) -> Results:
-    """Results by base ("one", "two", ...) and run ("full", ...): one per seed, in the order of the seeds."""
+    """Results by kind of base ("one", "two", ...), run ("full", ...) and seed."""
     found: Results = {}
     for path in sorted(folder.glob("*-*-*.json")):
-        base, _, run = path.stem.split("-")
-        found.setdefault(base, {}).setdefault(run, []).append(json.loads(path.read_text()))
+        base, seed, run = path.stem.split("-")
+        found.setdefault(base, {}).setdefault(run, {})[int(seed)] = json.loads(path.read_text())
     return found
 
 
 def share(point: Mapping, task: str, **only: float) -> float | None:
-    """Recall of a point on a task, over all lengths and depths or those given."""
+    """Recall of a point on a task, over all lengths and depths or those given; None where it was not measured."""
     rows = [dict(zip(("task", "length", "depth", "count", "hits"), row, strict=False)) for row in point["recall"]]
     rows = [r for r in rows if r["task"] == task and all(r[k] == v for k, v in only.items())]
     return sum(r["hits"] for r in rows) / sum(r["count"] for r in rows) if rows else None
+
+
+def over_lengths(point: Mapping, task: str, lengths: Sequence[int]) -> float | None:
+    """Mean of the recall at each length."""
+    shares = [share(point, task, length=n) for n in lengths]
+    known = [s for s in shares if s is not None]
+    return mean(known) if len(known) == len(lengths) else None
 
 
 def strongest(point: Mapping, length: int, column: int) -> float:
@@ -44,12 +54,13 @@ def strongest(point: Mapping, length: int, column: int) -> float:
     return max(rows, key=lambda row: row[3])[column]
 
 
-def lengths(results: Iterable[Mapping], task: str) -> list[int]:
-    points = (p for r in results for p in r["points"].values())
-    return sorted({row[1] for p in points for row in p["recall"] if row[0] == task})
+def common_lengths(results: Iterable[Mapping]) -> list[int]:
+    """The lengths that all of them were measured at."""
+    each = [{row[1] for row in r["points"]["pre"]["recall"]} for r in results]
+    return sorted(set.intersection(*each))
 
 
-def cell(values: Sequence[float | None], digits: int = 2) -> str:
+def cell(values: Iterable[float | None], digits: int = 2) -> str:
     """Mean and standard deviation over seeds."""
     known = [v for v in values if v is not None]
     if not known:
@@ -67,9 +78,19 @@ def tokens(length: int) -> str:
     return f"{length // 1024}K" if length >= 1024 else str(length)
 
 
-def over_seeds(results: Sequence[Mapping], name: str, value: Callable[[Mapping], float | None]) -> list[float | None]:
+def skill(point: Mapping) -> float:
+    return point["skill"]
+
+
+def over_seeds(results: Iterable[Mapping], name: str, value: Value) -> list[float | None]:
     """`value` of the point of that name in every result that has it."""
     return [value(r["points"][name]) for r in results if name in r["points"]]
+
+
+def able(results: Iterable[Mapping], task: str) -> list[Mapping]:
+    """Those whose base could do the task before SFT, at its shortest length more often than not."""
+    shortest = ((r, share(r["points"]["pre"], task, length=min(common_lengths([r])))) for r in results)
+    return [r for r, found in shortest if found is not None and found > 0.5]
 
 
 def measured(results: Sequence[Mapping]) -> list[str]:
@@ -77,60 +98,86 @@ def measured(results: Sequence[Mapping]) -> list[str]:
     return [name for name in results[0]["points"] if all(name in r["points"] for r in results)]
 
 
+def gridded(results: Iterable[Mapping]) -> list[Mapping]:
+    """Those with every restore, not only the first and the controls."""
+    return [r for r in results if "procrustes" in r["points"]]
+
+
+def lengths_table(results: Sequence[Mapping]) -> str:
+    """Recall by task and length before SFT, after it, and with projections restored."""
+    columns = common_lengths(results)
+    rows = []
+    for task, short in TASKS.items():
+        for name in measured(results):
+            have = able(results, task)
+            values = (over_seeds(have, name, lambda p, t=task, n=n: share(p, t, length=n)) for n in columns)
+            rows.append([short, NAMES.get(name, name), *map(cell, values)])
+    return table(["", "", *map(tokens, columns)], rows)
+
+
 def points_table(results: Sequence[Mapping]) -> str:
-    """Every point of a run: recall by length, skill."""
-    columns = [(task, length) for task in (S, MK) for length in lengths(results, task)]
-    head = [""] + [f"{'S2' if task == S else 'MK1'} {tokens(length)}" for task, length in columns] + ["skill"]
+    """Every point: recall on each task over all lengths, and skill."""
+    columns = common_lengths(results)
     rows = []
     for name in measured(results):
-        row = [NAMES.get(name, name)]
-        row += [cell(over_seeds(results, name, lambda p, t=t, n=n: share(p, t, length=n))) for t, n in columns]
-        rows.append([*row, cell(over_seeds(results, name, lambda p: p["skill"]))])
-    return table(head, rows)
+        rows.append([NAMES.get(name, name), *task_cells(results, name, columns)])
+    return table(["over all lengths", *TASKS.values(), "skill"], rows)
 
 
-def ways_table(runs: Mapping[str, Sequence[Mapping]]) -> str:
-    """Raw and restored recall on S2 of every way to fine-tune."""
-    columns = lengths(runs["full"], S)
-    head = ["", *(f"S2 {tokens(n)}" for n in columns), "skill", "drift Q / K", "drift of routing"]
-    before = [cell(over_seeds(runs["full"], "pre", lambda p, n=n: share(p, S, length=n))) for n in columns]
-    rows = [["before SFT", *before, cell(over_seeds(runs["full"], "pre", lambda p: p["skill"])), "", ""]]
+def task_cells(results: Sequence[Mapping], name: str, lengths: Sequence[int]) -> list[str]:
+    """Recall of a point on each task over these lengths, and its skill."""
+    cells = [cell(over_seeds(able(results, t), name, lambda p, t=t: over_lengths(p, t, lengths))) for t in TASKS]
+    return [*cells, cell(over_seeds(results, name, skill))]
+
+
+def bases_table(results: Results) -> str:
+    """Every base by itself: before SFT, raw and restored."""
+    rows = []
+    for kind, label in BASES.items():
+        for seed, result in results.get(kind, {}).get("full", {}).items():
+            columns = common_lengths([result])
+            row = [f"{label}, seed {seed}"]
+            for value in (*(lambda p, t=t, c=columns: over_lengths(p, t, c) for t in TASKS), skill):
+                found = [value(result["points"][name]) for name in ("pre", "raw", "restore")]
+                row.append(" / ".join(f"{v:.2f}" for v in found if v is not None))
+            rows.append(row)
+    return table(["before SFT / raw / restored", *TASKS.values(), "skill"], rows)
+
+
+def ways_table(runs: Mapping[str, Mapping[int, Mapping]]) -> str:
+    """Raw and restored recall of every way to fine-tune, over all lengths; means over the bases each was made of."""
+    rows = []
     for way, label in WAYS.items():
-        results = runs.get(way, [])
-        moved = " / ".join(cell([mean(r["drift"][f"{x}_proj"]) for r in results]) for x in "qk")
-        routing = cell([mean(r["drift"]["routing"]) for r in results])
+        results = list(runs.get(way, {}).values())
+        results = [r for r in results if "restore" in r["points"]] or results  # the same bases in both rows
         for name, extra in (("raw", ""), ("restore", ", Q and K restored")):
-            if over_seeds(results, name, lambda p: p["skill"]):
-                row = [label + extra]
-                row += [cell(over_seeds(results, name, lambda p, n=n: share(p, S, length=n))) for n in columns]
-                row += [cell(over_seeds(results, name, lambda p: p["skill"]))]
-                rows.append([*row, *((moved, routing) if name == "raw" else ("", ""))])
-    return table(head, rows)
+            if any(name in r["points"] for r in results):
+                drift = " / ".join(cell(mean(r["drift"][f"{x}_proj"]) for r in results) for x in "qk")
+                row = [label + extra, str(len(results)), *task_cells(results, name, common_lengths(results))]
+                rows.append([*row, drift if name == "raw" else ""])
+    return table(["over all lengths", "bases", *TASKS.values(), "skill", "drift Q / K"], rows)
 
 
 def depth_table(results: Sequence[Mapping]) -> str:
-    """S2 by depth of the needle, all lengths from 4K together."""
-    long = [n for n in lengths(results, S) if n >= 4096] or lengths(results, S)
+    """Recall by depth of the needle, all lengths together."""
     depths = sorted({row[2] for r in results for row in r["points"]["raw"]["recall"]})
-
-    def at(depth: float) -> Callable[[Mapping], float]:
-        return lambda p: mean(share(p, S, length=n, depth=depth) or 0.0 for n in long)
-
-    rows = [
-        [NAMES[name], *(cell(over_seeds(results, name, at(depth))) for depth in depths)]
-        for name in ("pre", "raw", "restore")
-    ]
-    return table([f"S2, {tokens(long[0])} and longer", *(f"depth {depth:g}" for depth in depths)], rows)
+    rows = []
+    for task in ("single_2", "multikey_1"):
+        for name in ("pre", "raw", "restore"):
+            have = able(results, task)
+            values = (over_seeds(have, name, lambda p, t=task, d=d: share(p, t, depth=d)) for d in depths)
+            rows.append([TASKS[task], NAMES[name], *map(cell, values)])
+    return table(["", "", *(f"depth {depth:g}" for depth in depths)], rows)
 
 
 def attention_table(results: Sequence[Mapping]) -> str:
     """Needle and local attention mass of the head that finds the needle."""
-    columns = lengths(results, S)
+    columns = common_lengths(results)
     rows = []
     for name in ("pre", "raw", "restore"):
         for column, what in ((3, "on the needle"), (4, "on the nearest 128")):
-            values = [cell(over_seeds(results, name, lambda p, n=n, c=column: strongest(p, n, c))) for n in columns]
-            rows.append([f"{NAMES[name]}, {what}", *values])
+            values = (over_seeds(results, name, lambda p, n=n, c=column: strongest(p, n, c)) for n in columns)
+            rows.append([f"{NAMES[name]}, {what}", *map(cell, values)])
     return table(["strongest head", *map(tokens, columns)], rows)
 
 
@@ -155,13 +202,13 @@ def all_tables(folder: Path) -> dict[str, str]:
     """Every table by the name of its markers; only those that there are results for."""
     results = read(folder)
     out = {}
-    for base, runs in results.items():
-        if "full" in runs:
-            out[f"points-{base}"] = points_table(runs["full"])
-    if "one" in results:
-        out["ways"] = ways_table(results["one"])
-        out["depth"] = depth_table(results["one"]["full"])
-        out["attention"] = attention_table(results["one"]["full"])
+    if full := list(results.get("one", {}).get("full", {}).values()):
+        tables = (lengths_table, depth_table, attention_table)
+        out = {f.__name__.removesuffix("_table"): f(full) for f in tables}
+        out |= {"bases": bases_table(results), "ways": ways_table(results["one"])}
+    for kind, runs in results.items():
+        if grid := gridded(runs.get("full", {}).values()):
+            out[f"points-{kind}"] = points_table(grid)
     if (folder / "exploration.jsonl").exists():
         out["explored"] = explored_table(folder / "exploration.jsonl")
     return out

@@ -15,7 +15,13 @@ MAX_POSITIONS = 8192
 
 
 def build_config(
-    tokenizer, *, hidden: int = 192, block_size: int = 64, layers: str = LAYERS, positions: int = MAX_POSITIONS
+    tokenizer,
+    *,
+    hidden: int = 192,
+    heads: int = 4,
+    block_size: int = 64,
+    layers: str = LAYERS,
+    positions: int = MAX_POSITIONS,
 ) -> MiniMaxConfig:
     """A HypeNet-like hybrid in miniature, as a stock transformers class; `layers` as in `LAYERS`.
 
@@ -29,9 +35,9 @@ def build_config(
         intermediate_size=2 * hidden,
         num_hidden_layers=len(layers),
         layer_types=["full_attention" if kind == "A" else "linear_attention" for kind in layers],
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=hidden // 4,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
+        head_dim=hidden // heads,
         num_local_experts=1,
         num_experts_per_tok=1,
         block_size=block_size,

@@ -2,10 +2,10 @@
 
     torchrun --standalone --nproc_per_node 2 -m tests.benchmarks.bench_gpu [HIDDEN] [LAYERS] [STEPS]
 
-Three runs in one launch, deterministic kernels: without the guard, with it (drift every step, routing drift every 4),
-and without it again as the control. Prints, on rank 0, seconds per step of each, what the guard says it took, GPU
-memory, and whether losses, gradient norms and saved weights are bit-identical. The restored checkpoint is judged by
-the hand-written oracle.
+Four runs in one launch, deterministic kernels: without the guard, with it (drift every step, routing drift every 4),
+without it again as the control, and with it and its default probes. Prints, on rank 0, one line of JSON: seconds of
+each run and of its steps, what the guard says it took, GPU memory, and whether losses, gradient norms and saved
+weights are bit-identical. The restored checkpoint is judged by the hand-written oracle.
 """
 
 from __future__ import annotations
@@ -22,12 +22,18 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from datasets import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import default_data_collator as collate
 
+import qkguard
 from qkguard import QKGuardCallback
 from tests import judge
 from tests.distributed.cases import deepspeed_config
 from tests.training import Recorder
+
+TOKENIZER = Path(qkguard.__file__).parent / "demo" / "model"  # probes need one; its ids are among the model's
+GUARDED = {"routing_drift_steps": 4, "final_export": False, "strict": True}
+RUNS = {"plain": None, "guarded": GUARDED | {"probe_steps": "0"}, "again": None, "probed": GUARDED}
 
 
 class Clock(TrainerCallback):
@@ -39,6 +45,25 @@ class Clock(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         torch.accelerator.synchronize()
         self.starts.append(time.perf_counter())
+
+    def seconds(self, began: float) -> dict[str, float]:
+        """From `began` to the first step, of a step, and to now, when training has ended."""
+        torch.accelerator.synchronize()
+        step = statistics.median(b - a for a, b in zip(self.starts[2:], self.starts[3:], strict=False))
+        return {"start": self.starts[0] - began, "step": step, "all": time.perf_counter() - began}
+
+
+def probes(guard: QKGuardCallback, run: Path, steps: int) -> dict[str, object]:
+    """What ran of the probes and what they took, by the guard's own account; the first and last come regardless."""
+    rows = judge.metrics_rows(run)
+    keys = {"raw": "qkguard/overhead/probe_seconds", "restored": "qkguard/overhead/probe_restored_seconds"}
+    probing = guard.session.probing
+    return {
+        "seconds": {name: [r[key] for r in rows if key in r] for name, key in keys.items()},
+        "scheduled_between": sum(step % probing.every == 0 for step in range(1, steps)),
+        "first_s": probing.budget.first,  # with finding the answer forms
+        "others_s": probing.budget.spent,
+    }
 
 
 def main(hidden: int = 2048, layers: int = 16, steps: int = 12) -> None:
@@ -65,7 +90,9 @@ def main(hidden: int = 2048, layers: int = 16, steps: int = 12) -> None:
     report: dict[str, object] = {"device": torch.cuda.get_device_name(), "ranks": int(os.environ["WORLD_SIZE"])}
     runs = {}
     torch.use_deterministic_algorithms(True, warn_only=True)
-    for name in ("plain", "guarded", "again"):
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass repeats only where nothing may warn
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    for name, settings in RUNS.items():
         args = TrainingArguments(
             output_dir=str(folder / name),
             max_steps=steps,
@@ -84,23 +111,30 @@ def main(hidden: int = 2048, layers: int = 16, steps: int = 12) -> None:
         dist.barrier()
         model = LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
         clock, recorder = Clock(), Recorder()
-        guard = QKGuardCallback(routing_drift_steps=4, final_export=False, strict=True) if name == "guarded" else None
+        guard = None if settings is None else QKGuardCallback(**settings)
         callbacks = [clock, recorder, *([guard] if guard else [])]
         torch.cuda.reset_peak_memory_stats()
-        trainer = Trainer(model=model, args=args, train_dataset=data, callbacks=callbacks)
+        given = {"processing_class": tokenizer, "data_collator": collate}  # a tokenizer's own would add masks
+        trainer = Trainer(model=model, args=args, train_dataset=data, callbacks=callbacks, **given)
+        began = time.perf_counter()
         trainer.train()
+        runs[name] = (recorder.rows, clock.seconds(began), torch.cuda.max_memory_allocated() / 1e9)
         trainer.accelerator.free_memory()
-        step = [b - a for a, b in zip(clock.starts[2:], clock.starts[3:], strict=False)]
-        runs[name] = (recorder.rows, statistics.median(step), torch.cuda.max_memory_allocated() / 1e9)
         if guard:
             report["reference_mb_this_rank"] = guard.session.reference.nbytes / 1e6
+        if guard and rank == 0 and guard.session.probing.prober is not None:
+            report["probes"] = probes(guard, folder / name, steps)
         del model, trainer, guard, callbacks
         gc.collect()
         torch.cuda.empty_cache()
     if rank == 0:
         raws = {name: folder / name / f"checkpoint-{steps}" for name in runs}
         bits = {name: judge.weights_in_bits(raw) for name, raw in raws.items()}
-        same = {n: runs[n][0] == runs["plain"][0] and bits[n] == bits["plain"] for n in ("guarded", "again")}
+        same = {
+            n: {"losses and norms": runs[n][0] == runs["plain"][0], "weights": bits[n] == bits["plain"]}
+            for n in runs
+            if n != "plain"
+        }
         raw = raws["guarded"]
         judge.judge_restored("llama", folder / "base", raw, raw / "qk_restored", torch.bfloat16)
         rows = judge.metrics_rows(folder / "guarded")
@@ -111,22 +145,28 @@ def main(hidden: int = 2048, layers: int = 16, steps: int = 12) -> None:
             ).items():
                 got = drift[-1][f"qkguard/drift/layer_{layer}/{part}_rel"]
                 assert abs(got / want - 1) < 1e-6, (layer, part, got, want)
-        seconds = {bool("qkguard/drift/routing_rel" in r): r["qkguard/overhead/drift_seconds"] for r in drift[1:-1]}
+        took = {routing: [] for routing in (False, True)}
+        for row in drift[1:-1]:
+            took["qkguard/drift/routing_rel" in row].append(row["qkguard/overhead/drift_seconds"])
         report |= {
-            "step_s": {name: run[1] for name, run in runs.items()},
+            "seconds": {name: run[1] for name, run in runs.items()},
             "gpu_gb": {name: run[2] for name, run in runs.items()},
-            "drift_s": seconds.get(False),
-            "drift_and_routing_s": seconds.get(True),
+            "drift_s": statistics.median(took[False]),
+            "drift_and_routing_s": statistics.median(took[True]),
             "save_s": next(r["qkguard/overhead/save_seconds"] for r in rows if "qkguard/overhead/save_seconds" in r),
             "bit_identical_to_plain": same,
             "q_rel": drift[-1]["qkguard/drift/q_rel"],
         }
         print(json.dumps(report), flush=True)
-        assert same["guarded"] or not same["again"]
+        assert "probes" in report, "the probed run had no probes"
+        if all(same["again"].values()):  # else the kernels themselves do not repeat
+            assert all(value for found in same.values() for value in found.values())
     dist.barrier()
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS may differ from run to run
+
     import deepspeed
 
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -18,6 +18,7 @@ from trl import SFTConfig
 
 from qkguard import QKGuardCallback, QKGuardError, sharding
 from tests import judge
+from tests.distributed.launch import sharded_at_loading, sharding_of
 from tests.models import noised
 from tests.training import arguments, make_trainer, save_base, train
 
@@ -125,11 +126,20 @@ def check_share(guard: QKGuardCallback) -> None:
     assert sizes.max() <= 1.2 * total / len(sizes) + 64 * len(reference.maps)
 
 
+def check_backend(guard: QKGuardCallback, backend: str) -> None:
+    """The guarded model was sharded as the case says, and not trained as DDP instead."""
+    wanted = {"zero3": "zero3", "fsdp2": "fsdp2", "loaded_fsdp2": "fsdp2"}.get(backend, "replicated")
+    assert sharding.backend(guard.session.model) == wanted
+
+
 # -- cases: what the tests run, by name ----------------------------------------------------------
 
 
 def guarded(folder: Path, backend: str, dtype: str = "fp32", name: str = "minimax", *flags: str) -> None:
-    """One guarded training: `backend` is ddp, zero1, zero2 or zero3; flags: default, offload, nogather, trainer."""
+    """One guarded training: `backend` is ddp, zero1 to zero3, fsdp2 or loaded_fsdp2.
+
+    Flags: default, offload, nogather, trainer.
+    """
     base = base_model(folder, name)
     options: dict[str, Any] = {"bf16": dtype == "bf16"}
     if backend.startswith("zero"):
@@ -137,11 +147,14 @@ def guarded(folder: Path, backend: str, dtype: str = "fp32", name: str = "minima
             int(backend[-1]), "default" not in flags, "offload" in flags, "nogather" not in flags
         )
     guard = QKGuardCallback(routing_drift_steps=2, strict=True)
-    args = arguments(folder, TrainingArguments if "trainer" in flags else SFTConfig, **options)
     model = AutoModelForCausalLM.from_pretrained(base) if "trainer" in flags else None
-    train(base, args, guard, model=model)
+    if backend == "loaded_fsdp2":
+        model, options["save_only_model"] = sharded_at_loading(base), True
+    with sharding_of(backend):
+        args = arguments(folder, TrainingArguments if "trainer" in flags else SFTConfig, **options)
+        train(base, args, guard, model=model)
     check_share(guard)
-    assert sharding.backend(guard.session.model) == ("zero3" if backend == "zero3" else "replicated")
+    check_backend(guard, backend)
     held = DTYPES[dtype] if backend.startswith("zero") else torch.float32  # DeepSpeed's bf16 holds the weights in it
     if rank() == 0:
         check_run(folder, base, name, held, raw="raw" if "nogather" in flags else "")
@@ -179,23 +192,26 @@ def resumed(folder: Path, backend: str, *flags: str) -> None:
     options: dict[str, Any] = {"save_steps": 2}
     if backend.startswith("zero"):
         options["deepspeed"] = deepspeed_config(int(backend[-1]), tight="default" not in flags)
-    train(base, arguments(folder, **options | {"max_steps": 2}), QKGuardCallback(strict=True))
+    with sharding_of(backend):
+        train(base, arguments(folder, **options | {"max_steps": 2}), QKGuardCallback(strict=True))
     digest = judge.file_sha256(folder / "run/_qkguard/reference.safetensors")
     dist.barrier()
     reset()
     guard = QKGuardCallback(strict=True)
-    train(base, arguments(folder, **options | {"max_steps": 4}), guard, resume=True)
+    with sharding_of(backend):
+        train(base, arguments(folder, **options | {"max_steps": 4}), guard, resume=True)
     assert "resumed" in guard.session.origin
+    check_backend(guard, backend)
     if rank() == 0:
         assert judge.file_sha256(folder / "run/_qkguard/reference.safetensors") == digest
         check_run(folder, base, "minimax", torch.float32, step=4)
         steps = [r["step"] for r in judge.metrics_rows(folder / "run") if "qkguard/drift/q_rel" in r]
         assert sorted(set(steps)) == [1, 2, 3, 4], steps
     dist.barrier()
-    damage_and_resume(folder, base, options)
+    damage_and_resume(folder, base, backend, options)
 
 
-def damage_and_resume(folder: Path, base: Path, options: dict[str, Any]) -> None:
+def damage_and_resume(folder: Path, base: Path, backend: str, options: dict[str, Any]) -> None:
     file = folder / "run/_qkguard/reference.safetensors"
     for damage, message in (("flip", "has changed since"), ("remove", "is missing")):
         if rank() == 0:
@@ -205,14 +221,16 @@ def damage_and_resume(folder: Path, base: Path, options: dict[str, Any]) -> None
         dist.barrier()
         reset()
         try:
-            train(base, arguments(folder, **options | {"max_steps": 6}), QKGuardCallback(), resume=True)
+            with sharding_of(backend):
+                train(base, arguments(folder, **options | {"max_steps": 6}), QKGuardCallback(), resume=True)
         except QKGuardError as error:
             assert message in str(error) and "base_model=" in str(error), error
         else:
             raise AssertionError("a run was resumed on a wrong reference")
     reset()
     guard = QKGuardCallback(base_model=str(base), strict=True)
-    train(base, arguments(folder, **options | {"max_steps": 6}), guard, resume=True)
+    with sharding_of(backend):
+        train(base, arguments(folder, **options | {"max_steps": 6}), guard, resume=True)
     if rank() == 0:
         check_run(folder, base, "minimax", torch.float32, step=6)
     dist.barrier()
@@ -230,23 +248,6 @@ def continued_elsewhere(folder: Path, ranks: str) -> None:
     train(folder / "base", arguments(folder, max_steps=STEPS + 2, save_steps=STEPS + 2), guard, resume=True)
     if rank() == 0:
         check_run(folder, folder / "base", "minimax", torch.float32, step=STEPS + 2)
-    dist.barrier()
-
-
-def fsdp2(folder: Path) -> None:
-    """FSDP2 through transformers' own distributed loading."""
-    from transformers.distributed import DistributedConfig
-
-    base = base_model(folder, "llama")
-    model = AutoModelForCausalLM.from_pretrained(
-        base, distributed_config=DistributedConfig(fsdp_size=dist.get_world_size())
-    )
-    guard = QKGuardCallback(routing_drift_steps=2, strict=True)
-    train(base, arguments(folder, TrainingArguments, save_only_model=True), guard, model=model)
-    check_share(guard)
-    assert sharding.backend(guard.session.model) == "fsdp2"
-    if rank() == 0:
-        check_run(folder, base, "llama", torch.float32)
     dist.barrier()
 
 

@@ -18,7 +18,8 @@ from qkguard.lora.drift import AdapterTracker
 from qkguard.lora.live import adapted_weights
 from qkguard.lora.save import export_adapter
 from tests import judge, oracle
-from tests.distributed.cases import STEPS, base_model, deepspeed_config, rank, reset
+from tests.distributed.cases import STEPS, base_model, check_backend, deepspeed_config, rank, reset
+from tests.distributed.launch import sharding_of
 from tests.lora import LINEAR, expected_merge, peft_merge
 from tests.models import noised, tiny_model
 from tests.training import arguments, train
@@ -43,9 +44,10 @@ def lora(folder: Path, backend: str, name: str, *flags: str) -> None:
     """One guarded training of adapters: drift, restored adapter and merges against stock PEFT's; flags: dora, ..."""
     base = base_model(folder, name)
     guard = QKGuardCallback(strict=True, merge_at_end=True, routing_drift_steps=2)
-    args = arguments(folder, **lora_options(backend, flags))
-    train(base, args, guard, peft_config=lora_config(name, flags))
-    assert sharding.backend(guard.session.model) == ("zero3" if backend == "zero3" else "replicated")
+    with sharding_of(backend):
+        args = arguments(folder, **lora_options(backend, flags))
+        train(base, args, guard, peft_config=lora_config(name, flags))
+    check_backend(guard, backend)
     export_adapter(guard.session.model, "default", folder / "exported")
     if rank() == 0:
         saved, live = (

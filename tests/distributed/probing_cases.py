@@ -51,7 +51,7 @@ def run(folder: Path, base: Path, backend: str, guard: Any = None, extra: Any = 
     if backend.startswith("zero"):
         options["deepspeed"] = deepspeed_config(int(backend[-1]), tight=False)
     settings: dict[str, Any] = {"processing_class": bpe_tokenizer()}
-    if backend == "fsdp2":
+    if backend == "loaded_fsdp2":
         from transformers.distributed import DistributedConfig
 
         spread = DistributedConfig(fsdp_size=dist.get_world_size())

