@@ -38,7 +38,7 @@ def demo(
     tell = (lambda text: print(text, file=sys.stderr)) if as_json else say
     _quiet()
     tell("qkguard demo: what chain-of-thought SFT does to a small hybrid's long-range recall, and what restoring does")
-    from qkguard.demo import DemoSettings, run_demo
+    from qkguard.demo import MODEL, DemoSettings, run_demo
 
     report = run_demo(
         out,
@@ -61,9 +61,13 @@ def demo(
     say(f"drift curves            {report.picture}")
     say(f"raw checkpoint          {report.raw}")
     say(f"restored checkpoint     {report.restored}")
+    say(f"problems of the exam    {report.heldout}")
     say(f"done in {time.monotonic() - began:.0f} s\n")
     say("Next, prove that the restored checkpoint differs from the raw one in queries and keys alone:\n")
     say(f"    qkguard verify --full {shlex.quote(str(report.restored))}\n")
+    say("measure which restore keeps recall and skill on this run:\n")
+    pair = f"--base {shlex.quote(str(MODEL))} --tuned {shlex.quote(str(report.raw))}"
+    say(f"    qkguard sweep {pair} --data {shlex.quote(str(report.heldout))} --lengths 256,1K,2K\n")
     say("and in your own SFT script:\n")
     say("    from qkguard import QKGuardCallback")
     say("    trainer = SFTTrainer(..., callbacks=[QKGuardCallback()])")

@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from qkguard.demo.arithmetic import Chain, problems
 from qkguard.errors import QKGuardError
 
 MODEL = Path(__file__).parent / "model"
 """The hybrid that ships with the package: made by recipes/demo/pretrain.py."""
 
 REPORT = "demo.json"  # its presence also marks a folder as one that a new demo may replace
+HELDOUT = "heldout.jsonl"
 Watch = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 
 
@@ -49,6 +51,7 @@ class DemoReport:
     picture: Path
     raw: Path
     restored: Path
+    heldout: Path
     seconds: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -58,7 +61,7 @@ class DemoReport:
             "scores": {name: scores.to_json() for name, scores in self.scores.items()},
             "losses": self.losses,
             "drift": self.drift,
-            "files": {name: str(getattr(self, name)) for name in ("picture", "raw", "restored")},
+            "files": {name: str(getattr(self, name)) for name in ("picture", "raw", "restored", "heldout")},
             "seconds": {name: round(value, 1) for name, value in self.seconds.items()},
         }
 
@@ -73,8 +76,8 @@ def run_demo(
 ) -> DemoReport:
     """CoT-SFT of the packaged hybrid with `QKGuardCallback`, measured before, after and with Q/K restored.
 
-    Writes `out/_qkguard/` (what the callback writes in any run), `out/drift.png` and `out/demo.json`. An earlier
-    demo in `out` is replaced.
+    Writes `out/_qkguard/` (what the callback writes in any run), `out/drift.png`, `out/demo.json`, and the problems of
+    the exam to `out/heldout.jsonl`, for `qkguard sweep`. An earlier demo in `out` is replaced.
 
     Args:
         watch: opens a progress bar with a label (none by default).
@@ -89,7 +92,6 @@ def run_demo(
     from transformers import AutoTokenizer
 
     from qkguard.demo import show
-    from qkguard.demo.arithmetic import problems
     from qkguard.demo.scores import Scores, measure
     from qkguard.demo.training import fine_tune
     from qkguard.probe import Prober
@@ -144,11 +146,27 @@ def run_demo(
     rows = read_metrics(out / "_qkguard")
     drift = {k: v for row in rows for k, v in row.items() if k.startswith("qkguard/drift/")}
     show.picture(out / "drift.png", rows, scores, f"CoT-SFT of a small hybrid, {settings.steps} steps")
+    _write_problems(out / HELDOUT, chains)
     report = DemoReport(
-        out, settings, scores, losses, drift, out / "drift.png", folders["raw"], folders["qk_restored"], seconds
+        out,
+        settings,
+        scores,
+        losses,
+        drift,
+        picture=out / "drift.png",
+        raw=folders["raw"],
+        restored=folders["qk_restored"],
+        heldout=out / HELDOUT,
+        seconds=seconds,
     )
     (out / REPORT).write_text(json.dumps(report.to_json(), indent=2) + "\n")
     return report
+
+
+def _write_problems(file: Path, chains: Sequence[Chain]) -> None:
+    """Rows for `qkguard sweep` whose answer is the whole chain of thought: a slip in one line of it counts."""
+    rows = ({"prompt": chain.prompt, "answer": chain.completion} for chain in chains)
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
 
 
 def _load(folder: Path) -> Any:

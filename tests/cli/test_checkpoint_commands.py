@@ -124,7 +124,7 @@ def one_line(code: int, out: str, err: str) -> str:
 
 
 USAGE = {
-    "no command": (["restor"], "Did you mean 'restore'"),
+    "no command": (["restor"], "'restore'"),
     "a missing option": (["restore", "--base", "x"], "--tuned"),
     "unknown parts": (["restore", "-b", "x", "-t", "y", "-o", "z", "--parts", "qv"], "expected q, k or q,k"),
     "unknown layers": (["drift", "-b", "x", "-t", "y", "--layers", "3-1"], "not a list of layer numbers"),

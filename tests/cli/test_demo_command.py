@@ -35,8 +35,9 @@ def test_it_ends_with_the_table_the_files_and_the_next_command(
     for words in ("before SFT", "after SFT (raw)", "QK-restored", "needle recall, 256 tokens", "CoT accuracy"):
         assert words in text
     assert f"qkguard verify --full '{out}/_qkguard/final/qk_restored'" in text
+    assert f"--tuned '{out}/_qkguard/final/raw' --data '{out}/heldout.jsonl'" in text
     assert "Warning" not in errors and "it/s" not in text + errors  # nothing but our own lines
-    assert (out / "drift.png").is_file()
+    assert (out / "drift.png").is_file() and (out / "heldout.jsonl").is_file()
 
     assert run(monkeypatch, "--out", out, "--steps", 2, "--json") == 0
     report = json.loads(capfd.readouterr().out)

@@ -19,6 +19,7 @@ from qkguard.demo.arithmetic import problems
 from qkguard.demo.scores import Scores, answer_of
 from qkguard.demo.show import reading, table
 from qkguard.probe import Prober, probe
+from qkguard.sweeping.task import encode_rows, read_rows
 
 SMALL = DemoSettings(
     steps=4, batch=4, learning_rate=1e-2, lengths=(256,), depths=2, samples=1, tasks=("single_2",), problems=4
@@ -170,7 +171,7 @@ def test_the_reading_says_what_was_measured(
 # -- the run ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_whole_demo_in_a_few_steps(tmp_path: Path) -> None:
+def test_the_whole_demo_in_a_few_steps(tmp_path: Path, tokenizer: Any) -> None:
     out = tmp_path / "demo"
     said: list[str] = []
     first = run_demo(out, SMALL, say=said.append)
@@ -184,6 +185,11 @@ def test_the_whole_demo_in_a_few_steps(tmp_path: Path) -> None:
     assert report["scores"]["raw"]["recall"] == {"256": first.scores["raw"].recall[256]}
     assert report["losses"] == [list(pair) for pair in first.losses] and len(first.losses) == SMALL.steps
     assert first.drift["qkguard/drift/layer_5/routing_rel"] > 0
+
+    rows = read_rows(first.heldout)
+    assert [row["prompt"] for row in rows] == [chain.prompt for chain in islice(problems(SMALL.seed), SMALL.problems)]
+    encoded, _ = encode_rows(tokenizer, rows, max_length=256)
+    assert all(row.answer == (row.start, len(row.ids)) for row in encoded), "the answer is the whole chain"
 
     again = run_demo(out, SMALL)  # replaces the first, and repeats it
     assert again.losses == first.losses
