@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
@@ -73,11 +73,35 @@ class Target:
 
 @dataclass
 class HeadSums:
-    """Running sums over samples for one layer; every entry of `needle` and `local` has shape (heads,)."""
+    """What the samples of one layer add up to: attention mass on needles and on recent tokens, by head and group."""
 
     heads: int
-    needle: dict[int, Tensor] = field(default_factory=dict)
-    local: dict[int, Tensor] = field(default_factory=dict)
+    parts: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    def add(self, group: int, masses: Tensor) -> None:
+        """Add (2, heads): needle and local mass. They stay on their device, so that no layer waits for it."""
+        self.parts.setdefault(group, []).append(masses)
+
+    def of(self, group: int) -> Tensor:
+        """(2, heads) in float64 on the CPU: needle and local mass of all samples."""
+        if group not in self.parts:
+            return torch.zeros(2, self.heads, dtype=torch.float64)
+        return torch.stack(self.parts[group]).cpu().double().sum(0)
+
+
+@dataclass(frozen=True)
+class _Marks:
+    """Of one batch item in one piece of the context: which rows to look at, and which keys count.
+
+    `at`: indices of the rows in the piece's queries; `positions`: their places in the context; `counted`: float
+    (2, rows, keys), 1 for the needle's keys, and for each row's recent ones.
+    """
+
+    item: int
+    at: Tensor
+    positions: Tensor
+    counted: Tensor
+    share: float
 
 
 class AttentionRecorder:
@@ -103,6 +127,7 @@ class AttentionRecorder:
         self._names = {id(module): name for name, module in model.named_modules()}
         self._target: Target | None = None
         self._stop = 0
+        self._marked: dict[tuple[int, int, torch.device], list[_Marks]] = {}  # one piece's, the same for most layers
         self._undo: list[Callable[[], None]] = []
 
     def __enter__(self) -> AttentionRecorder:
@@ -124,10 +149,12 @@ class AttentionRecorder:
     def expect(self, target: Target | None) -> None:
         """Set what the next forward passes are to be measured for; None to pass through."""
         self._target = target
+        self._marked.clear()
 
     def reached(self, stop: int) -> None:
         """The next forward pass ends with position `stop - 1` (contexts read in chunks end there piece by piece)."""
         self._stop = stop
+        self._marked.clear()
 
     def _registries(self) -> list[AttentionInterface]:
         """The registries in the source files of the model's modules: the shared one, and local ones."""
@@ -186,9 +213,20 @@ class AttentionRecorder:
         return inner(module, query, key, value, attention_mask, *args, **kwargs)
 
     def _measure(self, target: Target, sums: HeadSums, call: _Call) -> None:
-        device = call.key.device
         first_query = self._stop - call.query.shape[2]
         first_key = self._stop - call.key.shape[2]  # a sliding-window cache holds the latest keys only
+        piece = (first_query, first_key, call.key.device)
+        if piece not in self._marked:
+            self._marked[piece] = list(self._marks(target, *piece))
+        keys = torch.arange(first_key, self._stop, device=call.key.device)
+        for marks in self._marked[piece]:
+            masses = []
+            for heads in _head_chunks(sums.heads, call.key.shape[1], len(marks.at) * len(keys)):
+                probabilities = call.probabilities(marks.item, heads, marks.positions, marks.at, keys)
+                masses.append((probabilities * marks.counted[:, None]).sum((2, 3)))
+            sums.add(target.group, torch.cat(masses, 1) * marks.share)
+
+    def _marks(self, target: Target, first_query: int, first_key: int, device: torch.device) -> Iterator[_Marks]:
         keys = torch.arange(first_key, self._stop, device=device)
         for item, (rows, needles, weight) in enumerate(zip(target.rows, target.needles, target.weights, strict=True)):
             here = [r for r in rows if first_query <= r < self._stop]
@@ -199,15 +237,8 @@ class AttentionRecorder:
             for start, stop in needles:
                 on_needle |= (keys >= start) & (keys < stop)
             recent = (keys <= positions[:, None]) & (keys > positions[:, None] - self.window)
-            needle, local = [], []
-            for heads in _head_chunks(sums.heads, call.key.shape[1], len(here) * len(keys)):
-                probabilities = call.probabilities(item, heads, positions, positions - first_query, keys)
-                needle.append(probabilities[..., on_needle].sum(-1).sum(1))
-                local.append((probabilities * recent).sum(-1).sum(1))
-            share = weight / len(rows)
-            for where, parts in ((sums.needle, needle), (sums.local, local)):
-                total = where.setdefault(target.group, torch.zeros(sums.heads, dtype=torch.float64))
-                total += torch.cat(parts).double().cpu() * share
+            counted = torch.stack([on_needle.expand_as(recent), recent]).float()
+            yield _Marks(item, positions - first_query, positions, counted, weight / len(rows))
 
 
 @dataclass(frozen=True)

@@ -134,19 +134,26 @@ def load_tokenizer(path: Path, settings: ProbeSettings, fallback: Any) -> Any:
 
 
 def load_model(path: Path, settings: ProbeSettings) -> nn.Module:
-    """The checkpoint in evaluation mode on the device asked for; "auto" spreads it over all accelerators."""
+    """The checkpoint in evaluation mode on the device asked for; "auto" spreads it over all accelerators.
+
+    An adapter comes on top of the base model that it names.
+    """
+    from peft import PeftConfig, PeftModel
     from transformers import AutoModelForCausalLM
 
     if settings.dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise QKGuardError(f"dtype {settings.dtype!r}; expected auto, float32, bfloat16 or float16")
     spread = settings.device == "auto" and torch.accelerator.is_available()
+    adapted = (path / "adapter_config.json").is_file()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            PeftConfig.from_pretrained(str(path)).base_model_name_or_path if adapted else path,
             dtype=settings.dtype,
             device_map="auto" if spread else None,
             trust_remote_code=settings.trust_remote_code,
         )
+        if adapted:  # transformers loads adapters too, but leaves DoRA's magnitudes at their starting values
+            model = PeftModel.from_pretrained(model, path)
         if settings.device != "auto":
             nn.Module.to(model, settings.device)
         return model.eval()

@@ -207,12 +207,7 @@ def _layer_order(name: str) -> tuple[int, str]:
 
 
 def _stack(layers: Sequence[tuple[str, HeadSums]], lengths: Sequence[int]) -> Tensor:
-    parts = [
-        kind.get(n, torch.zeros(sums.heads, dtype=torch.float64))
-        for n in lengths
-        for _, sums in layers
-        for kind in (sums.needle, sums.local)
-    ]
+    parts = [sums.of(n).flatten() for n in lengths for _, sums in layers]
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
 
 

@@ -19,6 +19,7 @@ from qkguard.probe import ProbeResult, command
 from qkguard.probe.command import ProbeSettings, probe_models, run_within_memory
 from qkguard.probe.prober import Prober
 from tests.conftest import Run
+from tests.lora import LINEAR, peft_merge, save_adapter
 from tests.models import tiny_model
 from tests.probing import bpe_tokenizer
 
@@ -53,6 +54,16 @@ def test_models_side_by_side(run: Run, broken: Path, tmp_path: Path) -> None:
         r"<td>multikey_2</td><td>256</td><td>\d+\.\d% \(\d+% to \d+%\)</td>", page
     )
     assert "http" not in page  # nothing is loaded from elsewhere
+
+
+def test_an_adapter_is_probed_on_the_base_it_names(tmp_path: Path) -> None:
+    adapter = save_adapter(DEMO, tmp_path / "adapter", scale=0.3, target_modules=LINEAR, use_dora=True)
+    peft_merge(DEMO, adapter, tmp_path / "merged")
+    settings = ProbeSettings(lengths=[256], depths=2, samples=1, tasks=["S1"], attention=False)
+    folders = [str(DEMO), str(adapter), str(tmp_path / "merged")]
+    base, found, wanted = (report.result.logprob for report in probe_models(folders, settings))
+    assert found == pytest.approx(wanted, abs=1e-4)
+    assert found != pytest.approx(base, abs=1e-2)
 
 
 def test_json_is_the_whole_result(run: Run, broken: Path) -> None:

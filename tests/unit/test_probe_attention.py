@@ -88,7 +88,7 @@ def record(model: nn.Module, ids: Tensor, target: Target = TARGET, chunk: int | 
 
 def in_order(recorder: AttentionRecorder) -> list[tuple[Tensor, Tensor]]:
     names = sorted(recorder.sums, key=lambda n: layer_number(n) or 0)
-    return [(recorder.sums[n].needle[0].float(), recorder.sums[n].local[0].float()) for n in names]
+    return [(needle.float(), local.float()) for needle, local in (recorder.sums[n].of(0) for n in names)]
 
 
 @pytest.mark.parametrize(("implementation", "name"), CASES)
