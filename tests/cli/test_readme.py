@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import qkguard
 import qkguard.demo
 from docs.what_works import written
+from qkguard.demo import DemoSettings
 from tests.conftest import Run
 from tests.lora import LINEAR, save_adapter
 from tests.unit.zoo import tiny_config
@@ -22,8 +24,11 @@ from tests.unit.zoo import tiny_config
 README = Path(__file__).parents[2] / "README.md"
 DEMO = Path(qkguard.demo.__file__).parent / "model"
 ELSEWHERE = {"make demo", "make test", "pip install qkguard"}  # CI, test_demo_command.py, the wheel
-QUICK = {"qkguard sweep": shlex.split("--lengths 256 --samples 1 --depths 1 --tasks single_2 --methods restore")}
-KINDS = ("recipes", "sft", "restore", "drift", "inspect", "verify", "sweep", "merge")
+QUICK = {
+    "qkguard sweep": shlex.split("--lengths 256 --samples 1 --depths 1 --tasks single_2 --methods restore"),
+    "qkguard demo": ["--steps", "2"],
+}
+KINDS = ("recipes", "sft", "restore", "drift", "inspect", "verify", "demo", "sweep", "merge")
 
 
 def commands() -> list[str]:
@@ -37,7 +42,7 @@ def commands() -> list[str]:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """BASE, TUNED, MODEL, ADAPTER, data, and a model and rows to stand in for a recipe's."""
     root = tmp_path_factory.mktemp("readme")
-    for name in ("BASE", "TUNED", "MODEL"):
+    for name in ("BASE", "TUNED", "MODEL", "qkguard/demo/model"):  # the last as in a clone
         shutil.copytree(DEMO, root / name)
     weights = load_file(root / "TUNED/model.safetensors")
     noise = torch.Generator().manual_seed(0)
@@ -60,11 +65,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_all_commands_in_order(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
+    small = {"lengths": (256,), "depths": 1, "samples": 1, "problems": 2, "batch": 2}
+    monkeypatch.setattr(qkguard.demo, "DemoSettings", partial(DemoSettings, **small))
     ran = []
     for command in commands():
         if command in ELSEWHERE or re.fullmatch(r"pip install \S+", command):
             continue
         words = shlex.split(command)
+        words = words[re.fullmatch(r"[A-Z_]+=\S+", words[0]) is not None :]  # a setting for this command alone
         assert words[0] == "qkguard", command
         kind = " ".join(words[:2])
         if kind == "qkguard sft":  # the recipe's own model and data are on the hub
@@ -85,7 +93,7 @@ def test_names_and_keys_exist() -> None:
     text = README.read_text()
     for name in re.findall(r"`qkguard\.(?!json)(\w+)`", text):
         assert hasattr(qkguard, name), name
-    for key in re.findall(r"^`?(\w+)=", text, re.M):
+    for key in re.findall(r"^`?([a-z]\w*)=", text, re.M):
         assert key in qkguard.QKGuardConfig.__dataclass_fields__, key
     for path in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert (README.parent / path).exists(), path
