@@ -21,8 +21,8 @@ import lab
 import torch
 from datasets import Dataset
 from evaluate import as_text, attention_rows, drift, recall_rows, summary
+from fast import repeat_keys_in_float32
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PrinterCallback
-from transformers.integrations import sdpa_attention
 from trl import SFTConfig, SFTTrainer
 from word_problems import answer_of, word_problems
 
@@ -171,8 +171,7 @@ def options() -> argparse.ArgumentParser:
 @torch.no_grad()
 def main() -> None:
     args = options().parse_args()
-    # No fused kernel takes grouped keys in float32: repeated ones keep the scores of 8K tokens out of memory
-    sdpa_attention.use_gqa_in_sdpa = lambda *_: False
+    repeat_keys_in_float32()
     torch.set_float32_matmul_precision("high")
     base, tuned = args.out / "base", args.out / "_qkguard" / "final" / "raw"
     save_base(args.model, base)

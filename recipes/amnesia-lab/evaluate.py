@@ -17,6 +17,7 @@ from pathlib import Path
 
 import lab
 import torch
+from fast import repeat_keys_in_float32
 
 from qkguard.checkpoint.offline import open_folders
 from qkguard.demo.arithmetic import problems
@@ -217,6 +218,7 @@ class Evaluation:
 @torch.no_grad()
 def main() -> None:
     args = options().parse_args()
+    repeat_keys_in_float32()
     evaluation = Evaluation(args)
     for run in args.runs:
         folder, _, which = run.rpartition(":")

@@ -30,12 +30,15 @@ def speed_up(model: MiniMaxForCausalLM) -> MiniMaxForCausalLM:
     for module in model.modules():
         if (form := forms.get(type(module).__name__)) is not None:
             module.forward = MethodType(form, module)
-    sdpa_attention.use_gqa_in_sdpa = _grouped_keys
     return model
 
 
+def repeat_keys_in_float32() -> None:
+    """Keys are not grouped in float32, where only the kernel that holds all scores of a layer does it: 4 GB at 16K."""
+    sdpa_attention.use_gqa_in_sdpa = _grouped_keys
+
+
 def _grouped_keys(mask, key: Tensor, *rest) -> bool:
-    """Not in float32, in which only the kernel that holds all scores of a layer at once groups keys: 4 GB at 16K."""
     return key.dtype != torch.float32 and ask_for_grouped_keys(mask, key, *rest)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.integrations import sdpa_attention
 
 LAB = Path(__file__).parents[2] / "recipes" / "amnesia-lab"
 MODULES = ("fast", "lab", "tables", "text", "data", "model", "schedule", "tokenizer")
@@ -23,12 +24,13 @@ STAGES = ("pretrain", "sft", "evaluate", "figures")
 @pytest.fixture(scope="module")
 def lab() -> Iterator[Any]:
     """The scripts' modules, which import each other by their bare names."""
-    paths = list(sys.path)
+    paths, ask_for_grouped_keys = list(sys.path), sdpa_attention.use_gqa_in_sdpa
     sys.path[:0] = [str(LAB), str(LAB.parent / "demo")]
     try:
         yield SimpleNamespace(**{name: import_module(name) for name in MODULES})
     finally:
         sys.path[:] = paths
+        sdpa_attention.use_gqa_in_sdpa = ask_for_grouped_keys  # evaluating replaces it
         for name in (*MODULES, *STAGES):
             sys.modules.pop(name, None)
 
