@@ -1,4 +1,4 @@
-"""Command lines run in this process, and a cache of layouts that lives as long as the test run."""
+"""Command lines run in this process, and caches that live as long as the test run."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ import pytest
 
 _CACHE = tempfile.TemporaryDirectory(prefix="qkguard-cache-")
 os.environ["QKGUARD_CACHE"] = _CACHE.name  # for subprocesses too
+# DeepSpeed's CPU communication is compiled at its first use, a minute's work. In torch's own folder a build that was
+# once killed leaves a lock behind, on which everyone after it waits without end.
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(_CACHE.name, "torch_extensions"))
 
 Run = Callable[..., tuple[int, str, str]]
 

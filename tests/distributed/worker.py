@@ -17,11 +17,13 @@ import traceback
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+START_SECONDS = 300  # DeepSpeed compiles its CPU communication meanwhile
 CASE_SECONDS = 150
 
 
 def main() -> None:
     out, names = Path(sys.argv[1]), sys.argv[2:]
+    faulthandler.dump_traceback_later(START_SECONDS, exit=True)
     import deepspeed
     import torch.distributed as dist
 
