@@ -237,9 +237,9 @@ class QKGuardConfig:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name in names}
 
 
-def every(steps: str) -> str:
-    """A drift schedule in words, after "every"."""
-    return {"logging": "logging step", "0": "0 steps (never)"}.get(steps, f"{steps} steps")
+def pace(steps: str) -> str:
+    """A drift schedule in words."""
+    return {"logging": "every logging step", "0": "never", "1": "every step"}.get(steps, f"every {steps} steps")
 
 
 def _is_fraction(value: str) -> bool:

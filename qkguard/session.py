@@ -23,12 +23,12 @@ from qkguard.attempt import attempt
 from qkguard.checkpoint.export import export_model, holds_weights, link_checkpoint
 from qkguard.checkpoint.restored import RestoredWrite
 from qkguard.checkpoint.weights import open_weights
-from qkguard.config import RUN_FOLDER, QKGuardConfig, every
+from qkguard.config import RUN_FOLDER, QKGuardConfig, pace
 from qkguard.drift_live import DriftTracker, Tracker
 from qkguard.errors import QKGuardError
 from qkguard.heldout import keep_rows
 from qkguard.layout import disk_names, find_attention, select
-from qkguard.layout.spec import unselected_norms
+from qkguard.layout.spec import show_layers, unselected_norms
 from qkguard.probing import Probing, Swap
 from qkguard.reference import TENSORS, ReferenceFile
 from qkguard.restore import check_strengths, get_method
@@ -279,7 +279,7 @@ class Session:
         return self._shared_disk
 
     def _describe(self, args: TrainingArguments, seconds: float) -> str:
-        layers = [str(spec.layer) for spec, _ in self.selection]
+        layers = [spec.layer for spec, _ in self.selection]
         total = getattr(self.model.config, "num_hidden_layers", None)
         maps = self.reference.maps.values()
         kept = sum(m.numel * self.reference.pieces[m.name].element_size() for m in maps)
@@ -288,10 +288,10 @@ class Session:
         return (
             f"guarding the queries and keys of {len(layers)} softmax-attention layers"
             + (f" of {total} layers" if total else "")
-            + f" ({', '.join(layers)}): {sum(m.numel for m in maps):,} elements in {len(maps)} parameters, "
+            + f" ({show_layers(layers)}): {sum(m.numel for m in maps):,} elements in {len(maps)} parameters, "
             f"{_megabytes(kept)} kept in CPU memory{share}. Reference {self.folder / TENSORS}: "
-            f"{self.origin} ({seconds:.1f} s). Drift every {every(config.drift_steps)}, routing drift every "
-            f"{every(config.routing_drift_steps)}, to {', '.join([METRICS, *(args.report_to or [])])}. "
+            f"{self.origin} ({seconds:.1f} s). Drift {pace(config.drift_steps)}, routing drift "
+            f"{pace(config.routing_drift_steps)}, to {', '.join([METRICS, *(args.report_to or [])])}. "
             f"Restored checkpoints ({config.method}): {self._when(f'checkpoint-N/{RESTORED}')}."
         )
 

@@ -51,8 +51,10 @@ def inspect(
 
 def _judge(verified: list[dict[str, Any]], *, quiet: bool) -> None:
     """One line for every distinct kind of layer; an error where the layout is wrong."""
+    from qkguard.layout.spec import show_layers
+
     for verdict in verified:
-        layers = ", ".join(map(str, verdict["layers"]))
+        layers = show_layers(verdict["layers"])
         if verdict["problems"]:
             raise QKGuardError(f"layers {layers}: the layout is wrong: {'; '.join(verdict['problems'])}")
         if not quiet:
@@ -61,6 +63,8 @@ def _judge(verified: list[dict[str, Any]], *, quiet: bool) -> None:
 
 
 def _print(report: dict[str, Any]) -> None:
+    from qkguard.layout.spec import show_layers
+
     kinds = ", ".join(f"{count} {kind}" for kind, count in report["layer_kinds"].items())
     say(f"{report['model']} ({report['model_type'] or 'unknown model type'}): {kinds}")
     alike: dict[str, list[dict[str, Any]]] = {}
@@ -68,7 +72,7 @@ def _print(report: dict[str, Any]) -> None:
         alike.setdefault(repr(_table_rows(layer)), []).append(layer)
     rows = []
     for layers in alike.values():
-        numbers = show_layers([layer["layer"] for layer in layers])
+        numbers = show_layers((layer["layer"] for layer in layers), most=8)
         rows += [(numbers if i == 0 else "", *cells) for i, cells in enumerate(_table_rows(layers[0]))]
     print_table(["<layers", "<kind", "<heads q/kv x size", "<parameter", "<shape", "<queries and keys"], rows)
     parameters = report["parameters"]
@@ -90,15 +94,6 @@ def _table_rows(layer: dict[str, Any]) -> list[tuple[str, ...]]:
         shape = "x".join(map(str, param["shape"]))
         rows.append((*first, name, shape, f"{'columns' if param['dim'] else 'rows'} {where}"))
     return rows
-
-
-def show_layers(numbers: list[int | None], most: int = 8) -> str:
-    """[0, 1, 2, 3] -> "0-3"; [3, 7, 11] -> "3, 7, 11"."""
-    known = [number for number in numbers if number is not None]
-    if len(known) > 2 and known == list(range(known[0], known[-1] + 1)):
-        return f"{known[0]}-{known[-1]}"
-    shown = ", ".join(map(str, known[:most]))
-    return shown if len(known) <= most else f"{shown}, ... ({len(known)} layers)"
 
 
 def show_ranges(ranges: list[list[int]], most: int = 3) -> str:

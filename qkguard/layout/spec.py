@@ -240,6 +240,14 @@ def join_ranges(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...
     return tuple(out)
 
 
+def show_layers(numbers: Iterable[int | None], most: int | None = None) -> str:
+    """Layer numbers for people: [0, 1, 2, 3, 7] -> "0-3, 7"; at most `most` of these pieces, where it is given."""
+    known = [number for number in numbers if number is not None]
+    runs = join_ranges((number, number + 1) for number in known)
+    shown = ", ".join(str(lo) if hi - lo == 1 else f"{lo}-{hi - 1}" for lo, hi in runs[:most])
+    return shown if most is None or len(runs) <= most else f"{shown}, ... ({len(known)} layers)"
+
+
 def true_ranges(flags: Tensor) -> list[tuple[int, int]]:
     """Half-open ranges of the True values of a 1-D tensor."""
     edge = flags.new_zeros(1)

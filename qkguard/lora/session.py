@@ -14,6 +14,7 @@ from transformers import TrainerState, TrainingArguments
 from qkguard import ranks
 from qkguard.drift_live import Tracker
 from qkguard.errors import QKGuardError
+from qkguard.layout.spec import show_layers
 from qkguard.lora.adapter import TENSORS
 from qkguard.lora.drift import AdapterTracker
 from qkguard.lora.live import adapted_weights
@@ -196,20 +197,20 @@ class AdapterSession(Session):
         ranks.together(what, on_writers)
 
     def _describe(self, args: TrainingArguments, seconds: float) -> str:
-        layers = [str(spec.layer) for spec, _ in self.selection]
+        layers = show_layers(spec.layer for spec, _ in self.selection)
         adapted = [w.pmap.name for w in self.weights if w.layer is not None]
         names = ", ".join(self.model.peft_config)
         if not self.guards:
             return (
                 f"PEFT model (adapters: {names}): no adapter is on the queries and keys of the softmax-attention "
-                f"layers ({', '.join(layers)}), so these cannot drift; nothing is restored"
+                f"layers ({layers}), so these cannot drift; nothing is restored"
             )
-        with_adapters = [str(spec.layer) for spec, maps in self.selection if any(p.name in adapted for p in maps)]
+        with_adapters = show_layers(s.layer for s, maps in self.selection if any(p.name in adapted for p in maps))
         dora = ", DoRA" if any(w.dora for w in self.weights) else ""
         config = self.config
         return (
             f"PEFT model (adapters: {names}{dora}): {len(adapted)} of {len(self.weights)} query and key weights carry "
-            f"adapters, in softmax-attention layers {', '.join(with_adapters)} of {', '.join(layers)} "
+            f"adapters, in softmax-attention layers {with_adapters} of {layers} "
             f"({seconds:.1f} s). The base's queries and keys are frozen, no reference is "
             "kept; drift is that of the effective weights. "
             + (

@@ -5,25 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from qkguard.cli.output import human_bytes, number
-from qkguard.config import every
-from qkguard.layout.spec import join_ranges
+from qkguard.config import pace
+from qkguard.layout.spec import show_layers
 
 
 def lines(plan: dict[str, Any]) -> list[tuple[str, str]]:
     """(subject, sentence) for everything in a plan (`qkguard.sft.plan.plan`)."""
     guard, files = plan["guard"], plan["files"]
-    runs = join_ranges((layer, layer + 1) for layer in guard["layers"])
-    layers = ", ".join(str(first) if stop - first == 1 else f"{first}-{stop - 1}" for first, stop in runs)
     guarded = (
-        f"{len(guard['layers'])} softmax-attention layers ({layers}): {guard['elements']:,} query and key elements in "
-        f"{guard['parameters']} parameters"
+        f"{len(guard['layers'])} softmax-attention layers ({show_layers(guard['layers'])}): {guard['elements']:,} "
+        f"query and key elements in {guard['parameters']} parameters"
     )
     out = [("model", _model(plan["model"])), ("data", _data(plan["data"])), ("training", _training(plan))]
     out += [("guard", guarded), ("reference", _reference(plan))]
-    drift = (
-        f"every {every(guard['drift_steps'])}, routing drift every {every(guard['routing_drift_steps'])}, to "
-        f"{files['metrics']}"
-    )
+    drift = f"{pace(guard['drift_steps'])}, routing drift {pace(guard['routing_drift_steps'])}, to {files['metrics']}"
     out += [("drift", drift), ("probes", _probes(plan["probes"])), ("checkpoints", _checkpoints(files))]
     if plan["memory"]:
         out.append(("memory", _memory(plan["memory"])))

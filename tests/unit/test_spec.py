@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qkguard.errors import QKGuardError
-from qkguard.layout.spec import AttentionSpec, Block, ParamMap, select
+from qkguard.layout.spec import AttentionSpec, Block, ParamMap, select, show_layers
 
 ROWS = (Block(0, 2, "q", 0), Block(2, 3, "k", 0), Block(5, 7, "q", 1), Block(7, 8, "kv", None))
 MAPS = {
@@ -90,3 +90,10 @@ def test_select_parts_layers_norms_and_entangled():
     assert roles() == {"q", "k"} and roles(parts=("k",)) == {"k"} and roles(entangled="restore") == {"q", "k", "kv"}
     with pytest.raises(QKGuardError, match="feed keys and values alike"):
         select(_specs(), entangled="refuse")
+
+
+def test_layers_for_people():
+    assert show_layers(range(80)) == "0-79" and show_layers([3, 7, 11]) == "3, 7, 11"
+    assert show_layers([0, 1, 2, None, 7, 9, 10]) == "0-2, 7, 9-10"
+    assert show_layers([0, 1, 2, 7, 9, 10], most=2) == "0-2, 7, ... (6 layers)"
+    assert show_layers([0, 1, 2, 7], most=2) == "0-2, 7" and show_layers([None]) == ""
