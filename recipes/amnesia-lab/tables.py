@@ -152,10 +152,14 @@ def ways_table(runs: Mapping[str, Mapping[int, Mapping]]) -> str:
         results = [r for r in results if "restore" in r["points"]] or results  # the same bases in both rows
         for name, extra in (("raw", ""), ("restore", ", Q and K restored")):
             if any(name in r["points"] for r in results):
-                drift = " / ".join(cell(mean(r["drift"][f"{x}_proj"]) for r in results) for x in "qk")
                 row = [label + extra, str(len(results)), *task_cells(results, name, common_lengths(results))]
-                rows.append([*row, drift if name == "raw" else ""])
+                rows.append([*row, drift(results) if name == "raw" else ""])
     return table(["over all lengths", "bases", *TASKS.values(), "skill", "drift Q / K"], rows)
+
+
+def drift(results: Sequence[Mapping]) -> str:
+    """How far queries and keys moved, mean over layers."""
+    return " / ".join(cell(mean(r["drift"][f"{x}_proj"]) for r in results) for x in "qk")
 
 
 def depth_table(results: Sequence[Mapping]) -> str:
@@ -179,6 +183,30 @@ def attention_table(results: Sequence[Mapping]) -> str:
             values = (over_seeds(results, name, lambda p, n=n, c=column: strongest(p, n, c)) for n in columns)
             rows.append([f"{NAMES[name]}, {what}", *map(cell, values)])
     return table(["strongest head", *map(tokens, columns)], rows)
+
+
+def control_table(results: Sequence[Mapping]) -> str:
+    """Every point of the control: recall by task and length, log-probability of the answers, skill, drift."""
+    lengths = common_lengths(results)
+    cells = [(t, n) for t in TASKS for n in lengths if share(results[0]["points"]["pre"], t, length=n) is not None]
+    rows = []
+    for name in measured(results):
+        values = [over_seeds(results, name, lambda p, t=t, n=n: share(p, t, length=n)) for t, n in cells]
+        row = [cell(v) for v in (*values, over_seeds(results, name, answer_logprob), over_seeds(results, name, skill))]
+        rows.append([NAMES.get(name, name), *row, drift(results) if name == "raw" else ""])
+    head = [
+        "",
+        *(f"{TASKS[t]}, {tokens(n)}" for t, n in cells),
+        "log-probability of the answer",
+        "skill",
+        "drift Q / K",
+    ]
+    return table(head, rows)
+
+
+def answer_logprob(point: Mapping) -> float:
+    """Mean over all samples of the mean log-probability of the answer's tokens, in nats."""
+    return sum(row[3] * row[5] for row in point["recall"]) / sum(row[3] for row in point["recall"])
 
 
 def explored_table(path: Path) -> str:
@@ -209,6 +237,8 @@ def all_tables(folder: Path) -> dict[str, str]:
     for kind, runs in results.items():
         if grid := gridded(runs.get("full", {}).values()):
             out[f"points-{kind}"] = points_table(grid)
+    if control := [json.loads(path.read_text()) for path in sorted(folder.glob("control-*.json"))]:
+        out["control"] = control_table(control)
     if (folder / "exploration.jsonl").exists():
         out["explored"] = explored_table(folder / "exploration.jsonl")
     return out
