@@ -157,9 +157,9 @@ def ways_table(runs: Mapping[str, Mapping[int, Mapping]]) -> str:
     return table(["over all lengths", "bases", *TASKS.values(), "skill", "drift Q / K"], rows)
 
 
-def drift(results: Sequence[Mapping]) -> str:
+def drift(results: Sequence[Mapping], digits: int = 2) -> str:
     """How far queries and keys moved, mean over layers."""
-    return " / ".join(cell(mean(r["drift"][f"{x}_proj"]) for r in results) for x in "qk")
+    return " / ".join(cell((mean(r["drift"][f"{x}_proj"]) for r in results), digits) for x in "qk")
 
 
 def depth_table(results: Sequence[Mapping]) -> str:
@@ -193,7 +193,7 @@ def control_table(results: Sequence[Mapping]) -> str:
     for name in measured(results):
         values = [over_seeds(results, name, lambda p, t=t, n=n: share(p, t, length=n)) for t, n in cells]
         row = [cell(v) for v in (*values, over_seeds(results, name, answer_logprob), over_seeds(results, name, skill))]
-        rows.append([NAMES.get(name, name), *row, drift(results) if name == "raw" else ""])
+        rows.append([NAMES.get(name, name), *row, drift(results, 4) if name == "raw" else ""])
     head = [
         "",
         *(f"{TASKS[t]}, {tokens(n)}" for t, n in cells),
