@@ -65,6 +65,16 @@ def load(folder: Path):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
+def check_settings(args) -> None:
+    """What lies in `--out` is gone on with; it must have been made of the same model in the same way."""
+    settings = {"model": args.model.name} | {name: getattr(args, name) for name in ("steps", "batch", "lr")}
+    file = args.out / "settings.json"
+    if file.exists() and (found := json.loads(file.read_text())) != settings:
+        raise SystemExit(f"{args.out} was made with {found}, not with {settings}; name another --out")
+    args.out.mkdir(parents=True, exist_ok=True)
+    lab.write_json(file, settings)
+
+
 def fine_tune(base: Path, out: Path, seed: int, args) -> dict:
     """SFT under guard into <out>/_qkguard/final; how it went."""
     if (out / "sft.json").exists():
@@ -186,6 +196,7 @@ class Control:
 
     def __init__(self, args) -> None:
         self.args, self.base = args, args.out / "base"
+        check_settings(args)
         if not (self.base / "tokenizer.json").exists():
             save_base(args.model, self.base)
         self.probe = {k: getattr(args, k) for k in ("lengths", "far", "tasks", "depths", "samples", "problems")}
@@ -202,9 +213,9 @@ class Control:
         return self.args.results / f"control-{seed}.json"
 
     def earlier(self, seed: int) -> dict | None:
-        """Results of this seed on the same samples."""
+        """Results of this seed, of the same model on the same samples."""
         found = json.loads(self.file(seed).read_text()) if self.file(seed).exists() else None
-        return found if found and found["probe"] == self.probe else None
+        return found if found and (found["base"], found["probe"]) == (self.record, self.probe) else None
 
     def run(self, seed: int) -> None:
         """One SFT and its points, into one file that grows with them."""

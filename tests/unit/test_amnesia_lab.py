@@ -128,6 +128,9 @@ def test_the_control_goes_on_where_it_stopped(lab: Any, tmp_path: Path, monkeypa
     assert first["points"]["pre"] == second["points"]["pre"] and first["sft"]["losses"] != second["sft"]["losses"]
     likely = {name: [row[5] for row in point["recall"]] for name, point in first["points"].items()}
     assert likely["raw"] != likely["pre"] != likely["restore"] != likely["raw"]
+    monkeypatch.setattr(sys, "argv", [*line.split(), "--steps", "3"])
+    with pytest.raises(SystemExit, match="name another --out"):  # never the old training under new settings
+        import_module("control").main()
     assert len(first["points"]["raw"]["attention"]) == 10 and first["drift"]["q_proj"] != second["drift"]["q_proj"]
 
 
