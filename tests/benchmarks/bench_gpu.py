@@ -47,10 +47,11 @@ class Clock(TrainerCallback):
         self.starts.append(time.perf_counter())
 
     def seconds(self, began: float) -> dict[str, float]:
-        """From `began` to the first step, of a step, and to now, when training has ended."""
+        """From `began` to the first step, of a step (median and mean), and to now, when training has ended."""
         torch.accelerator.synchronize()
-        step = statistics.median(b - a for a, b in zip(self.starts[2:], self.starts[3:], strict=False))
-        return {"start": self.starts[0] - began, "step": step, "all": time.perf_counter() - began}
+        steps = [b - a for a, b in zip(self.starts[2:], self.starts[3:], strict=False)]
+        all_of_it = {"start": self.starts[0] - began, "all": time.perf_counter() - began}
+        return all_of_it | {"step": statistics.median(steps), "mean_step": statistics.mean(steps)}
 
 
 def probes(guard: QKGuardCallback, run: Path, steps: int) -> dict[str, object]:

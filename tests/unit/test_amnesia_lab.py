@@ -123,7 +123,7 @@ def test_the_control_goes_on_where_it_stopped(lab: Any, tmp_path: Path, monkeypa
     for arguments in ("--seeds 0 --steps 2 --points raw", "--seeds 0 1 --steps 2"):
         monkeypatch.setattr(sys, "argv", [*line.split(), *arguments.split()])
         import_module("control").main()
-    first, second = (json.loads((tmp_path / f"results/control-{seed}.json").read_text()) for seed in (0, 1))
+    first, second = (json.loads((tmp_path / f"results/1e-02-{seed}.json").read_text()) for seed in (0, 1))
     assert list(first["points"]) == list(second["points"]) == ["pre", *import_module("control").POINTS]
     assert first["points"]["pre"] == second["points"]["pre"] and first["sft"]["losses"] != second["sft"]["losses"]
     likely = {name: [row[5] for row in point["recall"]] for name, point in first["points"].items()}
