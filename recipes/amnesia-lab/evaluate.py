@@ -34,8 +34,15 @@ GRID = (
     "interpolate:alpha=0.5:align",
     "procrustes",
 )
+SHORT = {f"{name}_{n}": f"{letters}{n}" for name, letters in (("single", "S"), ("multikey", "MK")) for n in (1, 2, 3)}
 LONGEST_WORK = 112  # tokens of a chain of thought
-POINTS = ("raw", "pair", "short", "all")
+POINTS = {
+    "raw": "after SFT",
+    "pair": "and restored",
+    "short": "and Q, K, V or O alone",
+    "all": "and every method, layer by layer too",
+}
+RUNS_HELP = "what sft.py wrote and what to measure of it: " + ", ".join(f"{k} ({v})" for k, v in POINTS.items())
 
 
 def points(which: str, layers: list[int]) -> list[Point]:
@@ -140,11 +147,18 @@ def final(run: Path) -> Path:
     return next(f for f in (folder / "merged_raw", folder / "raw") if f.exists())
 
 
+def run(text: str) -> tuple[Path, str]:
+    folder, _, which = text.rpartition(":")
+    if not folder or which not in POINTS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not FOLDER:POINTS with one of {', '.join(POINTS)}")
+    return Path(folder), which
+
+
 def options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = lab.parser(__doc__)
     parser.add_argument("--base", type=Path, required=True)
-    parser.add_argument("--runs", nargs="+", required=True, help=f"FOLDER-of-sft.py:POINTS, of {', '.join(POINTS)}")
-    parser.add_argument("--out", type=Path, required=True, help="JSON files are named <out>-<way or name>.json")
+    parser.add_argument("--runs", type=run, nargs="+", required=True, metavar="FOLDER:POINTS", help=RUNS_HELP)
+    parser.add_argument("--out", type=Path, required=True, help="JSON files are named <out>-<folder, less -BASE>.json")
     parser.add_argument(
         "--wait", type=float, default=0, help="seconds to wait for models that are still in the making"
     )
@@ -185,6 +199,10 @@ class Evaluation:
         took = time.time() - self.began
         print(f"{took:6.1f}s  {name:28s} skill {result['skill']:.2f}  {summary(result)}", flush=True)
 
+    def file(self, folder: Path) -> Path:
+        name = folder.name.removesuffix(f"-{self.args.base.name}")
+        return self.args.out.with_name(f"{self.args.out.name}-{name}.json")
+
     def run(self, folder: Path, which: str) -> None:
         """All points of one SFT run, into one file that grows with them."""
         sft = json.loads(self.there(folder / "sft.json").read_text())
@@ -202,16 +220,15 @@ class Evaluation:
         with torch.enable_grad():
             changes = {point.name: swapper.change(point) for point in wanted if point.tensors}
         tuned.to(lab.device())
-        out = self.args.out.with_name(f"{self.args.out.name}-{folder.name.split('-')[0]}.json")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if out.exists() and (earlier := json.loads(out.read_text()))["probe"] == found["probe"]:
-            found["points"] |= earlier["points"]  # measured already
+        out = self.file(folder)
+        if out.exists() and (earlier := json.loads(out.read_text())) | {"points": found["points"]} == found:
+            found["points"] |= earlier["points"]  # measured already, of the same models
         for point in wanted:
             if point.name in found["points"]:
                 continue
             with swapper.swapped(changes[point.name]) if point.name in changes else nullcontext():
                 found["points"][point.name] = self.measure(tuned)
-            out.write_text(as_text(found))
+            lab.write(out, as_text(found))
             self.say(f"{folder.name} {point.name}", found["points"][point.name])
 
 
@@ -220,9 +237,8 @@ def main() -> None:
     args = options().parse_args()
     repeat_keys_in_float32()
     evaluation = Evaluation(args)
-    for run in args.runs:
-        folder, _, which = run.rpartition(":")
-        evaluation.run(Path(folder), which)
+    for folder, which in args.runs:
+        evaluation.run(folder, which)
 
 
 def summary(result: dict) -> str:
@@ -231,7 +247,9 @@ def summary(result: dict) -> str:
         cell = by_length.setdefault((task, length), [0, 0])
         cell[0] += count
         cell[1] += hits
-    return " ".join(f"{task[:6]}@{length}:{hits / count:.2f}" for (task, length), (count, hits) in by_length.items())
+    return " ".join(
+        f"{SHORT.get(task, task)}@{length}:{hits / count:.2f}" for (task, length), (count, hits) in by_length.items()
+    )
 
 
 def as_text(data) -> str:

@@ -1,6 +1,6 @@
 """Stage 4, tables and figures from the results.
 
-python recipes/amnesia-lab/figures.py
+python recipes/amnesia-lab/figures.py [--results runs/results]
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from tables import (
     over_lengths,
     over_seeds,
     read,
+    restored,
     share,
     skill,
     strongest,
@@ -106,16 +107,23 @@ def attention(results, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=HERE / "results")
-    parser.add_argument("--out", type=Path, default=HERE / "figures")
-    parser.add_argument("--readme", type=Path, default=HERE / "README.md")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="the lab's own unless given")
+    parser.add_argument("--out", type=Path, help="folder of figures and tables.md, <results>/figures unless given")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    full = list(read(args.results)["one"]["full"].values())
-    recall(full, args.out / "recall.png")
-    tradeoff(gridded(full) or full, args.out / "tradeoff.png")
-    attention(full, args.out / "attention.png")
-    args.readme.write_text(write_into(args.readme.read_text(), all_tables(args.results)))
+    own = args.results == HERE / "results"
+    out = args.out or (HERE if own else args.results) / "figures"
+    full = restored(read(args.results), "one")
+    if not full:
+        raise SystemExit(f"{args.results} holds no one-SEED-full.json with a restored point; evaluate.py writes them")
+    out.mkdir(parents=True, exist_ok=True)
+    recall(full, out / "recall.png")
+    tradeoff(gridded(full) or full, out / "tradeoff.png")
+    attention(full, out / "attention.png")
+    tables = all_tables(args.results)
+    if own:
+        (HERE / "README.md").write_text(write_into((HERE / "README.md").read_text(), tables))
+    else:  # the lab's README stays its own
+        (out / "tables.md").write_text("\n\n".join(f"## {name}\n\n{rows}" for name, rows in tables.items()) + "\n")
 
 
 if __name__ == "__main__":

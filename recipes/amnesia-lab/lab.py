@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 DEMO = Path(__file__).parents[1] / "demo"
@@ -20,11 +22,36 @@ LAYERS = "LLLALL"  # L lightning, A softmax: one layer carries all exact retriev
 POSITIONS = 131072  # nothing depends on it (no position encoding); it bounds what a prober accepts
 
 
-def write_json(path: Path, data) -> None:
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def parser(text: str | None) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(description=text, formatter_class=Help)
+
+
+def write(path: Path, text: str) -> None:
     """All of it or nothing: other stages may be waiting for the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(data, indent=1) + "\n")
+    part.write_text(text)
     part.rename(path)
+
+
+def write_json(path: Path, data) -> None:
+    write(path, json.dumps(data, indent=1) + "\n")
+
+
+def made(path: Path, settings: Mapping) -> bool:
+    """Whether a stage has written `path`, with these settings; ends the program where they were others."""
+    if not path.exists():
+        return False
+    found = json.loads(path.read_text())
+    if others := {k: found.get(k) for k, v in settings.items() if found.get(k) != v}:
+        raise SystemExit(
+            f"{path} was made with {others}, not with { {k: settings[k] for k in others} }; name another --out"
+        )
+    return True
 
 
 def device() -> str:
@@ -33,6 +60,8 @@ def device() -> str:
 
 def load(folder):
     """The model of a folder in float32, in its fast form, on the CPU."""
+    if not Path(folder, "config.json").exists():
+        raise SystemExit(f"{folder} holds no model; pretrain.py --out {folder} makes one")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
     return speed_up(model).eval()
 

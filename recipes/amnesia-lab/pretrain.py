@@ -52,13 +52,19 @@ def train(model, batches: Batches, args) -> None:
             print(f"{step:6d}  {time.time() - begin:6.1f}s  {what:20s} {plain:.3f} {answer:.3f}", flush=True)
 
 
+def kinds(layers: str) -> str:
+    if not layers or set(layers) - set("LA"):
+        raise argparse.ArgumentTypeError(f"{layers!r} has other letters than L (lightning) and A (softmax)")
+    return layers
+
+
 def options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = lab.parser(__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=3760)
     parser.add_argument("--tokens", type=int, default=16384, help="tokens per step")
-    parser.add_argument("--layers", default=lab.LAYERS, help="L lightning, A softmax")
+    parser.add_argument("--layers", type=kinds, default=lab.LAYERS, help="L lightning, A softmax")
     parser.add_argument("--hidden", type=int, default=192)
     parser.add_argument("--heads", type=int, default=4, help="query heads; half as many key-value heads")
     parser.add_argument("--rope", type=float, help="rotary softmax layers with this theta instead of none")
@@ -67,8 +73,8 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--arithmetic", type=float, default=0.5, help="share of the steps on arithmetic")
     parser.add_argument("--exam", type=float, default=0.02, help="share of arithmetic rows in exam style")
     parser.add_argument("--right", type=float, default=1.0, help="how often a line of exam-style work is right")
-    parser.add_argument("--style", choices=STYLES, default="tag", help="another style of the exam-style work ...")
-    parser.add_argument("--styled", type=float, default=0.0, help="... and the share of the work in it")
+    parser.add_argument("--style", choices=STYLES, default="tag", help="another style of the exam-style work")
+    parser.add_argument("--styled", type=float, default=0.0, help="share of the work in it")
     parser.add_argument("--size", type=int, default=300_000, help="tokens of text to draw batches from")
     parser.add_argument("--log", type=int, default=200, help="steps between log lines")
     return parser
@@ -77,10 +83,12 @@ def options() -> argparse.ArgumentParser:
 def main() -> None:
     args = options().parse_args()
     began = time.time()
+    record = {k: v for k, v in vars(args).items() if k not in ("out", "log")}
+    if lab.made(args.out / "pretrain.json", record):
+        return
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer(corpus(), lab.POSITIONS)
     tokenizer.save_pretrained(args.out)
-    record = {k: v for k, v in vars(args).items() if k not in ("out", "log")}
     lab.write_json(args.out / "settings.json", record)  # evaluate.py may be waiting for the tokenizer
     batches = Batches(tokenizer, lab.device(), args.seed, args.size)
     exam_pool(batches, args)

@@ -1,25 +1,28 @@
 """All stages for several seeds and ways of SFT at once, on the GPUs there are.
 
-    python recipes/amnesia-lab/run_all.py --out runs --results recipes/amnesia-lab/results
+    python recipes/amnesia-lab/run_all.py --out runs --results runs/results
 
 Small models leave most of a GPU idle, so every stage's processes run side by side (NVIDIA's multi-process service,
-where it can be started, lets their kernels overlap). Without a GPU the same commands work, one at a time and slowly.
-What lies finished in --out is not made again.
+where it can be started, lets their kernels overlap). What lies finished in --out is not made again. On a CPU run the
+stages one at a time instead.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-HERE = Path(__file__).parent
+import lab
+
+STAGES = ("pretrain", "sft", "evaluate")
 # name: options of sft.py, points of evaluate.py (a base's first run gets all of them)
 RUNS = {
     "full": (["--lr", "2e-3"], "short"),
@@ -30,30 +33,30 @@ RUNS = {
     "gentle": (["--lr", "3e-4"], "short"),
     "tag": (["--style", "tag", "--lr", "1e-3"], "short"),
 }
-# Other architectures: options of pretrain.py, how many of the seeds, and the runs made of it
+# Other architectures: options of pretrain.py, how many of the seeds, and the runs made of it whatever --runs says
 VARIANTS = {
     "two": (["--layers", "LLALLA"], 3, ("full",)),
     "rotary": (["--rope", "1e6"], 1, ("full",)),
-    "large": (["--hidden", "1024", "--heads", "16", "--lr", "5e-4"], 3, ("mild", "gentle")),
+    "large": (["--hidden", "1024", "--heads", "16", "--lr", "5e-4"], 3, ("gentle", "mild")),
 }
 
 
 class Stages:
-    """Processes side by side, each with a log of its own; what fails is reported and left out of later stages."""
+    """Processes side by side, each with a log of its own; none outlives this one."""
 
     def __init__(self, out: Path, deadline: float) -> None:
         self.out, self.began, self.deadline = out, time.time(), deadline
         out.mkdir(parents=True, exist_ok=True)
         self.running: dict[str, subprocess.Popen[bytes]] = {}
-        listing = shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
-        self.gpus, self.started = len(listing.stdout.splitlines()) if listing else 0, 0
+        self.gpus, self.started = gpus(), 0
+        self.failed: list[str] = []
 
     def start(self, name: str, script: str, *arguments: object) -> None:
         environment = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **os.environ}
-        if self.gpus > 1:  # in turn
-            environment["CUDA_VISIBLE_DEVICES"] = str(self.started % self.gpus)
+        if len(self.gpus) > 1:  # in turn
+            environment["CUDA_VISIBLE_DEVICES"] = self.gpus[self.started % len(self.gpus)]
             self.started += 1
-        command = [sys.executable, str(HERE / script), *map(str, arguments)]
+        command = [sys.executable, str(lab.HERE / script), *map(str, arguments)]
         with open(self.out / f"{name}.log", "wb") as log:
             self.running[name] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
@@ -66,12 +69,31 @@ class Stages:
                 break
             time.sleep(0.2)
         for name, process in ended.items():
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-            del self.running[name]
-            print(f"{time.time() - self.began:6.0f}s  {name}  {process.returncode or 'done'}", flush=True)
+            code = self.end(name)
+            what = f"failed ({code}), see {self.out / name}.log" if code else "done"
+            print(f"{time.time() - self.began:6.0f}s  {name}  {what}", flush=True)
+            self.failed += [name] if process.returncode else []
         return {name: process.returncode == 0 for name, process in ended.items()}
+
+    def end(self, name: str) -> int:
+        process = self.running.pop(name)
+        if process.poll() is None:
+            process.kill()
+        return process.wait()
+
+    def end_all(self, prefix: str = "") -> None:
+        for name in [name for name in self.running if name.startswith(prefix)]:
+            self.end(name)
+
+
+def gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES may be set to, one GPU each."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name]
+    listing = shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+    return (
+        [str(i) for i in range(sum(line.startswith("GPU") for line in listing.stdout.splitlines()))] if listing else []
+    )
 
 
 @contextmanager
@@ -96,53 +118,69 @@ def overlapping_kernels():
 
 
 def plan(
-    seeds: list[int], runs: list[str], variants: list[str], quick: list[str]
-) -> dict[str, tuple[list[str], int, tuple[str, ...]]]:
+    seeds: list[int], runs: list[str], variants: list[str]
+) -> Mapping[str, tuple[list[str], int, tuple[str, ...]]]:
     """Bases by name: options of pretrain.py, seed, and the runs to make of it."""
-    bases = {f"one-{seed}": ([], seed, tuple(runs)) for seed in seeds}
+    bases: dict[str, tuple[list[str], int, tuple[str, ...]]] = {
+        f"one-{seed}": ([], seed, tuple(runs)) for seed in seeds
+    }
     for name in variants:
         extra, count, made = VARIANTS[name]
         bases |= {f"{name}-{seed}": (extra, seed, made) for seed in seeds[:count]}
-    return {name: ([*extra, *quick], seed, made) for name, (extra, seed, made) in bases.items()}
+    return bases
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options():
+    parser = lab.parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for models and logs")
     parser.add_argument("--results", type=Path, required=True, help="folder for the JSON files")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--runs", nargs="+", default=list(RUNS))
-    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), help="ways of SFT of the LLLALL bases")
+    several = ", ".join(f"{name} (first {n} seeds; {', '.join(runs)})" for name, (_, n, runs) in VARIANTS.items())
+    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS), help=several)
     parser.add_argument("--deadline", type=float, default=3600, help="seconds, then what still runs is ended")
-    parser.add_argument(
-        "--pretrain", nargs=argparse.REMAINDER, default=[], help="further options of pretrain.py, last"
-    )
-    args = parser.parse_args()
-    bases = plan(args.seeds, args.runs, args.variants, args.pretrain)
-    stages = Stages(args.out, args.deadline)
+    for stage in STAGES:
+        text = f"further options of {stage}.py, in one word: '--steps 100'"
+        parser.add_argument(f"--{stage}", type=str.split, default=[], metavar="OPTIONS", help=text)
+    return parser
+
+
+def run(args, stages: Stages) -> None:
+    bases = plan(args.seeds, args.runs, args.variants)
 
     def tune(base: str) -> None:
-        for run in bases[base][2]:
-            made = args.out / f"{run}-{base}"
-            if not (made / "sft.json").exists():
-                where = ["--base", args.out / base, "--out", made, "--seed", bases[base][1]]
-                stages.start(made.name, "sft.py", *where, *RUNS[run][0])
+        _, seed, runs = bases[base]
+        for name in runs:
+            made = args.out / f"{name}-{base}"
+            where = ["--base", args.out / base, "--out", made, "--seed", seed]
+            stages.start(made.name, "sft.py", *where, *RUNS[name][0], *args.sft)
 
+    for base, (extra, seed, runs) in bases.items():
+        stages.start(base, "pretrain.py", "--out", args.out / base, "--seed", seed, *extra, *args.pretrain)
+        where = ["--base", args.out / base, "--out", args.results / base, "--wait", args.deadline, *args.evaluate]
+        for part in filter(None, (runs[:1], runs[1:])):
+            which = {name: "all" if name == runs[0] else RUNS[name][1] for name in part}
+            folders = [f"{args.out / name}-{base}:{points}" for name, points in which.items()]
+            stages.start(f"evaluate-{base}-{part[0]}", "evaluate.py", *where, "--runs", *folders)
+    while stages.running:
+        for name, well in stages.finished().items():
+            if well and name in bases:
+                tune(name)
+            elif not well and not name.startswith("evaluate-"):  # nobody waits for what will not come
+                stages.end_all(f"evaluate-{name if name in bases else name.partition('-')[2]}-")
+
+
+def main() -> None:
+    args = options().parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    stages = Stages(args.out, args.deadline)
     with overlapping_kernels():
-        for base, (extra, seed, runs) in bases.items():
-            if (args.out / base / "pretrain.json").exists():
-                tune(base)
-            else:
-                stages.start(base, "pretrain.py", "--out", args.out / base, "--seed", seed, *extra)
-            where = ["--base", args.out / base, "--out", args.results / base, "--wait", args.deadline]
-            for part in filter(None, (runs[:1], runs[1:])):
-                which = {run: "all" if run == runs[0] else RUNS[run][1] for run in part}
-                folders = [f"{args.out / run}-{base}:{points}" for run, points in which.items()]
-                stages.start(f"evaluate-{base}-{part[0]}", "evaluate.py", *where, "--runs", *folders)
-        while stages.running:
-            for name, well in stages.finished().items():
-                if well and name in bases:
-                    tune(name)
+        try:
+            run(args, stages)
+        finally:
+            stages.end_all()
+    if stages.failed:
+        raise SystemExit(f"failed: {', '.join(stages.failed)}; started again, what is finished is not made again")
 
 
 if __name__ == "__main__":

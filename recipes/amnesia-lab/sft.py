@@ -52,7 +52,7 @@ def rows(args) -> Dataset:
 
 
 def options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = lab.parser(__doc__)
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
@@ -67,6 +67,9 @@ def options() -> argparse.ArgumentParser:
 def main() -> None:
     args = options().parse_args()
     began = time.time()
+    record = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "out"}
+    if lab.made(args.out / "sft.json", record):
+        return
     gpu = lab.device() == "cuda"
     tokenizer, model = lab.load_tokenizer(args.base), lab.load(args.base)
     if args.way == "frozen":
@@ -104,7 +107,6 @@ def main() -> None:
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    record = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "out"}
     record |= {"losses": [[row["step"], row["loss"]] for row in trainer.state.log_history if "loss" in row]}
     record |= {"seconds": round(time.time() - began, 1), "device": torch.cuda.get_device_name() if gpu else "CPU"}
     lab.write_json(args.out / "sft.json", record)

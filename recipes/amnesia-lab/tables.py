@@ -11,6 +11,7 @@ from statistics import mean, stdev
 HERE = Path(__file__).parent
 TASKS = {"single_2": "S2", "multikey_1": "MK1", "multikey_2": "MK2"}
 NAMES = {"pre": "before SFT", "raw": "after SFT (raw)", "restore": "**Q and K restored**"}
+CONTROLS = ("Q only", "K only", "V only", "O only")
 WAYS = {
     "full": "SFT, 2e-3",
     "mild": "SFT, 1e-3",
@@ -25,7 +26,7 @@ BASES = {
     "one": ("LLLALL", "full"),
     "two": ("LLALLA", "full"),
     "rotary": ("LLLALL, rotary", "full"),
-    "large": ("LLLALL, 70 M, SFT at 1e-3", "mild"),
+    "large": ("LLLALL, 68 M, SFT at 3e-4", "gentle"),
 }
 Results = dict[str, dict[str, dict[int, dict]]]
 Value = Callable[[Mapping], float | None]
@@ -34,10 +35,13 @@ Value = Callable[[Mapping], float | None]
 def read(folder: Path) -> Results:
     """Results by kind of base ("one", "two", ...), run ("full", ...) and seed."""
     found: Results = {}
-    for path in sorted(folder.glob("*-*-*.json")):
-        base, seed, run = path.stem.split("-")
-        found.setdefault(base, {}).setdefault(run, {})[int(seed)] = json.loads(path.read_text())
-    return found
+    for path in folder.glob("*.json"):
+        if name := re.fullmatch(r"([a-z]+)-(\d+)-(.+)", path.stem):
+            base, seed, run = name.groups()
+            found.setdefault(base, {}).setdefault(run, {})[int(seed)] = json.loads(path.read_text())
+    return {
+        base: {run: dict(sorted(s.items())) for run, s in sorted(runs.items())} for base, runs in sorted(found.items())
+    }
 
 
 def share(point: Mapping, task: str, **only: float) -> float | None:
@@ -104,6 +108,11 @@ def measured(results: Sequence[Mapping]) -> list[str]:
     return [name for name in results[0]["points"] if all(name in r["points"] for r in results)]
 
 
+def restored(results: Results, kind: str) -> list[Mapping]:
+    """Those of a kind of base whose run with every point has come as far as restoring."""
+    return [r for r in results.get(kind, {}).get(BASES[kind][1], {}).values() if "restore" in r["points"]]
+
+
 def gridded(results: Iterable[Mapping]) -> list[Mapping]:
     """Those with every restore, not only the first and the controls."""
     return [r for r in results if "procrustes" in r["points"]]
@@ -114,7 +123,7 @@ def lengths_table(results: Sequence[Mapping]) -> str:
     columns = common_lengths(results)
     rows = []
     for task, short in TASKS.items():
-        for name in measured(results):
+        for name in filter(measured(results).__contains__, (*NAMES, *CONTROLS)):
             have = able(results, task)
             values = (over_seeds(have, name, lambda p, t=task, n=n: share(p, t, length=n)) for n in columns)
             rows.append([short, NAMES.get(name, name), *map(cell, values)])
@@ -141,6 +150,8 @@ def bases_table(results: Results) -> str:
     rows = []
     for kind, (label, run) in BASES.items():
         for seed, result in results.get(kind, {}).get(run, {}).items():
+            if "restore" not in result["points"]:
+                continue
             columns = common_lengths([result])
             row = [f"{label}, seed {seed}"]
             for value in (*(lambda p, t=t, c=columns: over_lengths(p, t, c) for t in TASKS), skill):
@@ -219,8 +230,15 @@ def control_table(results: Sequence[Mapping]) -> str:
     for label, name, same in control_rows(results, measured(results)):
         shares = (over_seeds(same, name, lambda p, t=t: over_lengths(p, t, columns)) for t in TASKS)
         values = (*shares, over_seeds(same, name, answer_logprob), over_seeds(same, name, skill))
-        rows.append([label, *map(cell, values), drift(same, 3) if name == "raw" else ""])
-    return table(["over all lengths", *TASKS.values(), "log-probability", "skill", "drift Q / K"], rows)
+        row = [label, *map(cell, values), cell(over_seeds(same, name, needle_mass), 3)]
+        rows.append([*row, drift(same, 3) if name == "raw" else ""])
+    head = ["over all lengths", *TASKS.values(), "log-probability", "skill", "on the needle", "drift Q / K"]
+    return table(head, rows)
+
+
+def needle_mass(point: Mapping) -> float | None:
+    """Attention mass on the needle, mean over heads and lengths; None where attention was not watched."""
+    return mean(row[1] for row in point["attention_mean"]) if "attention_mean" in point else None
 
 
 def answer_logprob(point: Mapping) -> float:
@@ -249,12 +267,12 @@ def all_tables(folder: Path) -> dict[str, str]:
     """Every table by the name of its markers; only those that there are results for."""
     results = read(folder)
     out = {}
-    if full := list(results.get("one", {}).get("full", {}).values()):
+    if full := restored(results, "one"):
         tables = (lengths_table, depth_table, attention_table)
         out = {f.__name__.removesuffix("_table"): f(full) for f in tables}
         out |= {"bases": bases_table(results), "ways": ways_table(results["one"])}
-    for kind, runs in results.items():
-        if grid := gridded(runs.get(BASES[kind][1], {}).values()):
+    for kind in filter(results.__contains__, BASES):
+        if grid := gridded(restored(results, kind)):
             out[f"points-{kind}"] = points_table(grid)
     if large := results.get("large"):
         out["ways-large"] = ways_table(large)

@@ -1,19 +1,21 @@
 """The callback on real GPUs: a random llama in bf16 under ZeRO-3 and NCCL, with and without the guard.
 
-    torchrun --standalone --nproc_per_node 2 -m tests.benchmarks.bench_gpu [HIDDEN] [LAYERS] [STEPS]
+    python -m tests.benchmarks.bench_gpu [HIDDEN] [LAYERS] [STEPS] [--ranks 2]
 
-Four runs in one launch, deterministic kernels: without the guard, with it (drift every step, routing drift every 4),
-without it again as the control, and with it and its default probes. Prints, on rank 0, one line of JSON: seconds of
-each run and of its steps, what the guard says it took, GPU memory, and whether losses, gradient norms and saved
-weights are bit-identical. The restored checkpoint is judged by the hand-written oracle.
+Deterministic kernels, and every run a launch of its own (DeepSpeed leaves memory and hooks behind, and each run after
+another in one process is slower): without the guard, with it (drift every step, routing drift every 4), without it
+again as the control, and with it and its default probes. Prints one line of JSON: seconds of each run and of its
+steps, what the guard says it took, GPU memory, and whether losses, gradient norms and saved weights are bit-identical.
+The restored checkpoint is judged by the hand-written oracle.
 """
 
 from __future__ import annotations
 
-import gc
+import argparse
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -22,7 +24,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from datasets import Dataset
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers import default_data_collator as collate
 
 import qkguard
@@ -67,9 +77,56 @@ def probes(guard: QKGuardCallback, run: Path, steps: int) -> dict[str, object]:
     }
 
 
-def main(hidden: int = 2048, layers: int = 16, steps: int = 12) -> None:
-    rank = int(os.environ["RANK"])
-    folder = Path(tempfile.gettempdir()) / "qkguard-bench-gpu"
+def train(name: str, folder: Path, steps: int) -> dict[str, object]:
+    """One run on the ranks of this launch; what rank 0 saw of it."""
+    import deepspeed
+
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed("nccl", verbose=False)
+    torch.use_deterministic_algorithms(True)  # to only warn would leave attention's backward pass as it is
+    rows = torch.randint(0, 32000, (steps * 4, 2048), generator=torch.Generator().manual_seed(1)).tolist()
+    args = TrainingArguments(
+        output_dir=str(folder / name),
+        max_steps=steps,
+        save_steps=steps,
+        save_only_model=True,
+        logging_steps=1,
+        per_device_train_batch_size=2,
+        learning_rate=1e-4,
+        bf16=True,
+        gradient_checkpointing=True,
+        report_to=[],
+        disable_tqdm=True,
+        deepspeed=deepspeed_config(3, tight=False),
+        optim="adamw_torch",
+    )
+    model = LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
+    clock, recorder = Clock(), Recorder()
+    guard = None if RUNS[name] is None else QKGuardCallback(**RUNS[name])
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_list([{"input_ids": r, "labels": r} for r in rows]),
+        callbacks=[clock, recorder, *([guard] if guard else [])],
+        processing_class=AutoTokenizer.from_pretrained(TOKENIZER),
+        data_collator=collate,  # the tokenizer's own would add masks
+    )
+    trainer.remove_callback(PrinterCallback)
+    torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    trainer.train()
+    found = {"rows": recorder.rows, "seconds": clock.seconds(began), "gpu_gb": torch.cuda.max_memory_allocated() / 1e9}
+    if guard:
+        found["reference_mb"] = guard.session.reference.nbytes / 1e6
+        if guard.session.probing.prober is not None:
+            found["probes"] = probes(guard, folder / name, steps)
+    found |= {"device": torch.cuda.get_device_name(), "ranks": dist.get_world_size()}
+    dist.barrier()
+    dist.destroy_process_group()
+    return found
+
+
+def save_base(folder: Path, hidden: int, layers: int) -> None:
     config = LlamaConfig(
         hidden_size=hidden,
         intermediate_size=hidden * 4,
@@ -80,97 +137,82 @@ def main(hidden: int = 2048, layers: int = 16, steps: int = 12) -> None:
         max_position_embeddings=4096,
     )
     torch.manual_seed(0)
-    if rank == 0:
-        with torch.device("cuda"):
-            model = LlamaForCausalLM(config).to(torch.bfloat16)
-        model.save_pretrained(folder / "base")
-        print("parameters", sum(p.numel() for p in model.parameters()), flush=True)
-        del model
-    rows = torch.randint(0, 32000, (steps * 4, 2048), generator=torch.Generator().manual_seed(1)).tolist()
-    data = Dataset.from_list([{"input_ids": r, "labels": r} for r in rows])
-    report: dict[str, object] = {"device": torch.cuda.get_device_name(), "ranks": int(os.environ["WORLD_SIZE"])}
-    runs = {}
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass repeats only where nothing may warn
-    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    for name, settings in RUNS.items():
-        args = TrainingArguments(
-            output_dir=str(folder / name),
-            max_steps=steps,
-            save_steps=steps,
-            save_only_model=True,
-            logging_steps=1,
-            per_device_train_batch_size=2,
-            learning_rate=1e-4,
-            bf16=True,
-            gradient_checkpointing=True,
-            report_to=[],
-            disable_tqdm=True,
-            deepspeed=deepspeed_config(3, tight=False),
-            optim="adamw_torch",
-        )
-        dist.barrier()
-        model = LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
-        clock, recorder = Clock(), Recorder()
-        guard = None if settings is None else QKGuardCallback(**settings)
-        callbacks = [clock, recorder, *([guard] if guard else [])]
-        torch.cuda.reset_peak_memory_stats()
-        given = {"processing_class": tokenizer, "data_collator": collate}  # a tokenizer's own would add masks
-        trainer = Trainer(model=model, args=args, train_dataset=data, callbacks=callbacks, **given)
-        began = time.perf_counter()
-        trainer.train()
-        runs[name] = (recorder.rows, clock.seconds(began), torch.cuda.max_memory_allocated() / 1e9)
-        trainer.accelerator.free_memory()
-        if guard:
-            report["reference_mb_this_rank"] = guard.session.reference.nbytes / 1e6
-        if guard and rank == 0 and guard.session.probing.prober is not None:
-            report["probes"] = probes(guard, folder / name, steps)
-        del model, trainer, guard, callbacks
-        gc.collect()
-        torch.cuda.empty_cache()
-    if rank == 0:
-        raws = {name: folder / name / f"checkpoint-{steps}" for name in runs}
-        bits = {name: judge.weights_in_bits(raw) for name, raw in raws.items()}
-        same = {
-            n: {"losses and norms": runs[n][0] == runs["plain"][0], "weights": bits[n] == bits["plain"]}
-            for n in runs
-            if n != "plain"
-        }
-        raw = raws["guarded"]
-        judge.judge_restored("llama", folder / "base", raw, raw / "qk_restored", torch.bfloat16)
-        rows = judge.metrics_rows(folder / "guarded")
-        drift = [r for r in rows if "qkguard/drift/q_rel" in r]
-        for part in "qk":
-            for layer, want in judge.drift_by_layer(
-                "llama", part, folder / "base", raw, torch.bfloat16, floor=0
-            ).items():
-                got = drift[-1][f"qkguard/drift/layer_{layer}/{part}_rel"]
-                assert abs(got / want - 1) < 1e-6, (layer, part, got, want)
-        took = {routing: [] for routing in (False, True)}
-        for row in drift[1:-1]:
-            took["qkguard/drift/routing_rel" in row].append(row["qkguard/overhead/drift_seconds"])
-        report |= {
-            "seconds": {name: run[1] for name, run in runs.items()},
-            "gpu_gb": {name: run[2] for name, run in runs.items()},
-            "drift_s": statistics.median(took[False]),
-            "drift_and_routing_s": statistics.median(took[True]),
-            "save_s": next(r["qkguard/overhead/save_seconds"] for r in rows if "qkguard/overhead/save_seconds" in r),
-            "bit_identical_to_plain": same,
-            "q_rel": drift[-1]["qkguard/drift/q_rel"],
-        }
-        print(json.dumps(report), flush=True)
-        assert "probes" in report, "the probed run had no probes"
-        if all(same["again"].values()):  # else the kernels themselves do not repeat
-            assert all(value for found in same.values() for value in found.values())
-    dist.barrier()
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    print("parameters", model.num_parameters(), flush=True)
+    model.save_pretrained(folder / "base")
+    del model
+    torch.cuda.empty_cache()
+
+
+def judged(folder: Path, raw: Path) -> list[dict]:
+    """The guarded run's rows of metrics, after its restored checkpoint and last drift were recomputed."""
+    judge.judge_restored("llama", folder / "base", raw, raw / "qk_restored", torch.bfloat16)
+    rows = judge.metrics_rows(folder / "guarded")
+    last = [r for r in rows if "qkguard/drift/q_rel" in r][-1]
+    for part in "qk":
+        drift = judge.drift_by_layer("llama", part, folder / "base", raw, torch.bfloat16, floor=0)
+        for layer, want in drift.items():
+            got = last[f"qkguard/drift/layer_{layer}/{part}_rel"]
+            assert abs(got / want - 1) < 1e-6, (layer, part, got, want)
+    return rows
+
+
+def main(hidden: int, layers: int, steps: int, ranks: int) -> None:
+    with tempfile.TemporaryDirectory(prefix="qkguard-bench-gpu-") as name:
+        folder = Path(name)
+        save_base(folder, hidden, layers)
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
+        for run in RUNS:
+            command = [
+                *launch,
+                "tests.benchmarks.bench_gpu",
+                "--only",
+                run,
+                "--folder",
+                name,
+                *map(str, (hidden, layers, steps)),
+            ]
+            subprocess.run(command, check=True, timeout=900)
+        found = {run: json.loads((folder / f"{run}.json").read_text()) for run in RUNS}
+        bits = {run: judge.weights_in_bits(folder / run / f"checkpoint-{steps}") for run in RUNS}
+        rows = judged(folder, folder / "guarded" / f"checkpoint-{steps}")
+    took: dict[bool, list[float]] = {False: [], True: []}
+    for row in [r for r in rows if "qkguard/drift/q_rel" in r][1:-1]:
+        took["qkguard/drift/routing_rel" in row].append(row["qkguard/overhead/drift_seconds"])
+    same = {
+        run: {"losses and norms": one["rows"] == found["plain"]["rows"], "weights": bits[run] == bits["plain"]}
+        for run, one in found.items()
+        if run != "plain"
+    }
+    report = {
+        **{key: found["guarded"][key] for key in ("device", "ranks", "reference_mb")},
+        **{key: {run: one[key] for run, one in found.items()} for key in ("seconds", "gpu_gb")},
+        "drift_s": statistics.median(took[False]),
+        "drift_and_routing_s": statistics.median(took[True]),
+        "save_s": next(r["qkguard/overhead/save_seconds"] for r in rows if "qkguard/overhead/save_seconds" in r),
+        "probes": found["probed"]["probes"],
+        "bit_identical_to_plain": same,
+    }
+    print(json.dumps(report), flush=True)
+    if all(same["again"].values()):  # else the kernels themselves do not repeat
+        assert all(value for run in same.values() for value in run.values())
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("hidden", type=int, nargs="?", default=2048)
+    parser.add_argument("layers", type=int, nargs="?", default=16)
+    parser.add_argument("steps", type=int, nargs="?", default=60)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--only", choices=RUNS, help="one of the launches that this script makes")
+    parser.add_argument("--folder", type=Path)
+    given = vars(parser.parse_args())
+    run, folder = given.pop("only"), given.pop("folder")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS may differ from run to run
-
-    import deepspeed
-
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed("nccl", verbose=False)
-    main(*map(int, sys.argv[1:]))
-    dist.destroy_process_group()
+    if run:
+        result = train(run, folder, given["steps"])
+        if os.environ["RANK"] == "0":
+            (folder / f"{run}.json").write_text(json.dumps(result))
+    else:
+        main(**given)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from copy import deepcopy
@@ -23,7 +25,7 @@ from tests.probing import CHATML, bpe_tokenizer
 
 LAB = Path(__file__).parents[2] / "recipes" / "amnesia-lab"
 MODULES = ("fast", "lab", "tables", "text", "word_problems", "data", "model", "schedule", "tokenizer")
-STAGES = ("pretrain", "sft", "evaluate", "figures", "control")
+STAGES = ("pretrain", "sft", "evaluate", "figures", "control", "run_all")
 
 
 @pytest.fixture(scope="module")
@@ -136,14 +138,13 @@ def test_the_control_goes_on_where_it_stopped(lab: Any, tmp_path: Path, monkeypa
 
 def test_every_stage_runs_at_toy_size(lab: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, run, results = tmp_path / "one-0", tmp_path / "full-one-0", tmp_path / "results"
-    readme = tmp_path / "README.md"
-    readme.write_text("<!-- bases -->\n<!-- /bases -->\n")
     probe = "--lengths 200 --far --depths 1 --samples 1 --problems 1 --tasks single_2"
+    evaluate = f"evaluate --base {base} --runs {run}:pair --out {results}/one-0 {probe}"
     for line in (
         f"pretrain --out {base} --steps 3 --tokens 512 --size 8000 --longest 128",
         f"sft --base {base} --out {run} --steps 2 --batch 2",
-        f"evaluate --base {base} --runs {run}:pair --out {results}/one-0 {probe}",
-        f"figures --results {results} --out {tmp_path}/figures --readme {readme}",
+        evaluate,
+        f"figures --results {results}",
     ):
         monkeypatch.setattr(sys, "argv", line.split())
         import_module(sys.argv[0]).main()
@@ -151,8 +152,55 @@ def test_every_stage_runs_at_toy_size(lab: Any, tmp_path: Path, monkeypatch: pyt
     assert list(found["points"]) == ["pre", "raw", "restore"] and found["sft"]["style"] == "word"
     assert all(v > 0 for values in found["drift"].values() for v in values)
     assert [row[:4] for row in found["points"]["raw"]["recall"]] == [["single_2", 200, 0.5, 1]]
-    assert "| LLLALL, seed 0 | 0.00 / 0.00 / 0.00 |" in readme.read_text()
-    assert len(list((tmp_path / "figures").glob("*.png"))) == 3
+    assert "| LLLALL, seed 0 | 0.00 / 0.00 / 0.00 |" in (results / "figures" / "tables.md").read_text()
+    assert len(list((results / "figures").glob("*.png"))) == 3
+    found["points"]["raw"]["skill"] = 9.0  # what is measured is kept, unless it was another model's
+    for lr, kept in ((found["sft"]["lr"], True), (1.0, False)):
+        (results / "one-0-full.json").write_text(json.dumps(found | {"sft": found["sft"] | {"lr": lr}}))
+        monkeypatch.setattr(sys, "argv", evaluate.split())
+        import_module("evaluate").main()
+        again = json.loads((results / "one-0-full.json").read_text())
+        assert (again["points"]["raw"]["skill"] == 9.0) == kept and again["sft"]["lr"] == found["sft"]["lr"]
+
+
+@pytest.mark.slow
+def test_all_stages_in_one_command(lab: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    probe = "--lengths 200 --far --depths 1 --samples 1 --problems 1 --tasks single_2"
+    run_all = f"run_all --out {tmp_path}/out --results {tmp_path}/results --seeds 5 --runs frozen --variants".split()
+    run_all += ["--pretrain", "--steps 2 --tokens 512 --size 8000 --longest 128 --hidden 32"]
+    run_all += ["--sft", "--steps 1 --batch 2", "--evaluate", probe]
+    monkeypatch.setattr(sys, "argv", run_all)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the test run's own handler stays
+    import_module("run_all").main()
+    found = json.loads((tmp_path / "results/one-5-frozen.json").read_text())
+    assert found["drift"]["q_proj"] == [0.0] and found["drift"]["v_proj"] > [0.0] and "procrustes" in found["points"]
+
+
+def test_what_fails_ends_what_waits_for_it(
+    lab: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lab.lab.write_json(tmp_path / "one-5/pretrain.json", {"seed": 4})  # a base of other settings
+    line = f"run_all --out {tmp_path} --results {tmp_path} --seeds 5 --runs frozen --variants"
+    monkeypatch.setattr(sys, "argv", line.split())
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit, match=r"^failed: one-5; started again"):  # long before the deadline
+        import_module("run_all").main()
+    assert f"one-5  failed (1), see {tmp_path}/one-5.log" in capsys.readouterr().out
+    assert "name another --out" in (tmp_path / "one-5.log").read_text()
+    assert not list(tmp_path.glob("one-5-*.json"))
+
+
+def test_settings_are_checked_before_any_work(lab: Any, tmp_path: Path) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="raw, pair, short, all"):
+        import_module("evaluate").run("folder:everything")
+    with pytest.raises(argparse.ArgumentTypeError, match="other letters than L"):
+        import_module("pretrain").kinds("LLXL")
+    with pytest.raises(SystemExit, match=r"holds no model; pretrain\.py"):
+        lab.lab.load(tmp_path)
+    lab.lab.write_json(tmp_path / "sft.json", {"lr": 1e-3})
+    assert lab.lab.made(tmp_path / "sft.json", {"lr": 1e-3}) and not lab.lab.made(tmp_path / "none.json", {})
+    with pytest.raises(SystemExit, match="name another --out"):
+        lab.lab.made(tmp_path / "sft.json", {"lr": 2e-3})
 
 
 def test_the_readme_shows_what_the_results_say(lab: Any) -> None:
