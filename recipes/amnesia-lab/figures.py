@@ -39,6 +39,7 @@ LINES = {
     "V only": ("V alone", "#e67e22"),
     "O only": ("O alone", "#f1c40f"),
 }
+MARKERS = {"qk-pro": "s", "interpolate": "^", "procrustes": "D", "Q+K+V+O": "P"}  # by the start of a point's name
 
 
 def figure(columns: int):
@@ -79,17 +80,20 @@ def recall(results, path: Path) -> None:
 def tradeoff(results, path: Path) -> None:
     """Recall on all tasks and lengths against skill, every point."""
     made, (ax,) = figure(1)
+    made.set_size_inches(8, 4.6)
     xs = common_lengths(results)
     for name in measured(results):
         x = mean(v for v in over_seeds(results, name, skill) if v is not None)
         by_task = [over_seeds(able(results, t), name, lambda p, t=t: over_lengths(p, t, xs)) for t in TASKS]
         if not (known_tasks := [mean(v or 0.0 for v in values) for values in by_task if values]):
             continue
-        y = mean(known_tasks)
-        known = LINES.get(name)
-        ax.plot(x, y, "o", color=known[1] if known else "#555555", markersize=8 if known else 5)
-        ax.annotate(known[0] if known else name, (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
+        label, color = LINES.get(name, (name, None))
+        marker = next((m for start, m in MARKERS.items() if name.startswith(start)), "o")
+        # Hollow and larger where another point may lie beneath
+        size, face = (8, color) if color else (11, "none")
+        ax.plot(x, mean(known_tasks), marker, color=color, markerfacecolor=face, markersize=size, label=label)
     ax.set(xlabel="skill (final answers right)", ylabel="recall, all tasks and lengths")
+    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
     made.savefig(path, dpi=110)
 
 

@@ -90,10 +90,10 @@ def gpus() -> list[str]:
     """What CUDA_VISIBLE_DEVICES may be set to, one GPU each."""
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name]
-    listing = shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
-    return (
-        [str(i) for i in range(sum(line.startswith("GPU") for line in listing.stdout.splitlines()))] if listing else []
-    )
+    if shutil.which("nvidia-smi") is None:
+        return []
+    listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout.splitlines()
+    return [str(i) for i in range(sum(line.startswith("GPU") for line in listing))]
 
 
 @contextmanager
