@@ -22,6 +22,7 @@ import torch
 from datasets import Dataset
 from evaluate import as_text, attention_rows, drift, recall_rows, summary
 from fast import repeat_keys_in_float32
+from tables import short
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 from word_problems import answer_of, word_problems
@@ -210,7 +211,7 @@ class Control:
         self.measure.heads = {tuple(row[:3]) for row in self.before["attention"]}
 
     def file(self, seed: int) -> Path:
-        return self.args.results / f"{self.args.lr:.0e}-{seed}.json"
+        return self.args.results / f"{short(self.args.lr)}-{seed}.json"
 
     def earlier(self, seed: int) -> dict | None:
         """Results of this seed, of the same model on the same samples."""

@@ -144,10 +144,13 @@ def drift(base, tuned) -> dict[str, list[float]]:
 def final(run: Path) -> Path:
     """The tuned model of a run of `sft.py`, as a whole model."""
     folder = run / "_qkguard" / "final"
-    return next(f for f in (folder / "merged_raw", folder / "raw") if f.exists())
+    there = [f for f in (folder / "merged_raw", folder / "raw") if f.exists()]
+    if not there:
+        raise SystemExit(f"{folder} holds no model; sft.py --out {run} makes one")
+    return there[0]
 
 
-def run(text: str) -> tuple[Path, str]:
+def folder_and_points(text: str) -> tuple[Path, str]:
     folder, _, which = text.rpartition(":")
     if not folder or which not in POINTS:
         raise argparse.ArgumentTypeError(f"{text!r} is not FOLDER:POINTS with one of {', '.join(POINTS)}")
@@ -157,7 +160,9 @@ def run(text: str) -> tuple[Path, str]:
 def options() -> argparse.ArgumentParser:
     parser = lab.parser(__doc__)
     parser.add_argument("--base", type=Path, required=True)
-    parser.add_argument("--runs", type=run, nargs="+", required=True, metavar="FOLDER:POINTS", help=RUNS_HELP)
+    parser.add_argument(
+        "--runs", type=folder_and_points, nargs="+", required=True, metavar="FOLDER:POINTS", help=RUNS_HELP
+    )
     parser.add_argument("--out", type=Path, required=True, help="JSON files are named <out>-<folder, less -BASE>.json")
     parser.add_argument(
         "--wait", type=float, default=0, help="seconds to wait for models that are still in the making"
@@ -184,8 +189,23 @@ class Evaluation:
         self.pretrained = json.loads(self.there(args.base / "pretrain.json").read_text())
         base = lab.load(args.base).to(lab.device())
         self.measure.find_forms(base)
-        self.before = self.measure(base)
+        known = [found["points"]["pre"] for folder, _ in args.runs if (found := self.earlier(folder))]
+        self.before = known[0] if known else self.measure(base)
         self.say("before SFT", self.before)
+
+    def about(self) -> dict:
+        """The base and the samples."""
+        left_out = ("base", "runs", "out", "wait", "batch_tokens")
+        return {"base": self.pretrained, "probe": {k: v for k, v in vars(self.args).items() if k not in left_out}}
+
+    def earlier(self, folder: Path) -> dict | None:
+        """What is known of a run of `sft.py`; ends the program where it is of another base or other samples."""
+        if not (file := self.file(folder)).exists():
+            return None
+        found = json.loads(file.read_text())
+        if {k: found[k] for k in ("base", "probe")} != self.about():
+            raise SystemExit(f"{file} has the results of another base or other samples; name another --out")
+        return found
 
     def there(self, path: Path) -> Path:
         """The file, once it is written."""
@@ -207,28 +227,22 @@ class Evaluation:
         """All points of one SFT run, into one file that grows with them."""
         sft = json.loads(self.there(folder / "sft.json").read_text())
         base, tuned = lab.load(self.args.base), lab.load(final(folder))
-        probe = {k: v for k, v in vars(self.args).items() if k not in ("base", "runs", "out", "wait")}
-        found = {
-            "base": self.pretrained,
-            "sft": sft,
-            "probe": probe,
-            "drift": drift(base, tuned),
-            "points": {"pre": self.before},
-        }
+        about = self.about() | {"sft": sft, "drift": drift(base, tuned)}
+        earlier = self.earlier(folder) or about | {"points": {"pre": self.before}}
+        if any(earlier[k] != v for k, v in about.items()):
+            raise SystemExit(f"{self.file(folder)} has the results of another SFT; name another --out")
+        found = about | {"points": earlier["points"]}
         swapper = Swapper(tuned, open_folders(self.args.base, final(folder)))
         wanted = points(which, swapper.layers)
         with torch.enable_grad():
             changes = {point.name: swapper.change(point) for point in wanted if point.tensors}
         tuned.to(lab.device())
-        out = self.file(folder)
-        if out.exists() and (earlier := json.loads(out.read_text())) | {"points": found["points"]} == found:
-            found["points"] |= earlier["points"]  # measured already, of the same models
         for point in wanted:
             if point.name in found["points"]:
                 continue
             with swapper.swapped(changes[point.name]) if point.name in changes else nullcontext():
                 found["points"][point.name] = self.measure(tuned)
-            lab.write(out, as_text(found))
+            lab.write(self.file(folder), as_text(found))
             self.say(f"{folder.name} {point.name}", found["points"][point.name])
 
 

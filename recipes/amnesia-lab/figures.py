@@ -39,7 +39,13 @@ LINES = {
     "V only": ("V alone", "#e67e22"),
     "O only": ("O alone", "#f1c40f"),
 }
-MARKERS = {"qk-pro": "s", "interpolate": "^", "procrustes": "D", "Q+K+V+O": "P"}  # by the start of a point's name
+MARKERS = {
+    "interpolate alpha 0.5 aligned": "v",
+    "qk-pro": "s",
+    "interpolate": "^",
+    "procrustes": "D",
+    "Q+K+V+O": "P",
+}  # by the start of a point's name
 
 
 def figure(columns: int):
@@ -85,13 +91,22 @@ def tradeoff(results, path: Path) -> None:
     for name in measured(results):
         x = mean(v for v in over_seeds(results, name, skill) if v is not None)
         by_task = [over_seeds(able(results, t), name, lambda p, t=t: over_lengths(p, t, xs)) for t in TASKS]
-        if not (known_tasks := [mean(v or 0.0 for v in values) for values in by_task if values]):
+        shares = [[v for v in values if v is not None] for values in by_task]
+        if not any(shares):
             continue
         label, color = LINES.get(name, (name, None))
         marker = next((m for start, m in MARKERS.items() if name.startswith(start)), "o")
         # Hollow and larger where another point may lie beneath
         size, face = (8, color) if color else (11, "none")
-        ax.plot(x, mean(known_tasks), marker, color=color, markerfacecolor=face, markersize=size, label=label)
+        ax.plot(
+            x,
+            mean(mean(values) for values in shares if values),
+            marker,
+            color=color,
+            markerfacecolor=face,
+            markersize=size,
+            label=label,
+        )
     ax.set(xlabel="skill (final answers right)", ylabel="recall, all tasks and lengths")
     ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
     made.savefig(path, dpi=110)
@@ -114,7 +129,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=HERE / "results", help="the lab's own unless given")
     parser.add_argument("--out", type=Path, help="folder of figures and tables.md, <results>/figures unless given")
     args = parser.parse_args()
-    own = args.results == HERE / "results"
+    own = args.results.resolve() == (HERE / "results").resolve()
     out = args.out or (HERE if own else args.results) / "figures"
     full = restored(read(args.results), "one")
     if not full:

@@ -23,7 +23,10 @@ POSITIONS = 131072  # nothing depends on it (no position encoding); it bounds wh
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
+    """The text of the script as it is, and defaults where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def parser(text: str | None) -> argparse.ArgumentParser:
@@ -54,14 +57,19 @@ def made(path: Path, settings: Mapping) -> bool:
     return True
 
 
+def base(folder: Path) -> dict:
+    """What pretrain.py wrote of a base: which it is, wherever it lies."""
+    if not (folder / "pretrain.json").exists():
+        raise SystemExit(f"{folder} holds no base; pretrain.py --out {folder} makes one")
+    return json.loads((folder / "pretrain.json").read_text())
+
+
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load(folder):
     """The model of a folder in float32, in its fast form, on the CPU."""
-    if not Path(folder, "config.json").exists():
-        raise SystemExit(f"{folder} holds no model; pretrain.py --out {folder} makes one")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
     return speed_up(model).eval()
 

@@ -1,6 +1,6 @@
 """Stage 1, the base: a hybrid with one softmax layer, near-perfect recall and half of the skill.
 
-    python recipes/amnesia-lab/pretrain.py --out runs/base-0 --seed 0
+    python recipes/amnesia-lab/pretrain.py --out runs/one-0 --seed 0
 
 The data are the demo's (recipes/demo/data.py); a small share of the arithmetic is exam style already, so that the
 skill SFT is to sharpen exists before it.
@@ -52,10 +52,10 @@ def train(model, batches: Batches, args) -> None:
             print(f"{step:6d}  {time.time() - begin:6.1f}s  {what:20s} {plain:.3f} {answer:.3f}", flush=True)
 
 
-def kinds(layers: str) -> str:
-    if not layers or set(layers) - set("LA"):
-        raise argparse.ArgumentTypeError(f"{layers!r} has other letters than L (lightning) and A (softmax)")
-    return layers
+def layer_kinds(text: str) -> str:
+    if "A" not in text or set(text) - set("LA"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not made of L (lightning) and at least one A (softmax)")
+    return text
 
 
 def options() -> argparse.ArgumentParser:
@@ -64,7 +64,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=3760)
     parser.add_argument("--tokens", type=int, default=16384, help="tokens per step")
-    parser.add_argument("--layers", type=kinds, default=lab.LAYERS, help="L lightning, A softmax")
+    parser.add_argument("--layers", type=layer_kinds, default=lab.LAYERS, help="L lightning, A softmax")
     parser.add_argument("--hidden", type=int, default=192)
     parser.add_argument("--heads", type=int, default=4, help="query heads; half as many key-value heads")
     parser.add_argument("--rope", type=float, help="rotary softmax layers with this theta instead of none")

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,14 +49,15 @@ class Stages:
         self.out, self.began, self.deadline = out, time.time(), deadline
         out.mkdir(parents=True, exist_ok=True)
         self.running: dict[str, subprocess.Popen[bytes]] = {}
-        self.gpus, self.started = gpus(), 0
+        self.gpus = gpus()
+        self.started: Counter[str] = Counter()
         self.failed: list[str] = []
 
     def start(self, name: str, script: str, *arguments: object) -> None:
         environment = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **os.environ}
-        if len(self.gpus) > 1:  # in turn
-            environment["CUDA_VISIBLE_DEVICES"] = self.gpus[self.started % len(self.gpus)]
-            self.started += 1
+        if len(self.gpus) > 1:  # in turn, of each script
+            environment["CUDA_VISIBLE_DEVICES"] = self.gpus[self.started[script] % len(self.gpus)]
+            self.started[script] += 1
         command = [sys.executable, str(lab.HERE / script), *map(str, arguments)]
         with open(self.out / f"{name}.log", "wb") as log:
             self.running[name] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
@@ -64,16 +66,16 @@ class Stages:
         """Those that ended since the last call, and whether they ended well; waits for one."""
         while True:
             late = time.time() - self.began > self.deadline
-            ended = {name: p for name, p in self.running.items() if p.poll() is not None or late}
+            ended = [name for name, p in self.running.items() if p.poll() is not None or late]
             if ended or not self.running:
                 break
             time.sleep(0.2)
-        for name, process in ended.items():
+        for name in ended:
             code = self.end(name)
             what = f"failed ({code}), see {self.out / name}.log" if code else "done"
             print(f"{time.time() - self.began:6.0f}s  {name}  {what}", flush=True)
-            self.failed += [name] if process.returncode else []
-        return {name: process.returncode == 0 for name, process in ended.items()}
+            self.failed += [name] if code else []
+        return {name: name not in self.failed for name in ended}
 
     def end(self, name: str) -> int:
         process = self.running.pop(name)
@@ -81,8 +83,8 @@ class Stages:
             process.kill()
         return process.wait()
 
-    def end_all(self, prefix: str = "") -> None:
-        for name in [name for name in self.running if name.startswith(prefix)]:
+    def end_all(self) -> None:
+        for name in list(self.running):
             self.end(name)
 
 
@@ -105,7 +107,9 @@ def overlapping_kernels():
         return
     with tempfile.TemporaryDirectory() as pipes:
         mine = {"CUDA_MPS_PIPE_DIRECTORY": pipes, "CUDA_MPS_LOG_DIRECTORY": pipes}
-        if subprocess.run([control, "-d"], env=os.environ | mine).returncode:
+        # It numbers the GPUs that it sees anew: it sees all of them, its clients choose
+        seen = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
+        if subprocess.run([control, "-d"], env=seen | mine).returncode:
             yield  # not allowed here: processes take turns
             return
         os.environ.update(mine)
@@ -140,13 +144,14 @@ def options():
     parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS), help=several)
     parser.add_argument("--deadline", type=float, default=3600, help="seconds, then what still runs is ended")
     for stage in STAGES:
-        text = f"further options of {stage}.py, in one word: '--steps 100'"
+        text = f"further options of {stage}.py, in one word: --{stage}='--seed 1'"
         parser.add_argument(f"--{stage}", type=str.split, default=[], metavar="OPTIONS", help=text)
     return parser
 
 
 def run(args, stages: Stages) -> None:
-    bases = plan(args.seeds, args.runs, args.variants)
+    bases = plan(args.seeds, list(dict.fromkeys(args.runs)), args.variants)
+    waiting: dict[str, list[str]] = {}  # what an evaluation needs
 
     def tune(base: str) -> None:
         _, seed, runs = bases[base]
@@ -159,15 +164,19 @@ def run(args, stages: Stages) -> None:
         stages.start(base, "pretrain.py", "--out", args.out / base, "--seed", seed, *extra, *args.pretrain)
         where = ["--base", args.out / base, "--out", args.results / base, "--wait", args.deadline, *args.evaluate]
         for part in filter(None, (runs[:1], runs[1:])):
-            which = {name: "all" if name == runs[0] else RUNS[name][1] for name in part}
-            folders = [f"{args.out / name}-{base}:{points}" for name, points in which.items()]
-            stages.start(f"evaluate-{base}-{part[0]}", "evaluate.py", *where, "--runs", *folders)
+            which = {run: "all" if run == runs[0] else RUNS[run][1] for run in part}
+            folders = [f"{args.out / run}-{base}:{points}" for run, points in which.items()]
+            name = f"evaluate-{base}-{part[0]}"
+            waiting[name] = [base, *(f"{run}-{base}" for run in part)]
+            stages.start(name, "evaluate.py", *where, "--runs", *folders)
     while stages.running:
         for name, well in stages.finished().items():
             if well and name in bases:
                 tune(name)
-            elif not well and not name.startswith("evaluate-"):  # nobody waits for what will not come
-                stages.end_all(f"evaluate-{name if name in bases else name.partition('-')[2]}-")
+            hopeless = [] if well else [e for e, needs in waiting.items() if name in needs and e in stages.running]
+            for evaluation in hopeless:
+                stages.end(evaluation)
+                print(f"         {evaluation}  ended, it waited for {name}", flush=True)
 
 
 def main() -> None:

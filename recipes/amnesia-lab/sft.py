@@ -1,6 +1,6 @@
 """Stage 2, CoT-SFT under guard: TRL's SFTTrainer with the callback, on arithmetic worked out line by line.
 
-    python recipes/amnesia-lab/sft.py --base runs/base-0 --out runs/full-0 --seed 0
+    python recipes/amnesia-lab/sft.py --base runs/one-0 --out runs/full-one-0 --seed 0
 
 `--way` says what else could be done: queries and keys frozen, LoRA, or windows with prose between question and work.
 The model lies in <out>/_qkguard/final/raw (LoRA: merged_raw) beside its restored twin.
@@ -67,7 +67,7 @@ def options() -> argparse.ArgumentParser:
 def main() -> None:
     args = options().parse_args()
     began = time.time()
-    record = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "out"}
+    record = {k: v for k, v in vars(args).items() if k != "out"} | {"base": lab.base(args.base)}
     if lab.made(args.out / "sft.json", record):
         return
     gpu = lab.device() == "cuda"

@@ -21,7 +21,7 @@ WAYS = {
     "windows": "SFT on longer windows, 2e-3",
     "lora": "LoRA, 2e-3",
 }
-# Kind of base: what it is called, and its run with every point
+# Kind of base: what it is called, and the run that stands for it
 BASES = {
     "one": ("LLLALL", "full"),
     "two": ("LLALLA", "full"),
@@ -109,7 +109,7 @@ def measured(results: Sequence[Mapping]) -> list[str]:
 
 
 def restored(results: Results, kind: str) -> list[Mapping]:
-    """Those of a kind of base whose run with every point has come as far as restoring."""
+    """Of a kind of base, the results of the run that stands for it, where it has come as far as restoring."""
     return [r for r in results.get(kind, {}).get(BASES[kind][1], {}).values() if "restore" in r["points"]]
 
 
@@ -209,7 +209,13 @@ def control_rows(results: Sequence[Mapping], names: Sequence[str]) -> Iterator[t
         same = [r for r in results if r["sft"]["lr"] == rate]
         for name in names:
             if name != "pre" and name in measured(same):
-                yield f"{NAMES.get(name, name)}, {rate:.0e}".replace("e-0", "e-"), name, same
+                yield f"{NAMES.get(name, name)}, {short(rate)}", name, same
+
+
+def short(rate: float) -> str:
+    """2e-05 as "2e-5", every digit kept."""
+    digits, power = f"{rate:e}".split("e")
+    return f"{float(digits):g}e{int(power)}"
 
 
 def control_lengths_table(results: Sequence[Mapping]) -> str:
@@ -227,7 +233,7 @@ def control_table(results: Sequence[Mapping]) -> str:
     """Every point of the control: recall on each task, log-probability of the answers, skill, drift."""
     columns = common_lengths(results)
     rows = []
-    for label, name, same in control_rows(results, measured(results)):
+    for label, name, same in control_rows(results, list(dict.fromkeys(n for r in results for n in r["points"]))):
         shares = (over_seeds(same, name, lambda p, t=t: over_lengths(p, t, columns)) for t in TASKS)
         values = (*shares, over_seeds(same, name, answer_logprob), over_seeds(same, name, skill))
         row = [label, *map(cell, values), cell(over_seeds(same, name, needle_mass), 3)]
@@ -287,5 +293,7 @@ def write_into(text: str, tables: Mapping[str, str]) -> str:
     """The text with the tables between `<!-- name -->` and `<!-- /name -->`."""
     for name, rows in tables.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-        text = re.sub(pattern, lambda m, rows=rows: f"{m[1]}{rows}\n{m[2]}", text, flags=re.DOTALL)
+        text, times = re.subn(pattern, lambda m, rows=rows: f"{m[1]}{rows}\n{m[2]}", text, flags=re.DOTALL)
+        if times != 1:
+            raise SystemExit(f"the text has {times} places <!-- {name} --> where one is needed")
     return text

@@ -60,8 +60,8 @@ class Clock(TrainerCallback):
         """From `began` to the first step, of a step (median and mean), and to now, when training has ended."""
         torch.accelerator.synchronize()
         steps = [b - a for a, b in zip(self.starts[2:], self.starts[3:], strict=False)]
-        all_of_it = {"start": self.starts[0] - began, "all": time.perf_counter() - began}
-        return all_of_it | {"step": statistics.median(steps), "mean_step": statistics.mean(steps)}
+        whole = {"start": self.starts[0] - began, "all": time.perf_counter() - began}
+        return whole | {"step": statistics.median(steps), "mean_step": statistics.mean(steps)}
 
 
 def probes(guard: QKGuardCallback, run: Path, steps: int) -> dict[str, object]:

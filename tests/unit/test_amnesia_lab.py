@@ -125,7 +125,7 @@ def test_the_control_goes_on_where_it_stopped(lab: Any, tmp_path: Path, monkeypa
     for arguments in ("--seeds 0 --steps 2 --points raw", "--seeds 0 1 --steps 2"):
         monkeypatch.setattr(sys, "argv", [*line.split(), *arguments.split()])
         import_module("control").main()
-    first, second = (json.loads((tmp_path / f"results/1e-02-{seed}.json").read_text()) for seed in (0, 1))
+    first, second = (json.loads((tmp_path / f"results/1e-2-{seed}.json").read_text()) for seed in (0, 1))
     assert list(first["points"]) == list(second["points"]) == ["pre", *import_module("control").POINTS]
     assert first["points"]["pre"] == second["points"]["pre"] and first["sft"]["losses"] != second["sft"]["losses"]
     likely = {name: [row[5] for row in point["recall"]] for name, point in first["points"].items()}
@@ -154,13 +154,18 @@ def test_every_stage_runs_at_toy_size(lab: Any, tmp_path: Path, monkeypatch: pyt
     assert [row[:4] for row in found["points"]["raw"]["recall"]] == [["single_2", 200, 0.5, 1]]
     assert "| LLLALL, seed 0 | 0.00 / 0.00 / 0.00 |" in (results / "figures" / "tables.md").read_text()
     assert len(list((results / "figures").glob("*.png"))) == 3
-    found["points"]["raw"]["skill"] = 9.0  # what is measured is kept, unless it was another model's
-    for lr, kept in ((found["sft"]["lr"], True), (1.0, False)):
-        (results / "one-0-full.json").write_text(json.dumps(found | {"sft": found["sft"] | {"lr": lr}}))
-        monkeypatch.setattr(sys, "argv", evaluate.split())
-        import_module("evaluate").main()
-        again = json.loads((results / "one-0-full.json").read_text())
-        assert (again["points"]["raw"]["skill"] == 9.0) == kept and again["sft"]["lr"] == found["sft"]["lr"]
+    # What is measured is kept, and nothing is taken from other models or samples
+    found["points"]["raw"]["skill"] = 9.0
+    del found["points"]["restore"]
+    (results / "one-0-full.json").write_text(json.dumps(found))
+    monkeypatch.setattr(sys, "argv", evaluate.split())
+    import_module("evaluate").main()
+    again = json.loads((results / "one-0-full.json").read_text())
+    assert again["points"]["raw"]["skill"] == 9.0 and list(again["points"]) == ["pre", "raw", "restore"]
+    for other, what in (("sft", "another SFT"), ("base", "another base"), ("probe", "other samples")):
+        (results / "one-0-full.json").write_text(json.dumps(again | {other: again[other] | {"seed": 5}}))
+        with pytest.raises(SystemExit, match=what):
+            import_module("evaluate").main()
 
 
 @pytest.mark.slow
@@ -168,7 +173,7 @@ def test_all_stages_in_one_command(lab: Any, tmp_path: Path, monkeypatch: pytest
     probe = "--lengths 200 --far --depths 1 --samples 1 --problems 1 --tasks single_2"
     run_all = f"run_all --out {tmp_path}/out --results {tmp_path}/results --seeds 5 --runs frozen --variants".split()
     run_all += ["--pretrain", "--steps 2 --tokens 512 --size 8000 --longest 128 --hidden 32"]
-    run_all += ["--sft", "--steps 1 --batch 2", "--evaluate", probe]
+    run_all += ["--sft", "--steps 2 --batch 2", "--evaluate", probe]
     monkeypatch.setattr(sys, "argv", run_all)
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # the test run's own handler stays
     import_module("run_all").main()
@@ -192,11 +197,11 @@ def test_what_fails_ends_what_waits_for_it(
 
 def test_settings_are_checked_before_any_work(lab: Any, tmp_path: Path) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="raw, pair, short, all"):
-        import_module("evaluate").run("folder:everything")
-    with pytest.raises(argparse.ArgumentTypeError, match="other letters than L"):
-        import_module("pretrain").kinds("LLXL")
-    with pytest.raises(SystemExit, match=r"holds no model; pretrain\.py"):
-        lab.lab.load(tmp_path)
+        import_module("evaluate").folder_and_points("folder:everything")
+    with pytest.raises(argparse.ArgumentTypeError, match="at least one A"):
+        import_module("pretrain").layer_kinds("LLXL")
+    with pytest.raises(SystemExit, match=r"holds no base; pretrain\.py"):
+        lab.lab.base(tmp_path)
     lab.lab.write_json(tmp_path / "sft.json", {"lr": 1e-3})
     assert lab.lab.made(tmp_path / "sft.json", {"lr": 1e-3}) and not lab.lab.made(tmp_path / "none.json", {})
     with pytest.raises(SystemExit, match="name another --out"):
