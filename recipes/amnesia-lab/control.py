@@ -22,7 +22,7 @@ import torch
 from datasets import Dataset
 from evaluate import as_text, attention_rows, drift, recall_rows, summary
 from fast import repeat_keys_in_float32
-from tables import short
+from tables import rate_name
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 from word_problems import answer_of, word_problems
@@ -65,11 +65,16 @@ def load(folder: Path):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
+def training(args) -> dict:
+    """What sets how far SFT goes."""
+    return {name: getattr(args, name) for name in ("steps", "batch", "lr")}
+
+
 def check_settings(args) -> None:
     """What lies in `--out` is gone on with; it must have been made of the same model in the same way."""
     if not args.model.exists():
         raise SystemExit(f"--model {args.model} is not there")
-    settings = {"model": args.model.name} | {name: getattr(args, name) for name in ("steps", "batch", "lr")}
+    settings = {"model": args.model.name} | training(args)
     if not lab.made(args.out / "settings.json", settings):
         lab.write_json(args.out / "settings.json", settings)
 
@@ -106,7 +111,7 @@ def fine_tune(base: Path, out: Path, seed: int, args) -> dict:
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    record = {"seed": seed} | {name: getattr(args, name) for name in ("steps", "batch", "lr")}
+    record = {"seed": seed} | training(args)
     record |= {"losses": [[row["step"], row["loss"]] for row in trainer.state.log_history if "loss" in row]}
     record |= {"seconds": round(time.time() - began, 1)}
     record |= {"device": torch.cuda.get_device_name() if gpu else "CPU"}
@@ -211,7 +216,7 @@ class Control:
         self.measure.heads = {tuple(row[:3]) for row in self.before["attention"]}
 
     def file(self, seed: int) -> Path:
-        return self.args.results / f"{short(self.args.lr)}-{seed}.json"
+        return self.args.results / f"{rate_name(self.args.lr)}-{seed}.json"
 
     def earlier(self, seed: int) -> dict | None:
         """Results of this seed, of the same model on the same samples."""

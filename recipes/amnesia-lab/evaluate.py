@@ -18,6 +18,7 @@ from pathlib import Path
 import lab
 import torch
 from fast import repeat_keys_in_float32
+from tables import TASKS
 
 from qkguard.checkpoint.offline import open_folders
 from qkguard.demo.arithmetic import problems
@@ -34,7 +35,6 @@ GRID = (
     "interpolate:alpha=0.5:align",
     "procrustes",
 )
-SHORT = {f"{name}_{n}": f"{letters}{n}" for name, letters in (("single", "S"), ("multikey", "MK")) for n in (1, 2, 3)}
 LONGEST_WORK = 112  # tokens of a chain of thought
 POINTS = {
     "raw": "after SFT",
@@ -46,7 +46,7 @@ RUNS_HELP = "what sft.py wrote and what to measure of it: " + ", ".join(f"{k} ({
 
 
 def points(which: str, layers: list[int]) -> list[Point]:
-    """What to measure beside "before SFT": "raw", "pair" (raw and restored), "short" (and the controls) or "all"."""
+    """What to measure beside "before SFT", as `POINTS` says."""
     raw, restored = Point("raw", "raw"), method_points("restore")
     if which in ("raw", "pair"):
         return [raw, *restored] if which == "pair" else [raw]
@@ -186,7 +186,8 @@ class Evaluation:
         self.there(args.base / "settings.json")
         self.measure = Measure(lab.load_tokenizer(args.base), args)
         self.measure.prepare()
-        self.pretrained = json.loads(self.there(args.base / "pretrain.json").read_text())
+        self.there(args.base / "pretrain.json")
+        self.pretrained = lab.base(args.base)
         base = lab.load(args.base).to(lab.device())
         self.measure.find_forms(base)
         known = [found["points"]["pre"] for folder, _ in args.runs if (found := self.earlier(folder))]
@@ -262,7 +263,7 @@ def summary(result: dict) -> str:
         cell[0] += count
         cell[1] += hits
     return " ".join(
-        f"{SHORT.get(task, task)}@{length}:{hits / count:.2f}" for (task, length), (count, hits) in by_length.items()
+        f"{TASKS.get(task, task)}@{length}:{hits / count:.2f}" for (task, length), (count, hits) in by_length.items()
     )
 
 

@@ -5,14 +5,13 @@ python recipes/amnesia-lab/figures.py [--results runs/results]
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from statistics import mean
 
+from lab import HERE, parser
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tables import (
-    HERE,
     TASKS,
     able,
     all_tables,
@@ -39,13 +38,13 @@ LINES = {
     "V only": ("V alone", "#e67e22"),
     "O only": ("O alone", "#f1c40f"),
 }
-MARKERS = {
+MARKERS = {  # by the start of a point's name
     "interpolate alpha 0.5 aligned": "v",
     "qk-pro": "s",
     "interpolate": "^",
     "procrustes": "D",
     "Q+K+V+O": "P",
-}  # by the start of a point's name
+}
 
 
 def figure(columns: int):
@@ -125,10 +124,10 @@ def attention(results, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="the lab's own unless given")
-    parser.add_argument("--out", type=Path, help="folder of figures and tables.md, <results>/figures unless given")
-    args = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--results", type=Path, default=HERE / "results", help="folder of the JSON files")
+    options.add_argument("--out", type=Path, help="folder of figures and tables.md, <results>/figures unless given")
+    args = options.parse_args()
     own = args.results.resolve() == (HERE / "results").resolve()
     out = args.out or (HERE if own else args.results) / "figures"
     full = restored(read(args.results), "one")

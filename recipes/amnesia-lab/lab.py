@@ -1,4 +1,7 @@
-"""What the stages share: the way to the demo's modules, and how a model is loaded."""
+"""What the stages share: the way to the demo's modules, command lines, files, and how a model is loaded.
+
+torch and transformers are imported where they are used: run_all.py and figures.py do without.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,6 @@ DEMO = Path(__file__).parents[1] / "demo"
 for folder in (DEMO, DEMO.parents[1]):  # the demo's data, model and schedule; qkguard where it is not installed
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
-
-import torch  # noqa: E402
-from fast import speed_up  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 HERE = Path(__file__).parent
 LAYERS = "LLLALL"  # L lightning, A softmax: one layer carries all exact retrieval
@@ -65,14 +64,22 @@ def base(folder: Path) -> dict:
 
 
 def device() -> str:
+    import torch
+
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load(folder):
     """The model of a folder in float32, in its fast form, on the CPU."""
+    import torch
+    from fast import speed_up
+    from transformers import AutoModelForCausalLM
+
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
     return speed_up(model).eval()
 
 
 def load_tokenizer(folder):
+    from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(folder, model_max_length=POSITIONS)

@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -40,6 +39,8 @@ VARIANTS = {
     "rotary": (["--rope", "1e6"], 1, ("full",)),
     "large": (["--hidden", "1024", "--heads", "16", "--lr", "5e-4"], 3, ("gentle", "mild")),
 }
+# by name: options of pretrain.py, seed, and the runs to make of it
+Bases = dict[str, tuple[list[str], int, tuple[str, ...]]]
 
 
 class Stages:
@@ -121,13 +122,9 @@ def overlapping_kernels():
                 del os.environ[name]
 
 
-def plan(
-    seeds: list[int], runs: list[str], variants: list[str]
-) -> Mapping[str, tuple[list[str], int, tuple[str, ...]]]:
-    """Bases by name: options of pretrain.py, seed, and the runs to make of it."""
-    bases: dict[str, tuple[list[str], int, tuple[str, ...]]] = {
-        f"one-{seed}": ([], seed, tuple(runs)) for seed in seeds
-    }
+def plan(seeds: list[int], runs: list[str], variants: list[str]) -> Bases:
+    """The bases to make and what to make of them."""
+    bases: Bases = {f"one-{seed}": ([], seed, tuple(runs)) for seed in seeds}
     for name in variants:
         extra, count, made = VARIANTS[name]
         bases |= {f"{name}-{seed}": (extra, seed, made) for seed in seeds[:count]}

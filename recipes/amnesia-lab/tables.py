@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
-HERE = Path(__file__).parent
 TASKS = {"single_2": "S2", "multikey_1": "MK1", "multikey_2": "MK2"}
 NAMES = {"pre": "before SFT", "raw": "after SFT (raw)", "restore": "**Q and K restored**"}
 CONTROLS = ("Q only", "K only", "V only", "O only")
@@ -120,14 +119,18 @@ def gridded(results: Iterable[Mapping]) -> list[Mapping]:
 
 def lengths_table(results: Sequence[Mapping]) -> str:
     """Recall by task and length before SFT, after it, and with projections restored."""
-    columns = common_lengths(results)
+    columns, known = common_lengths(results), measured(results)
+    names = [name for name in (*NAMES, *CONTROLS) if name in known]
     rows = []
     for task, short in TASKS.items():
-        for name in filter(measured(results).__contains__, (*NAMES, *CONTROLS)):
-            have = able(results, task)
-            values = (over_seeds(have, name, lambda p, t=task, n=n: share(p, t, length=n)) for n in columns)
-            rows.append([short, NAMES.get(name, name), *map(cell, values)])
+        have = able(results, task)
+        rows += [[short, NAMES.get(name, name), *length_cells(have, name, task, columns)] for name in names]
     return table(["", "", *map(tokens, columns)], rows)
+
+
+def length_cells(results: Iterable[Mapping], name: str, task: str, lengths: Sequence[int]) -> list[str]:
+    """Recall of a point on a task at each of these lengths."""
+    return [cell(over_seeds(results, name, lambda p, n=n: share(p, task, length=n))) for n in lengths]
 
 
 def points_table(results: Sequence[Mapping]) -> str:
@@ -148,12 +151,10 @@ def task_cells(results: Sequence[Mapping], name: str, lengths: Sequence[int]) ->
 def bases_table(results: Results) -> str:
     """Every base by itself: before SFT, raw and restored."""
     rows = []
-    for kind, (label, run) in BASES.items():
-        for seed, result in results.get(kind, {}).get(run, {}).items():
-            if "restore" not in result["points"]:
-                continue
+    for kind, (label, _) in BASES.items():
+        for result in restored(results, kind):
             columns = common_lengths([result])
-            row = [f"{label}, seed {seed}"]
+            row = [f"{label}, seed {result['base']['seed']}"]
             for value in (*(lambda p, t=t, c=columns: over_lengths(p, t, c) for t in TASKS), skill):
                 found = [value(result["points"][name]) for name in ("pre", "raw", "restore")]
                 row.append(" / ".join(f"{v:.2f}" for v in found if v is not None))
@@ -207,12 +208,13 @@ def control_rows(results: Sequence[Mapping], names: Sequence[str]) -> Iterator[t
     yield NAMES["pre"], "pre", results
     for rate in sorted({r["sft"]["lr"] for r in results}):
         same = [r for r in results if r["sft"]["lr"] == rate]
+        known = measured(same)
         for name in names:
-            if name != "pre" and name in measured(same):
-                yield f"{NAMES.get(name, name)}, {short(rate)}", name, same
+            if name != "pre" and name in known:
+                yield f"{NAMES.get(name, name)}, {rate_name(rate)}", name, same
 
 
-def short(rate: float) -> str:
+def rate_name(rate: float) -> str:
     """2e-05 as "2e-5", every digit kept."""
     digits, power = f"{rate:e}".split("e")
     return f"{float(digits):g}e{int(power)}"
@@ -224,8 +226,7 @@ def control_lengths_table(results: Sequence[Mapping]) -> str:
     rows = []
     for task, short in TASKS.items():
         for label, name, same in control_rows(results, ("raw", "restore")):
-            values = (over_seeds(same, name, lambda p, t=task, n=n: share(p, t, length=n)) for n in columns)
-            rows.append([short, label, *map(cell, values)])
+            rows.append([short, label, *length_cells(same, name, task, columns)])
     return table(["", "", *map(tokens, columns)], rows)
 
 

@@ -162,18 +162,10 @@ def main(hidden: int, layers: int, steps: int, ranks: int) -> None:
     with tempfile.TemporaryDirectory(prefix="qkguard-bench-gpu-") as name:
         folder = Path(name)
         save_base(folder, hidden, layers)
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        launch += ["-m", "tests.benchmarks.bench_gpu", *map(str, (hidden, layers, steps)), "--folder", name]
         for run in RUNS:
-            command = [
-                *launch,
-                "tests.benchmarks.bench_gpu",
-                "--only",
-                run,
-                "--folder",
-                name,
-                *map(str, (hidden, layers, steps)),
-            ]
-            subprocess.run(command, check=True, timeout=900)
+            subprocess.run([*launch, "--only", run], check=True, timeout=900)
         found = {run: json.loads((folder / f"{run}.json").read_text()) for run in RUNS}
         bits = {run: judge.weights_in_bits(folder / run / f"checkpoint-{steps}") for run in RUNS}
         rows = judged(folder, folder / "guarded" / f"checkpoint-{steps}")
