@@ -8,30 +8,30 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from qkguard.callback import QKGuardCallback
-    from qkguard.checkpoint.offline import restore_checkpoint
-    from qkguard.checkpoint.verification import verify
-    from qkguard.config import QKGuardConfig
-    from qkguard.drift_offline import drift_report
+    from qkguard.choice.swap import restored
     from qkguard.errors import QKGuardError
     from qkguard.layout import AttentionSpec, find_attention
-    from qkguard.lora.merge import merge_adapter
-    from qkguard.swap import restored
-    from qkguard.sweeping import sweep
+    from qkguard.offline.drift_report import drift_report
+    from qkguard.offline.merge import merge_adapter
+    from qkguard.offline.restore import restore_checkpoint
+    from qkguard.offline.sweep import sweep
+    from qkguard.offline.verify import verify
+    from qkguard.training.callback import QKGuardCallback
+    from qkguard.training.config import QKGuardConfig
 
-# public name -> module, imported on first use: the command line must start faster than torch and transformers import
-_WHERE = {
+# Public name -> its module, imported on first use: the command line must start before torch and transformers do.
+_HOME = {
     "AttentionSpec": "layout",
-    "QKGuardCallback": "callback",
-    "QKGuardConfig": "config",
+    "QKGuardCallback": "training.callback",
+    "QKGuardConfig": "training.config",
     "QKGuardError": "errors",
-    "drift_report": "drift_offline",
+    "drift_report": "offline.drift_report",
     "find_attention": "layout",
-    "merge_adapter": "lora.merge",
-    "restore_checkpoint": "checkpoint.offline",
-    "restored": "swap",
-    "sweep": "sweeping",
-    "verify": "checkpoint.verification",
+    "merge_adapter": "offline.merge",
+    "restore_checkpoint": "offline.restore",
+    "restored": "choice.swap",
+    "sweep": "offline.sweep",
+    "verify": "offline.verify",
 }
 
 __all__ = [
@@ -51,6 +51,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _WHERE:
-        return getattr(import_module(f"qkguard.{_WHERE[name]}"), name)
+    if name in _HOME:
+        return getattr(import_module(f"qkguard.{_HOME[name]}"), name)
     raise AttributeError(f"module 'qkguard' has no attribute {name!r}")

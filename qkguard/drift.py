@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qkguard.layout.spec import AttentionSpec, ParamMap, Selection
+from qkguard.layout.spec import AttentionSpec, Block, ParamMap, Selection
 
 # CPU: small enough to stay in the cache; accelerators: large enough to be bound by memory
 _CHUNK = {"cpu": 1 << 18}
@@ -224,3 +224,35 @@ def layer_routing(
         delta = live[pmap.name].double() - pre[pmap.name].double().to(live[pmap.name].device)
         tops.append(top_singular_value(delta.index_select(pmap.dim, rows.to(delta.device))))
     return routing, tops[0], tops[1]
+
+
+def rows_drift(post: Tensor, pre: Tensor) -> Sums:
+    """The sums of drift over two tensors of one shape."""
+    flat, before = post.reshape(-1), pre.reshape(-1)
+    moved, cross = difference_sums(flat, before).tolist()
+    return Sums(moved, cross, square_sum(before))
+
+
+def block_drift(param: ParamMap, pre: Tensor, post: Tensor) -> list[tuple[Block, Sums]]:
+    """Sums for every block (rows of one role and head) of one parameter's compact tensors."""
+    return [
+        (block, rows_drift(post.narrow(param.dim, lo, hi - lo), pre.narrow(param.dim, lo, hi - lo)))
+        for block, lo, hi in param.compact_blocks()
+    ]
+
+
+def projection_drift(
+    params: Sequence[ParamMap], pre: Mapping[str, Tensor], post: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """{q,k}_rel and {q,k}_1mcos of one layer's W_Q and W_K, from compact tensors before and after SFT.
+
+    As in the metrics of training: all weights of a role count as one vector, biases and norms are left out, rows that
+    feed both queries and keys count for both.
+    """
+    blocks = [pair for p in params if p.kind == "weight" for pair in block_drift(p, pre[p.name], post[p.name])]
+    out: dict[str, float] = {}
+    for role in "qk":
+        if mine := [sums for block, sums in blocks if role in block.role]:
+            total = add(mine)
+            out |= {f"{role}_rel": total.rel, f"{role}_1mcos": total.one_minus_cos}
+    return out

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from qkguard.checkpoint.weights import TEMPORARY
 from qkguard.errors import QKGuardError
@@ -223,3 +225,13 @@ def _try_lock(folder: Path) -> int | None:
         os.close(fd)
         return None
     return fd
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Write and fsync a JSON file through a temporary name, so that it is there whole or not at all."""
+    partial = path.with_name(f"_{path.name}.partial")
+    with open(partial, "w") as file:
+        json.dump(data, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)

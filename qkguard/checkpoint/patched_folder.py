@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qkguard.checkpoint.auxiliary import companions
 from qkguard.checkpoint.card import model_card, read_card
-from qkguard.checkpoint.companions import companions
 from qkguard.checkpoint.files import CREATE, Staging, can_clone, copy_bytes, copy_named, link_or_copy, write_text
 from qkguard.checkpoint.manifest import MANIFEST, describe_file, dump
 from qkguard.checkpoint.pickles import PickleFolder

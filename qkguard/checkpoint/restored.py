@@ -2,7 +2,7 @@
 
 The restored folder is made from the raw *files*, so "only Q/K differ" holds byte for byte and memory stays at one
 layer's rows whatever the model's size. `RestoredWrite` has the steps that several ranks can share, `write_restored`
-runs them in one process; `qkguard.checkpoint.offline.restore_checkpoint` starts from two folders.
+runs them in one process; `qkguard.offline.restore.restore_checkpoint` starts from two folders.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qkguard.checkpoint.safetensors_io import TensorEntry, sha256_of, write_rows
 from qkguard.checkpoint.scan import has_nonfinite
 from qkguard.checkpoint.sources import QKSource
 from qkguard.checkpoint.weights import open_weights
-from qkguard.drift_offline import projection_drift
+from qkguard.drift import projection_drift
 from qkguard.errors import QKGuardError
 from qkguard.layout.spec import AttentionSpec, ParamMap, Selection, unselected_norms
 from qkguard.restore import check_device, check_options, check_strengths, get_method, restore_layer

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from qkguard.cli import options as opt
-from qkguard.cli.output import number, print_json, print_table, progress_bar, quiet_transformers, say, warn
+from qkguard.cli.output import print_json, print_table, progress_bar, quiet_transformers, say, warn
+from qkguard.report.numbers import number
 
 COLUMNS = ("q_rel", "k_rel", "q_1mcos", "k_1mcos", "routing_rel", "q_top_sv", "k_top_sv")
 
@@ -38,7 +39,7 @@ def drift(
     chosen: dict[str, Any] = {"parts": opt.parse_parts(parts), "layers": opt.parse_layers(layers)}
     opt.parse_choice("--entangled", entangled, opt.ENTANGLED)
     quiet_transformers()
-    from qkguard.drift_offline import drift_report
+    from qkguard.offline.drift_report import drift_report
 
     with progress_bar("comparing", total_is_bytes=False) as progress:
         report = drift_report(

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from qkguard.cli import options as opt
-from qkguard.cli.output import human_bytes, print_json, print_table, quiet_transformers, say, warn
+from qkguard.cli.output import print_json, print_table, quiet_transformers, say, warn
 from qkguard.errors import QKGuardError
+from qkguard.report.numbers import human_bytes
 
 
 def inspect(
@@ -31,8 +32,8 @@ def inspect(
     """
     quiet_transformers()
     from qkguard.layout import find_attention
-    from qkguard.layout.report import layout_report
     from qkguard.layout.spec_file import dump_specs
+    from qkguard.offline.inspect import layout_report
 
     if write_spec is not None and write_spec.exists():
         raise QKGuardError(f"{write_spec} exists; choose another file, your corrections may be in it")

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from qkguard.cli import options as opt
-from qkguard.cli.output import drifts, human_bytes, print_json, progress_bar, quiet_transformers, say, warn
+from qkguard.cli.output import drifts, print_json, progress_bar, quiet_transformers, say, warn
+from qkguard.report.numbers import human_bytes
 
 
 def merge(
@@ -40,7 +41,7 @@ def merge(
     chosen = opt.parse_parts(parts), opt.parse_layers(layers)
     opt.parse_choice("--entangled", entangled, opt.ENTANGLED)
     quiet_transformers()
-    from qkguard.lora.merge import merge_adapter
+    from qkguard.offline.merge import merge_adapter
 
     with progress_bar("merging") as progress:
         manifest = merge_adapter(

@@ -11,6 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from qkguard.report.numbers import number
+
 
 def quiet_transformers() -> None:
     """Keep the library's remarks about configs out of a command's output; the user's own setting wins."""
@@ -72,20 +74,6 @@ def progress_bar(label: str, *, total_is_bytes: bool = True) -> Iterator[Callabl
         yield update
     finally:
         bar.stop()
-
-
-def human_bytes(count: float) -> str:
-    """1234567 -> "1.2 MB"."""
-    for unit in ("B", "KB", "MB", "GB", "TB"):
-        if count < 1000 or unit == "TB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError
-
-
-def number(value: float | None) -> str:
-    """Three significant digits, "-" where there is none."""
-    return "-" if value is None else f"{value:.3g}"
 
 
 def drifts(layers: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:

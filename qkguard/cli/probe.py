@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qkguard.cli import options as opt
-from qkguard.cli.output import number, print_json, print_table, progress_bar, quiet_transformers, say, warn
+from qkguard.cli.output import print_json, print_table, progress_bar, quiet_transformers, say, warn
+from qkguard.report.numbers import number
 
 if TYPE_CHECKING:
-    from qkguard.probe.command import ModelReport
+    from qkguard.offline.probe import ModelReport
 
 
 def probe(
@@ -55,7 +56,7 @@ def probe(
         opt.check_file(file)
     from transformers.utils.logging import disable_progress_bar
 
-    from qkguard.probe.command import ProbeSettings, answer_file, heatmap_png, html_page, probe_models, to_json
+    from qkguard.offline.probe import ProbeSettings, answer_file, heatmap_png, html_page, probe_models, to_json
 
     disable_progress_bar()  # transformers draws its own also where stderr is no terminal
     settings = ProbeSettings(
@@ -96,7 +97,7 @@ def _bar(label: str) -> Any:
 
 
 def _show(reports: list[ModelReport]) -> None:
-    from qkguard.probe.command import drop_since_first
+    from qkguard.offline.probe import drop_since_first
 
     groups = [r.result.by("task", "length") for r in reports]
     rows = [(task, str(length), *(f"{g[task, length].recall:.1%}" for g in groups)) for task, length in groups[0]]

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from qkguard.cli import options as opt
-from qkguard.cli.output import drifts, human_bytes, number, print_json, progress_bar, quiet_transformers, say, warn
+from qkguard.cli.output import drifts, print_json, progress_bar, quiet_transformers, say, warn
+from qkguard.report.numbers import human_bytes, number
 
 
 def restore(
@@ -49,7 +50,7 @@ def restore(
     by_layer = opt.parse_strengths(strengths)
     opt.parse_choice("--entangled", entangled, opt.ENTANGLED)
     quiet_transformers()
-    from qkguard.checkpoint.offline import restore_checkpoint
+    from qkguard.offline.restore import restore_checkpoint
 
     with progress_bar("restoring") as progress:
         manifest = restore_checkpoint(

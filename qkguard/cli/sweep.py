@@ -11,7 +11,7 @@ from qkguard.cli import options as opt
 from qkguard.cli.output import print_json, print_table, progress_bar, quiet_transformers, say, warn
 
 if TYPE_CHECKING:
-    from qkguard.sweeping import SweepReport
+    from qkguard.offline.sweep import SweepReport
 
 
 def sweep(
@@ -89,7 +89,7 @@ def sweep(
     chosen = opt.parse_layers(layers)
     from transformers.utils.logging import disable_progress_bar
 
-    from qkguard.sweeping import sweep as run
+    from qkguard.offline.sweep import sweep as run
 
     disable_progress_bar()  # transformers draws its own also where stderr is no terminal
     report = run(
@@ -147,8 +147,8 @@ def _files(out: Path | None, html: Path | None, png: Path | None) -> dict[str, l
 
 def _write_files(report: SweepReport, files: dict[str, list[Path]]) -> None:
     from qkguard.checkpoint.manifest import dump
-    from qkguard.page import themed_png
-    from qkguard.sweeping.report import html_page, picture
+    from qkguard.offline.sweep_page import html_page, picture
+    from qkguard.report.page import themed_png
 
     for file in files["json"]:
         file.write_text(dump(report.to_json()), encoding="utf-8")
@@ -159,8 +159,8 @@ def _write_files(report: SweepReport, files: dict[str, list[Path]]) -> None:
 
 
 def _show(report: SweepReport, files: dict[str, list[Path]], written: Path | None) -> None:
-    from qkguard.sweeping.report import columns
-    from qkguard.sweeping.verdict import rank_layers
+    from qkguard.choice.verdict import rank_layers
+    from qkguard.offline.sweep_page import columns
 
     warn(report.warnings)
     head, rows = columns(report)

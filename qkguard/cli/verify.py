@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from qkguard.cli import options as opt
-from qkguard.cli.output import human_bytes, print_json, say, warn
+from qkguard.cli.output import print_json, say, warn
+from qkguard.report.numbers import human_bytes
 
 
 def verify(
@@ -24,7 +25,7 @@ def verify(
     Recomputes the hashes of all restored rows, file sizes, headers and sampled bytes, here and in the raw checkpoint,
     where that is still in its place. Exit code 0 only if everything agrees.
     """
-    from qkguard.checkpoint.verification import verify as check
+    from qkguard.offline.verify import verify as check
 
     report = check(folder, raw=raw, full=full)
     if as_json:

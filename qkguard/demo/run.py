@@ -95,7 +95,7 @@ def run_demo(
     from qkguard.demo.scores import Scores, measure
     from qkguard.demo.training import fine_tune
     from qkguard.probe import Prober
-    from qkguard.tracking import read_metrics
+    from qkguard.report.run import read_metrics
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     prober = Prober(

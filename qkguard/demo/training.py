@@ -10,9 +10,9 @@ from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from qkguard.callback import QKGuardCallback
 from qkguard.demo.arithmetic import problems
 from qkguard.demo.run import Watch
+from qkguard.training.callback import QKGuardCallback
 
 
 def fine_tune(

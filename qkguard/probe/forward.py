@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qkguard.distributed.sharding import unwrap
 from qkguard.errors import QKGuardError
-from qkguard.sharding import unwrap
 
 Progress = Callable[[int], None]
 

@@ -6,8 +6,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from qkguard import page
 from qkguard.errors import QKGuardError
+from qkguard.report import page
 from qkguard.report.figures import NAMES, compared, figures
 from qkguard.report.run import DRIFT, Run, load_run
 from qkguard.report.words import tell

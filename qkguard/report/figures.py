@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from qkguard.probe.pictures import MOST_LABELS, head_panels, recall_panels, short_length
+from qkguard.report.heatmaps import MOST_LABELS, head_panels, recall_panels, short_length
 from qkguard.report.run import DRIFT, Probe, Run, Share
 
 NAMES = {"before": "before SFT", "raw": "raw", "restored": "Q/K restored"}

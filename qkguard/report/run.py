@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,10 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from qkguard.checkpoint.manifest import MANIFEST, load_manifest
-from qkguard.config import RUN_FOLDER
 from qkguard.errors import QKGuardError
 from qkguard.probe.results import wilson
-from qkguard.tracking import METRICS, read_metrics
+
+logger = logging.getLogger(__name__)
+
+RUN_FOLDER = "_qkguard"
+"""Where a run's own files lie in its output folder; `push_to_hub` leaves out what begins with an underscore."""
+
+METRICS = "metrics.jsonl"
 
 DRIFT = "qkguard/drift/"
 SUFFIXES = {"raw": "", "restored": "_restored"}
@@ -159,3 +166,22 @@ def _manifests(folder: Path, pattern: str) -> list[Path]:
 def _step(name: str) -> int:
     number = name.rpartition("-")[2]
     return int(number) if number.isdigit() else 0
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run's `metrics.jsonl`, oldest first; `folder` is the run's `_qkguard` folder."""
+    return read_rows(folder / METRICS)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file; lines that a crash or a full disk has cut short are left out with a warning."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            row["step"]
+            rows.append(row)
+        except (ValueError, KeyError, TypeError):
+            if line.strip():
+                logger.warning("%s: line %d is damaged and left out", path, number)
+    return rows

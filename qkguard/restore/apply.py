@@ -81,8 +81,7 @@ def _distances(
     post: Mapping[str, Tensor],
     new: dict[str, Tensor],
 ) -> dict[str, Any]:
-    from qkguard.drift import head_weights, routing_drift
-    from qkguard.drift_offline import projection_drift
+    from qkguard.drift import head_weights, projection_drift, routing_drift
 
     before = {name: tensor.to(new[name].dtype) for name, tensor in pre.items()}
     out: dict[str, Any] = {

@@ -15,9 +15,9 @@ from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 import yaml
 from trl import ModelConfig, SFTConfig, TrlParser
 
-from qkguard.config import QKGuardConfig
 from qkguard.errors import QKGuardError
 from qkguard.sft.data import DataArguments
+from qkguard.training.config import QKGuardConfig
 
 SECTION = "qkguard"  # the recipe's section for the guard's settings, and their prefix on the command line
 REQUIRED = {

@@ -93,7 +93,7 @@ def ranks_per_node(launch: Launch) -> int:
 def launch_command(
     launch: Launch, arguments: Sequence[str], precision: str = "bf16"
 ) -> tuple[list[str], dict[str, str]]:
-    """The command line that starts all local ranks of `python -m qkguard.sft arguments`, and its environment.
+    """The command line that starts all local ranks of `python -m qkguard sft ARGUMENTS`, and its environment.
 
     Args:
         launch: how to start them.
@@ -122,7 +122,7 @@ def launch_command(
     if launch.name == "single" and devices() > 1:  # one process that sees several would run nn.DataParallel
         visible = environment.get("CUDA_VISIBLE_DEVICES", "0")
         environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
-    return [*command, "-m", "qkguard.sft", *arguments], environment
+    return [*command, "-m", "qkguard", "sft", *arguments], environment
 
 
 def refuse_data_parallel(use_cpu: bool) -> None:

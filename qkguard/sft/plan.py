@@ -9,16 +9,16 @@ from typing import Any
 import torch
 
 from qkguard.checkpoint.manifest import MANIFEST
+from qkguard.checkpoint.reference_file import TENSORS
 from qkguard.errors import QKGuardError
 from qkguard.layout import build
 from qkguard.layout.geometry import layer_types
 from qkguard.probe.lengths import default_lengths
-from qkguard.probe.schedule import interval
-from qkguard.reference import TENSORS
-from qkguard.session import RESTORED, run_folder
+from qkguard.report.run import METRICS
 from qkguard.sft.arguments import Settings
 from qkguard.sft.preflight import Preflight
-from qkguard.tracking import METRICS
+from qkguard.training.probe_schedule import interval
+from qkguard.training.session import RESTORED, run_folder
 
 ADAM_STATES = 12  # bytes of a trained parameter's float32 master copy and Adam's two moments
 FORWARD_SHARE = 1 / 3  # of a training step's arithmetic per token; a fourth with gradient checkpointing

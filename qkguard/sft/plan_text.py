@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from qkguard.cli.output import human_bytes, number
-from qkguard.config import pace
 from qkguard.layout.spec import show_layers
+from qkguard.report.numbers import human_bytes, number
+from qkguard.training.config import pace
 
 
 def lines(plan: dict[str, Any]) -> list[tuple[str, str]]:

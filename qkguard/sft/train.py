@@ -8,14 +8,14 @@ from typing import Any
 
 from trl import SFTTrainer, get_peft_config, get_quantization_config
 
-from qkguard import ranks, sharding
-from qkguard.callback import QKGuardCallback
+from qkguard.distributed import ranks, sharding
 from qkguard.errors import QKGuardError
-from qkguard.session import RESTORED, run_folder
 from qkguard.sft.arguments import Settings
 from qkguard.sft.data import load
 from qkguard.sft.launch import check_zero3, refuse_data_parallel
 from qkguard.sft.preflight import has_template, load_tokenizer, preflight
+from qkguard.training.callback import QKGuardCallback
+from qkguard.training.session import RESTORED, run_folder
 
 logger = logging.getLogger(__name__)
 

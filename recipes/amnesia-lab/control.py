@@ -28,10 +28,10 @@ from trl import SFTConfig, SFTTrainer
 from word_problems import answer_of, word_problems
 
 from qkguard import QKGuardCallback
-from qkguard.checkpoint.offline import open_folders
+from qkguard.choice.candidates import Point, control_points, method_points
+from qkguard.offline.pair import open_folders
+from qkguard.offline.sweep_swap import Swapper
 from qkguard.probe import Prober
-from qkguard.sweeping.points import Point, control_points, method_points
-from qkguard.sweeping.swapping import Swapper
 
 POINTS = {
     point.name: point

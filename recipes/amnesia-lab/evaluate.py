@@ -20,14 +20,14 @@ import torch
 from fast import repeat_keys_in_float32
 from tables import TASKS
 
-from qkguard.checkpoint.offline import open_folders
+from qkguard.choice.candidates import Point, control_points, layer_points, method_points
 from qkguard.demo.arithmetic import problems
 from qkguard.demo.scores import answer_of
 from qkguard.drift import head_weights, routing_drift
 from qkguard.layout import find_attention
+from qkguard.offline.pair import open_folders
+from qkguard.offline.sweep_swap import Swapper
 from qkguard.probe import Prober, ProbeResult
-from qkguard.sweeping.points import Point, control_points, layer_points, method_points
-from qkguard.sweeping.swapping import Swapper
 
 GRID = (
     "qk-pro:gram=head/input:ridge=1/10",

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qkguard.checkpoint import offline
+from qkguard.offline import restore as offline
 from tests.conftest import Run
 from tests.models import noised, save_pair, tiny_model
 from tests.oracle import differences, expected, load_folder

@@ -15,8 +15,9 @@ from torch import nn
 import qkguard.demo
 from qkguard.cli.options import parse_depths, parse_lengths
 from qkguard.errors import QKGuardError
-from qkguard.probe import ProbeResult, command
-from qkguard.probe.command import ProbeSettings, probe_models, run_within_memory
+from qkguard.offline import probe as command
+from qkguard.offline.probe import ProbeSettings, probe_models, run_within_memory
+from qkguard.probe import ProbeResult
 from qkguard.probe.prober import Prober
 from tests.conftest import Run
 from tests.lora import LINEAR, peft_merge, save_adapter

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qkguard.checkpoint.offline import restore_checkpoint
 from qkguard.demo import MODEL
 from qkguard.demo.arithmetic import problems
+from qkguard.offline.restore import restore_checkpoint
 from tests.conftest import Run
 from tests.models import save_pair
 from tests.oracle import differences, load_folder

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, TrainingArguments
 from trl import SFTConfig
 
-from qkguard import QKGuardCallback, QKGuardError, sharding
+from qkguard import QKGuardCallback, QKGuardError
+from qkguard.distributed import sharding
 from tests import judge
 from tests.distributed.launch import sharded_at_loading, sharding_of
 from tests.models import noised
@@ -77,9 +78,9 @@ def deepspeed_config(stage: int, tight: bool = True, offload: bool = False, gath
 
 def single_process_reference(folder: Path, base: Path, dtype: torch.dtype) -> str:
     """sha256 of the reference file that one process makes of the same base."""
-    from qkguard import ranks
+    from qkguard.distributed import ranks
+    from qkguard.distributed.reference import Reference
     from qkguard.layout import find_attention, select
-    from qkguard.reference import Reference
 
     kept = (ranks.rank, ranks.world_size)
     ranks.rank, ranks.world_size = (lambda: 0), (lambda: 1)
@@ -295,7 +296,7 @@ def failing_write(folder: Path) -> None:
 
 def failing_page(folder: Path) -> None:
     """A page that rank 0 cannot write: the run is done all the same, and with `strict` it ends on all ranks alike."""
-    from qkguard.tracking import Tracking
+    from qkguard.training.metrics_log import Tracking
 
     base = base_model(folder)
     original = Tracking.write_page
@@ -355,7 +356,7 @@ def together_agrees(folder: Path) -> None:
     """One rank's error is everybody's; results arrive in rank order; a rank without a heartbeat is given up."""
     import time
 
-    from qkguard import ranks
+    from qkguard.distributed import ranks
     from qkguard.errors import WrongReferenceError
 
     last = dist.get_world_size() - 1

@@ -12,11 +12,12 @@ import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
-from qkguard import QKGuardCallback, sharding, verify
+from qkguard import QKGuardCallback, verify
+from qkguard.adapters.drift import AdapterTracker
+from qkguard.adapters.live import adapted_weights
+from qkguard.adapters.restored import export_adapter
+from qkguard.distributed import sharding
 from qkguard.layout import find_attention, select
-from qkguard.lora.drift import AdapterTracker
-from qkguard.lora.live import adapted_weights
-from qkguard.lora.save import export_adapter
 from tests import judge, oracle
 from tests.distributed.cases import STEPS, base_model, check_backend, deepspeed_config, rank, reset
 from tests.distributed.launch import sharding_of

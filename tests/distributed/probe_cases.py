@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import qkguard.demo
-from qkguard import ranks
+from qkguard.distributed import ranks
 from qkguard.probe import Prober, ProbeResult
 from tests.probing import damage_until_some_are_wrong
 

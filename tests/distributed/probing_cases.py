@@ -18,7 +18,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from qkguard import QKGuardCallback, restored, sharding
+from qkguard import QKGuardCallback, restored
+from qkguard.distributed import sharding
 from qkguard.probe import Prober
 from qkguard.probe.undisturbed import undisturbed
 from tests import judge

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 import qkguard.demo
-from qkguard import ranks, sharding
-from qkguard.checkpoint.verification import verify
+from qkguard.distributed import ranks, sharding
+from qkguard.offline.verify import verify
 from tests import judge
 from tests.distributed.cases import reset
 from tests.distributed.launch import launched

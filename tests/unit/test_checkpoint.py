@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qkguard.checkpoint.offline import restore_checkpoint
-from qkguard.checkpoint.verification import verify
 from qkguard.errors import QKGuardError
+from qkguard.offline.restore import restore_checkpoint
+from qkguard.offline.verify import verify
 from tests.models import CONFIGS, noised, save_pair, tiny_model
 from tests.oracle import differences, expected, load_folder
 

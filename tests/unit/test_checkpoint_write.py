@@ -19,14 +19,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qkguard.checkpoint import files, patched_folder
-from qkguard.checkpoint.offline import restore_checkpoint
 from qkguard.checkpoint.restored import RestoredWrite, write_restored
 from qkguard.checkpoint.sources import FolderSource
-from qkguard.checkpoint.verification import verify
 from qkguard.checkpoint.weights import open_weights
 from qkguard.errors import QKGuardError
 from qkguard.layout import Block, ParamMap
 from qkguard.layout.spec import AttentionSpec
+from qkguard.offline.restore import restore_checkpoint
+from qkguard.offline.verify import verify
 from tests.models import save_pair
 from tests.oracle import differences, expected, load_folder
 

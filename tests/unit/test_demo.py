@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from qkguard import QKGuardError
+from qkguard.choice.task import encode_rows, read_rows
 from qkguard.demo import MODEL, DemoSettings, run_demo
 from qkguard.demo.arithmetic import problems
 from qkguard.demo.scores import Scores, answer_of
 from qkguard.demo.show import reading, table
 from qkguard.probe import Prober, probe
-from qkguard.sweeping.task import encode_rows, read_rows
 
 SMALL = DemoSettings(
     steps=4, batch=4, learning_rate=1e-2, lengths=(256,), depths=2, samples=1, tasks=("single_2",), problems=4

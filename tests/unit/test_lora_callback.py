@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from qkguard import QKGuardCallback, QKGuardError, verify
+from qkguard.adapters.restored import write_restored_adapter
 from qkguard.layout import find_attention, select
-from qkguard.lora.merge import merge_adapter
-from qkguard.lora.save import write_restored_adapter
+from qkguard.offline.merge import merge_adapter
 from tests import judge, oracle
 from tests.lora import LINEAR, expected_merge, peft_merge, save_adapter
 from tests.probing import bpe_tokenizer
@@ -236,7 +236,7 @@ def test_what_is_not_guarded_is_refused_before_the_first_step(tmp_path, config, 
 
 
 def test_an_empty_tensor_stops_the_write(tmp_path, monkeypatch):
-    from qkguard.lora import session
+    from qkguard.training import adapter_session as session
 
     base = save_base(tmp_path / "base", "llama")
     original = session.write_restored_adapter

@@ -11,10 +11,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
+from qkguard.adapters import drift as lora_drift
+from qkguard.adapters.live import adapted_weights
 from qkguard.drift import routing_drift
 from qkguard.layout import find_attention, select
-from qkguard.lora import drift as lora_drift
-from qkguard.lora.live import adapted_weights
 from tests import oracle
 from tests.lora import LINEAR
 from tests.models import noised, tiny_model

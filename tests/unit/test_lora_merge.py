@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qkguard import QKGuardError, verify
-from qkguard.lora.merge import merge_adapter
+from qkguard.offline.merge import merge_adapter
 from tests import oracle
 from tests.lora import LINEAR, expected_merge, peft_merge, save_adapter
 from tests.models import tiny_model

@@ -19,15 +19,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qkguard import QKGuardCallback, QKGuardConfig, QKGuardError, restored
-from qkguard.heldout import find_rows
+from qkguard.choice.heldout import find_rows, sampled
 from qkguard.probe.prober import Prober
 from qkguard.probe.results import ProbeResult
 from qkguard.probe.samples import plan
-from qkguard.probe.schedule import Budget, interval
-from qkguard.probe.setting import training_prose, why_not
-from qkguard.probing import alarm
-from qkguard.rows import sampled
-from qkguard.tracking import Tracking
+from qkguard.training.metrics_log import Tracking
+from qkguard.training.probe_schedule import Budget, interval
+from qkguard.training.probe_setup import training_prose, why_not
+from qkguard.training.recall_monitor import alarm
 from tests import judge
 from tests.models import tiny_model
 from tests.probing import bpe_tokenizer

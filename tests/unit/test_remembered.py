@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from qkguard.checkpoint.offline import folder_attention
-from qkguard.layout import find_attention, remembered
-from qkguard.layout.remembered import remembered as ask
+from qkguard.layout import cache as remembered
+from qkguard.layout import find_attention
+from qkguard.layout.cache import remembered as ask
 from qkguard.layout.spec_file import dump_specs, parse_specs
+from qkguard.offline.pair import folder_attention
 from tests.models import tiny_model
 
 

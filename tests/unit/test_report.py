@@ -13,11 +13,10 @@ from PIL import Image
 from transformers import AutoModelForCausalLM
 
 from qkguard import QKGuardCallback, QKGuardError
-from qkguard.report import write_report
-from qkguard.report.build import write_comparison
+from qkguard.report.build import write_comparison, write_report
 from qkguard.report.run import load_run
 from qkguard.report.words import tell
-from qkguard.tracking import Tracking
+from qkguard.training.metrics_log import Tracking
 from tests import judge
 from tests.probing import bpe_tokenizer
 from tests.training import arguments, save_base, train

@@ -15,12 +15,13 @@ from torch import Tensor
 
 import qkguard
 from qkguard import QKGuardCallback, QKGuardConfig, QKGuardError
-from qkguard.checkpoint.offline import find_pair, open_folders, restore_checkpoint
 from qkguard.checkpoint.restored import write_restored
 from qkguard.checkpoint.sources import FolderSource
-from qkguard.checkpoint.verification import verify
 from qkguard.checkpoint.weights import open_weights
 from qkguard.layout import ParamMap
+from qkguard.offline.pair import find_pair, open_folders
+from qkguard.offline.restore import restore_checkpoint
+from qkguard.offline.verify import verify
 from tests import oracle
 from tests.models import noised, save_pair
 from tests.training import arguments, save_base, train

@@ -110,7 +110,7 @@ def test_command_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "devices", lambda: 8)
     command, _ = launch_command(Launch("zero3"), ["--config", "r.yaml"])
     assert option(command, "--num_processes") == "8" and option(command, "--main_process_port") == "0"
-    assert command[-4:] == ["-m", "qkguard.sft", "--config", "r.yaml"]
+    assert command[-4:] == ["-m", "qkguard", "sft", "--config", "r.yaml"]
     assert option(command, "--mixed_precision") == "bf16"
 
     nodes = Launch("fsdp2", nodes=4, node_rank=2, main_ip="10.0.0.1")

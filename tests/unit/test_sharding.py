@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from qkguard import ranks, sharding
+from qkguard.distributed import ranks, sharding
 from qkguard.errors import QKGuardError
 
 

@@ -16,22 +16,22 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qkguard
-from qkguard.checkpoint.offline import open_folders, restore_checkpoint
+from qkguard.choice.candidates import Point, control_points, layer_points, method_points
+from qkguard.choice.carried import find_carried
+from qkguard.choice.task import TaskResult, encode_rows, read_rows, score_rows
+from qkguard.choice.verdict import Interval, Measured, compare, rank_layers, recommend, words
 from qkguard.demo import MODEL
 from qkguard.demo.arithmetic import problems
 from qkguard.errors import QKGuardError
 from qkguard.layout import find_attention
-from qkguard.page import themed_png
+from qkguard.offline.pair import open_folders
+from qkguard.offline.restore import restore_checkpoint
+from qkguard.offline.sweep import SweepReport, measure_points, sweep
+from qkguard.offline.sweep_page import html_page, picture
+from qkguard.offline.sweep_swap import Swapper
 from qkguard.probe.results import ProbeResult
 from qkguard.probe.samples import Cell
-from qkguard.sweeping import SweepReport, sweep
-from qkguard.sweeping.carried import find_carried
-from qkguard.sweeping.points import Point, control_points, layer_points, method_points
-from qkguard.sweeping.report import html_page, picture
-from qkguard.sweeping.run import measure_points
-from qkguard.sweeping.swapping import Swapper
-from qkguard.sweeping.task import TaskResult, encode_rows, read_rows, score_rows
-from qkguard.sweeping.verdict import Interval, Measured, compare, rank_layers, recommend, words
+from qkguard.report.page import themed_png
 from tests.models import save_pair, tiny_model
 from tests.oracle import load_folder
 from tests.unit import zoo
@@ -424,7 +424,7 @@ def test_the_public_name_is_the_function() -> None:
 
 def test_rows_that_are_tokenised_already() -> None:
     """As a run keeps them of its evaluation set: the same loss as the text they were made from."""
-    from qkguard.sweeping.task import encode_rows
+    from qkguard.choice.task import encode_rows
 
     rows = [{"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}, {"input_ids": [5, 6], "labels": [5, 6]}]
     found, dropped = encode_rows(None, rows, 10)

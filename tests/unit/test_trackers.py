@@ -16,7 +16,7 @@ import pytest
 from google.protobuf.message import DecodeError  # comes with W&B
 
 from qkguard import QKGuardCallback
-from qkguard.sinks import MLflow, Trackio
+from qkguard.training.trackers import MLflow, Trackio
 from tests import judge
 from tests.training import arguments, save_base, train
 from tests.unit.test_report import PICTURES, guarded, probing_guard

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qkguard.checkpoint.offline import restore_checkpoint
 from qkguard.checkpoint.safetensors_io import read_header
-from qkguard.checkpoint.verification import verify
 from qkguard.errors import QKGuardError
+from qkguard.offline.restore import restore_checkpoint
+from qkguard.offline.verify import verify
 from tests.models import save_pair
 
 INDEX = "model.safetensors.index.json"

@@ -1,0 +1,282 @@
+"""PEFT's own model on the meta device: which parameters an adapter changes, and PEFT's own arithmetic for each.
+
+The base model is never loaded. A copy of its class without weights gets the adapter injected by PEFT, so target
+patterns, ranks, scalings and names are resolved by PEFT itself; merging hands one base tensor at a time to the layer
+that PEFT made for it. "Bit-equal to merge_and_unload" therefore holds by construction.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, PeftConfig, get_peft_model, set_peft_model_state_dict
+from peft.tuners.lora import layer as lora
+from peft.tuners.lora import variants
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+from torch import Tensor, nn
+
+from qkguard.adapters.files import Adapter
+from qkguard.errors import QKGuardError
+from qkguard.layout import build
+
+NAME = "default"
+DORA = (variants.DoraLinearVariant, variants.DoraEmbeddingVariant)
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One change to one parameter: a LoRA layer merged, a trained copy put in its place, or token rows replaced."""
+
+    kind: str  # "lora", "bias", "saved" or "tokens"
+    module: nn.Module
+    where: str
+    """The module's name in the base model."""
+    tensor: str = ""
+    """For "saved": the parameter within the copy."""
+
+    @property
+    def dora(self) -> bool:
+        return self.kind == "lora" and NAME in getattr(self.module, "lora_variant", {})
+
+
+@dataclass(frozen=True)
+class Change:
+    """A parameter of the base model and what the adapter does to it, in PEFT's order.
+
+    `name` is the name in the base model's `named_parameters()`; `untied` are the names that had shared its storage and
+    now get values of their own, with the steps that make these (none: they keep the base's values).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    steps: tuple[Step, ...]
+    untied: tuple[tuple[str, tuple[Step, ...]], ...] = ()
+
+
+class Skeleton:
+    """An adapter bound to the class of its base model.
+
+    Raises:
+        QKGuardError: the adapter does not fit the base, or targets a kind of layer that is not supported.
+    """
+
+    def __init__(self, base: Path, adapter: Adapter, *, trust_remote_code: bool = False) -> None:
+        source = build.resolve(base, trust_remote_code=trust_remote_code)
+        with build.undisturbed(), quiet():
+            bare: Any = build.build_meta(source)
+            self.config = bare.config
+            self._names: dict[int, list[str]] = {}
+            for name, param in bare.named_parameters(remove_duplicate=False):
+                self._names.setdefault(id(param), []).append(name)
+            self._kept = list(bare.parameters())  # the ids above stay theirs
+            try:
+                settings = PeftConfig.from_pretrained(str(adapter.folder))
+                assert isinstance(settings, LoraConfig)
+                settings.inference_mode, settings.init_lora_weights = True, True
+                self.model: Any = get_peft_model(bare, settings, adapter_name=NAME, low_cpu_mem_usage=True)
+            except (ValueError, KeyError, TypeError, RuntimeError) as error:
+                raise QKGuardError(
+                    f"PEFT cannot put the adapter {adapter.folder} on {base}: {build.first_line(error)}; expected the "
+                    "base model it was trained on"
+                ) from error
+            self._tied_tokens: list[str] = []
+            self.changes = self._changes()
+            self._load(adapter, base)
+
+    def _changes(self) -> list[Change]:
+        shared: dict[str, list[Step]] = {}  # canonical name -> steps on the shared tensor
+        own: dict[str, list[Step]] = {}  # one name of a parameter -> what it becomes
+        shapes: dict[str, tuple[int, ...]] = {}
+        groups: dict[str, list[str]] = {}
+
+        def canonical(param: Tensor) -> str:
+            names = self._names[id(param)]
+            groups[names[0]], shapes[names[0]] = names, tuple(param.shape)
+            return names[0]
+
+        inside: tuple[str, ...] = ()
+        module: Any
+        for key, module in self.model.base_model.model.named_modules():
+            if any(key.startswith(f"{outer}.") for outer in inside):
+                continue
+            if isinstance(module, ModulesToSaveWrapper):
+                inside += (key,)
+                if any(isinstance(m, BaseTunerLayer) for m in module.modules()):
+                    raise QKGuardError(f"{key} is in modules_to_save and carries an adapter too: not supported")
+                for tensor, param in module.original_module.named_parameters():
+                    canonical(param)
+                    own[f"{key}.{tensor}"] = [Step("saved", module.modules_to_save[NAME], key, tensor)]
+            elif isinstance(module, TrainableTokensWrapper):
+                inside += (key,)
+                if module.token_adapter.tied_adapter:  # the tied layer has the same rows, and merges them
+                    self._tied_tokens.append(key)
+                    continue
+                step = Step("tokens", module.token_adapter, key)
+                shared.setdefault(canonical(cast(Any, module.token_adapter.get_base_layer()).weight), []).append(step)
+            elif isinstance(module, lora.LoraLayer):
+                inside += (key,)
+                _check_layer(key, module)
+                module, base = cast(Any, module), cast(Any, module.get_base_layer())
+                shared.setdefault(canonical(base.weight), []).append(Step("lora", module, key))
+                if module.lora_bias.get(NAME):
+                    if base.bias is None:
+                        raise QKGuardError(f"{key} has lora_bias but no bias of its own: it cannot be merged")
+                    shared.setdefault(canonical(base.bias), []).append(Step("bias", module, key))
+            elif isinstance(module, BaseTunerLayer):
+                raise QKGuardError(f"{key}: PEFT layers of type {type(module).__name__} are not supported")
+        return [_change(name, groups[name], shapes[name], shared.get(name, []), own) for name in groups]
+
+    def _load(self, adapter: Adapter, base: Path) -> None:
+        """Fill the adapter's parameters from its file."""
+        state = adapter.tensors()
+        self._take_copies(state, base)
+        double = any(t.dtype == torch.float64 for t in state.values())
+        for step in (s for c in self.changes for s in _all_steps(c)):
+            _materialise(step, torch.float64 if double else torch.float32)
+        try:
+            with quiet():
+                result: Any = set_peft_model_state_dict(self.model, state, adapter_name=NAME)
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise QKGuardError(
+                f"{adapter.folder} does not fit {base}: {build.first_line(error)}; expected the base model it was "
+                "trained on (and its vocabulary size)"
+            ) from error
+        missing = [
+            key
+            for key in result.missing_keys
+            if NAME in key.split(".") and not any(f".{tied}." in key for tied in self._tied_tokens)
+        ]
+        if missing or result.unexpected_keys:
+            what = (
+                f"lacks {missing[0]}"
+                if missing
+                else f"has {result.unexpected_keys[0]}, which the base has no place for"
+            )
+            raise QKGuardError(f"{adapter.folder} {what}; expected the base model it was trained on")
+
+    def _take_copies(self, state: dict[str, Tensor], base: Path) -> None:
+        """Take out the base's own embeddings, which PEFT saves beside an adapter on them and loads into the base."""
+        canonical = {name: names[0] for names in self._names.values() for name in names}
+        saved = {f"{s.where}.{s.tensor}" for c in self.changes for s in _all_steps(c) if s.kind == "saved"}
+        self.copies: dict[str, Tensor] = {}
+        known = {change.name for change in self.changes}
+        shapes = {names[0]: tuple(p.shape) for p in self._kept for names in [self._names[id(p)]]}
+        for key in list(state):
+            name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            if name not in canonical or name in saved:
+                continue
+            tensor, name = state.pop(key), canonical[name]
+            if tuple(tensor.shape) != shapes[name]:
+                raise QKGuardError(
+                    f"the adapter holds {name} of shape {list(tensor.shape)}, {base} has {list(shapes[name])}: the "
+                    "vocabulary was resized; resize the base model, save it, and merge onto that"
+                )
+            self.copies[name] = tensor
+            if name not in known:
+                self.changes.append(Change(name, shapes[name], ()))
+
+    def merged(
+        self, change: Change, weight: Tensor, steps: tuple[Step, ...] | None = None, scale: float = 1.0
+    ) -> Tensor:
+        """The parameter after PEFT's merge, in `weight`'s dtype; `weight` (the base's tensor) is left alone.
+
+        `scale` multiplies the scaling of LoRA layers; it must be 1 where a step is anything else.
+
+        Raises:
+            QKGuardError: NaN or Inf in the merged weight.
+        """
+        if change.name in self.copies:
+            weight = self.copies[change.name].to(weight.dtype)
+        for step in change.steps if steps is None else steps:
+            weight = _run(step, weight, scale)
+            if not bool(torch.isfinite(weight).all()):
+                raise QKGuardError(f"{change.name}: NaN or Inf in the merged weights; the adapter is damaged")
+        return weight
+
+
+def _change(
+    name: str, group: list[str], shape: tuple[int, ...], shared: list[Step], own: dict[str, list[Step]]
+) -> Change:
+    values = {n: tuple(own.get(n, shared)) for n in group}
+    if len(set(values.values())) == 1 and not (len(group) > 1 and any(n in own for n in group)):
+        return Change(name, shape, values[name])
+    return Change(name, shape, values[name], tuple((n, steps) for n, steps in values.items() if n != name))
+
+
+def _all_steps(change: Change) -> tuple[Step, ...]:
+    return (*change.steps, *(step for _, steps in change.untied for step in steps))
+
+
+def _check_layer(key: str, module: lora.LoraLayer) -> None:
+    variant = module.lora_variant.get(NAME)
+    if type(module) not in (lora.Linear, lora.Embedding):
+        raise QKGuardError(f"{key}: LoRA on {type(module).__name__} is not supported; expected Linear or Embedding")
+    if variant is not None and type(variant) not in DORA:
+        raise QKGuardError(f"{key}: {type(variant).__name__} is not supported; expected LoRA, rsLoRA or DoRA")
+
+
+def _materialise(step: Step, dtype: torch.dtype) -> None:
+    """Room on the CPU for one layer's adapter parameters."""
+    parts = [step.module] if step.kind == "saved" else _adapter_parts(step.module)
+    for part in parts:
+        for owner in part.modules():
+            tables: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers)
+            for table in tables:
+                for key, tensor in table.items():
+                    if tensor is not None and tensor.is_meta and tensor.is_floating_point():
+                        room = torch.empty(tensor.shape, dtype=dtype)
+                        table[key] = nn.Parameter(room, False) if isinstance(tensor, nn.Parameter) else room
+
+
+def _adapter_parts(module: nn.Module) -> list[nn.Module]:
+    return [child for name, child in module.named_children() if name != "base_layer"]
+
+
+@torch.no_grad()
+def _run(step: Step, weight: Tensor, scale: float) -> Tensor:
+    module: Any = step.module
+    if step.kind == "saved":
+        return module.get_parameter(step.tensor).detach().to(weight.dtype)
+    # as PEFT holds adapters on a base of this dtype: half precision is raised to float32
+    _cast(_adapter_parts(module), torch.float32 if weight.dtype in _HALF else weight.dtype)
+    if step.kind == "bias":
+        return (weight + module.lora_B[NAME].bias * module.scaling[NAME] * scale).to(weight.dtype)
+    base, kept = module.get_base_layer(), module.get_base_layer().weight
+    settings = [(table, dict(table)) for table in (getattr(module, n, {}) for n in ("scaling", "lora_bias"))]
+    base.weight = nn.Parameter(weight, requires_grad=False)
+    try:
+        if step.kind == "lora":
+            module.scaling[NAME] *= scale
+            module.lora_bias[NAME] = False  # the bias is a step of its own
+        module.merge(safe_merge=True, adapter_names=[NAME])
+        return base.weight.data
+    except ValueError as error:
+        raise QKGuardError(f"{step.where}: {error}") from None
+    finally:
+        base.weight = kept
+        module.merged_adapters.clear()
+        for table, values in settings:
+            table.update(values)
+
+
+def _cast(parts: list[nn.Module], dtype: torch.dtype) -> None:
+    for part in parts:
+        for tensor in [*part.parameters(), *part.buffers()]:
+            if tensor.is_floating_point() and tensor.dtype != dtype:
+                tensor.data = tensor.data.to(dtype)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """PEFT's remarks about meta tensors and tied layers say nothing about a merge."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

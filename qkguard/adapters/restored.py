@@ -1,0 +1,250 @@
+"""A trained adapter -> one without queries and keys that stock PEFT loads, made from the files just saved.
+
+Whole query and key modules lose their tensors and are named in the config's `exclude_modules`. Where one module makes
+queries, keys and values together, the query and key rows of `lora_B` become zero, which adds exactly nothing to them.
+DoRA has no such form (its norms scale the base rows too): refused by name, merging works.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from peft import get_peft_model_state_dict
+from peft.utils.other import get_pattern_key
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qkguard.adapters.files import CONFIG, TENSORS, check_tensors, open_adapter
+from qkguard.adapters.meta_model import quiet
+from qkguard.checkpoint.auxiliary import companions
+from qkguard.checkpoint.card import adapter_card, read_card
+from qkguard.checkpoint.files import copy_named, link_or_copy, published, write_text
+from qkguard.checkpoint.manifest import FORMAT, MANIFEST, describe_file, dump, versions
+from qkguard.checkpoint.patched_folder import check_target, readable_errors
+from qkguard.distributed import ranks, sharding
+from qkguard.distributed.reference import same_bits
+from qkguard.errors import QKGuardError
+from qkguard.layout.spec import ParamMap, Selection
+
+PREFIX = "base_model.model."
+
+
+def write_restored_adapter(
+    raw: Path,
+    out: Path,
+    selection: Selection,
+    *,
+    share: float = 0.0,
+    staging: Path | None = None,
+    overwrite: bool = False,
+    method: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write the adapter of `raw` without queries and keys to `out`; returns the manifest. One process.
+
+    Args:
+        raw: an adapter folder, never changed.
+        out: the folder to appear, complete or not at all.
+        selection: the queries and keys, under the live model's or the bare model's names.
+        share: how much of the query and key adapters stays: 0 nothing, between 0 and 1 their scaling is multiplied.
+        staging, overwrite: as for `PatchedFolder`.
+        method, extra: what the manifest says of the method, and further keys.
+
+    Raises:
+        QKGuardError: empty or cut tensors, DoRA on fused or scaled modules, or nothing left to write.
+    """
+    adapter = open_adapter(raw, merging=False)
+    check_target([], out, overwrite)
+    tensors, config = adapter.tensors(), dict(adapter.config)
+    change = restrict(tensors, config, qk_modules(selection), share)
+    with readable_errors(out), published(out, staging, replace=overwrite) as (folder, mode):
+        _save_tensors({_loadable(key): tensor for key, tensor in tensors.items()}, folder / TENSORS, mode)
+        write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+        taken = companions(raw)[0]
+        for name in taken:
+            copy_named(raw, name, folder)
+        manifest = {
+            "format": FORMAT,
+            "kind": "adapter",
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "base": {"id": adapter.base or "unknown"},
+            "raw": {
+                "path": os.path.relpath(raw.resolve(), out.resolve()),
+                "files": {TENSORS: describe_file(raw / TENSORS)},
+            },
+            "method": {"name": "restore", "alpha": 1 - share} | dict(method or {}),
+            **change,
+            "files": {TENSORS: describe_file(folder / TENSORS)},
+            "companions": [CONFIG, *taken],
+            "warnings": [],
+            "versions": versions(),
+            **(extra or {}),
+        }
+        write_text(folder / "README.md", adapter_card(manifest, read_card(raw)))
+        write_text(folder / MANIFEST, dump(manifest))
+    return json.loads(dump(manifest))
+
+
+def qk_modules(selection: Selection) -> dict[str, ParamMap]:
+    """Module name in the base model -> its query and key rows."""
+    out = {}
+    for _, params in selection:
+        for pmap in params:
+            if pmap.kind == "weight":
+                name = pmap.name.removeprefix(PREFIX).removesuffix(".weight").removesuffix(".base_layer")
+                out[name] = pmap
+    return out
+
+
+def restrict(
+    tensors: dict[str, Tensor], config: dict[str, Any], modules: Mapping[str, ParamMap], share: float
+) -> dict[str, Any]:
+    """Take queries and keys out of an adapter's tensors and config, in place; says what was removed and changed."""
+    removed: list[str] = []
+    rows: list[dict[str, Any]] = []
+    scaled: dict[str, float] = {}
+    for module, pmap in modules.items():
+        keys = [key for key in tensors if key.startswith(f"{PREFIX}{module}.lora_")]
+        if not keys:
+            continue
+        if any("lora_magnitude_vector" in key for key in keys) and (share or not pmap.whole):
+            raise QKGuardError(f"{no_restored_form(module, share)}; `qkguard merge` writes the merged model")
+        if pmap.whole and not share:
+            removed.append(module)
+            for key in keys:
+                del tensors[key]
+        elif pmap.whole:
+            held: dict[str, float] = config.get("alpha_pattern") or {}
+            alpha = held.get(get_pattern_key(list(held), module), config["lora_alpha"])
+            scaled[re.escape(module)] = share * alpha
+        else:
+            for key in (k for k in keys if ".lora_B." in k):
+                changed = tensors[key].clone()
+                for lo, hi in pmap.ranges:
+                    changed[lo:hi] *= share
+                    if not share:
+                        changed[lo:hi] = 0  # also where it was NaN or -0
+                tensors[key] = changed
+                rows.append({"tensor": key, "ranges": [list(r) for r in pmap.ranges], "factor": share})
+    if not any(".lora_" in key for key in tensors):
+        raise QKGuardError(
+            "the adapter is on queries and keys alone: without them nothing is left, the restored model is the base"
+        )
+    if removed:
+        config["exclude_modules"] = _excluding(config.get("exclude_modules"), removed)
+    if scaled:
+        config["alpha_pattern"] = scaled | (config.get("alpha_pattern") or {})  # PEFT takes the first that matches
+    return {"removed": removed, "rows": rows, "scaled": {re.sub(r"\\(.)", r"\1", k): v for k, v in scaled.items()}}
+
+
+def no_restored_form(module: str, share: float) -> str:
+    """Why a DoRA adapter cannot be kept in part."""
+    what = "with alpha below 1" if share else "on a module that makes more than queries and keys"
+    return f"{module}: a DoRA adapter {what} has no restored form that PEFT could load"
+
+
+def _excluding(held: Any, modules: list[str]) -> Any:
+    if isinstance(held, str):
+        return "|".join([f"(?:{held})", *map(re.escape, modules)])
+    return [*(held or []), *modules]
+
+
+def _loadable(key: str) -> str:
+    """A name that transformers' `load_adapter` reads like PEFT; under PEFT's own it loses DoRA's magnitudes."""
+    return f"{key}.weight" if key.endswith(".lora_magnitude_vector") else key
+
+
+def verify_adapter(folder: Path, manifest: Mapping[str, Any], *, raw: bool = True) -> dict[str, Any]:
+    """Check a restored adapter against its manifest and, where it still exists, the adapter it was made from."""
+    for name in manifest["companions"]:
+        if not (folder / name).is_file():
+            raise QKGuardError(f"{folder} lacks {name}, which it was written with; restore it again")
+    if describe_file(folder / TENSORS) != manifest["files"][TENSORS]:
+        raise QKGuardError(f"{folder / TENSORS} has another content than recorded; restore it again")
+    adapter = open_adapter(folder, merging=False)
+    found, state = folder / manifest["raw"]["path"], "not found" if raw else "not checked"
+    if raw and (found / TENSORS).is_file():
+        if describe_file(found / TENSORS) != manifest["raw"]["files"][TENSORS]:
+            raise QKGuardError(f"{found / TENSORS}: the raw adapter has changed since; restore it again, or --no-raw")
+        _compare(adapter.tensors(), open_adapter(found, merging=False).tensors(), manifest, folder)
+        state = "unchanged"
+    return {
+        "folder": str(folder),
+        "base": manifest["base"].get("id"),
+        "method": manifest["method"]["name"],
+        "layers": len(manifest["removed"]) + len(manifest["rows"]) + len(manifest["scaled"]),
+        "tensors": len(adapter.shapes),
+        "restored_bytes": manifest["files"][TENSORS]["size"],
+        "files": 1,
+        "raw": state,
+        "compared": "every tensor",
+        "partial": [],
+        "warnings": manifest["warnings"],
+    }
+
+
+def _compare(ours: dict[str, Tensor], raw: dict[str, Tensor], manifest: Mapping[str, Any], folder: Path) -> None:
+    gone = tuple(f"{PREFIX}{module}.lora_" for module in manifest["removed"])
+    rows = {entry["tensor"]: entry for entry in manifest["rows"]}
+    for key, tensor in raw.items():
+        wanted: Tensor | None = None if key.startswith(gone) else tensor.clone()
+        if wanted is not None and key in rows:
+            for lo, hi in rows[key]["ranges"]:
+                wanted[lo:hi] = wanted[lo:hi] * rows[key]["factor"] if rows[key]["factor"] else 0
+        found = ours.get(_loadable(key))
+        if (found is None) != (wanted is None) or (wanted is not None and not same_bits(found, wanted)):  # type: ignore[arg-type]
+            raise QKGuardError(f"{folder}: {key} is not what its manifest says it is; restore it again")
+
+
+def copy_adapter(raw: Path, out: Path) -> None:
+    """Another name for an adapter folder (tensors linked where possible), replacing an older one."""
+    with published(out) as (folder, mode):
+        link_or_copy(raw / TENSORS, folder / TENSORS, mode)
+        for name in (CONFIG, *companions(raw)[0]):
+            copy_named(raw, name, folder)
+
+
+def export_adapter(model: Any, name: str, folder: Path, processing_class: Any = None) -> None:
+    """Write one live adapter, gathered a parameter at a time; a collective (ALL ranks), the files are rank 0's."""
+    mine = [(n, p) for n, p in model.named_parameters(remove_duplicate=False) if name in n.split(".")]
+    state = {}
+    for (key, _), full in zip(mine, sharding.gather_full([p for _, p in mine]), strict=True):
+        if full is not None:
+            state[key] = full.clone()
+
+    def write() -> None:
+        with quiet():
+            tensors = get_peft_model_state_dict(
+                model, state_dict=state, adapter_name=name, save_embedding_layers=False
+            )
+        tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        check_tensors({key: tuple(t.shape) for key, t in tensors.items()}, f"the adapter {name!r}")
+        with published(folder) as (place, mode):
+            _save_tensors(tensors, place / TENSORS, mode)
+            _save_config(model, name, place)
+            if processing_class is not None:
+                processing_class.save_pretrained(place)
+
+    ranks.on_rank_zero(f"writing the adapter {name}", write)
+
+
+def _save_tensors(tensors: dict[str, Tensor], file: Path, mode: int) -> None:
+    save_file(tensors, file, metadata={"format": "pt"})
+    os.chmod(file, mode)  # safetensors makes it the owner's alone
+
+
+def _save_config(model: Any, name: str, folder: Path) -> None:
+    config = model.peft_config[name]
+    held = config.inference_mode, config.base_model_name_or_path
+    config.inference_mode = True
+    config.base_model_name_or_path = held[1] or getattr(model.config, "_name_or_path", None)
+    try:
+        config.save_pretrained(str(folder))
+    finally:
+        config.inference_mode, config.base_model_name_or_path = held

@@ -1,0 +1,210 @@
+"""Which point to take, and what the sweep says about the run: pure functions on measured points."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from qkguard.choice.candidates import Point
+from qkguard.choice.task import TaskResult
+from qkguard.probe.results import ProbeResult, wilson
+
+RESAMPLES = 2000
+FREE = 1e-3  # task points: a smaller loss counts as none when layers are ranked
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value with its 95% bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def to_json(self) -> dict[str, float]:
+        return {"value": self.value, "low": self.low, "high": self.high}
+
+
+@dataclass
+class Measured:
+    """What came of one point.
+
+    `recall` and `quality` (accuracy, or minus the loss in nats per token) with intervals; `gain` and `change` are
+    their paired differences from raw. `layers` is what the method did, `same_as` an earlier point with the same
+    weights, whose numbers these are.
+    """
+
+    point: Point
+    probe: ProbeResult
+    task: TaskResult | None
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    same_as: str | None = None
+    recall: Interval = Interval(0, 0, 0)
+    gain: Interval = Interval(0, 0, 0)
+    quality: Interval | None = None
+    change: Interval | None = None
+    pareto: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.point.name
+
+
+def compare(points: Sequence[Measured], seed: int) -> None:
+    """Fill in intervals, differences from raw, and which points no other one beats; the same draws for all."""
+    raw = next(p for p in points if p.point.kind == "raw")
+    random = np.random.default_rng(seed)
+    draws = random.integers(len(raw.probe.cells), size=(RESAMPLES, len(raw.probe.cells)))
+    rows = random.integers(len(raw.task.nll), size=(RESAMPLES, len(raw.task.nll))) if raw.task else None
+    for point in points:
+        hits, theirs = (np.array(p.probe.correct, dtype=float) for p in (point, raw))
+        low, high = wilson(int(hits.sum()), len(hits))
+        point.recall = Interval(float(hits.mean()), low, high)
+        point.gain = _interval(float((hits - theirs).mean()), (hits - theirs)[draws].mean(1))
+        if rows is not None and point.task and raw.task:
+            mine, other = _qualities(point.task, rows), _qualities(raw.task, rows)
+            value = quality_of(point.task)
+            point.quality = _interval(value, mine)
+            point.change = _interval(value - quality_of(raw.task), mine - other)
+    for point in points:
+        point.pareto = point.point.kind in ("raw", "method") and not any(
+            _beats(other, point) for other in points if other.point.kind in ("raw", "method")
+        )
+
+
+def quality_of(task: TaskResult) -> float:
+    """Accuracy where rows have answers, else minus the loss: larger is better."""
+    return -task.loss if task.accuracy is None else task.accuracy
+
+
+def recommend(points: Sequence[Measured], tolerance: float) -> Measured:
+    """The point that `rule` describes."""
+    raw = next(p for p in points if p.point.kind == "raw")
+    allowed = [p for p in points if p.point.recommendable and p.gain.low > 0 and within(p, tolerance)]
+    return max(allowed, key=lambda p: (p.recall.value, p.change.value if p.change else 0.0), default=raw)
+
+
+def within(point: Measured, tolerance: float) -> bool:
+    """Whether a point's task quality is at most `tolerance` below raw's; True where no task was measured."""
+    return point.change is None or point.change.value >= -tolerance
+
+
+def rule(tolerance: float, metric: str | None) -> str:
+    """How `recommend` chooses, as a sentence."""
+    kept = {
+        None: "",
+        "accuracy": f" and task accuracy is at most {tolerance:g} below raw's",
+        "loss": f" and whose held-out loss is at most {tolerance:g} nats per token above raw's",
+    }[metric]
+    return (
+        "highest recall among the restored points whose recall is above raw's beyond noise (95% interval of the "
+        f"paired difference){kept}; raw where there is none; of equal ones the one with the better task quality"
+    )
+
+
+def words(points: Sequence[Measured], chosen: Measured, tolerance: float) -> list[str]:
+    """What the numbers say, in sentences, also where they speak against restoring."""
+    raw = next(p for p in points if p.point.kind == "raw")
+    base = next((p for p in points if p.point.kind == "base"), None)
+    methods = [p for p in points if p.point.recommendable]
+    out = []
+    lost = None
+    if base is not None:
+        lost = Interval(-base.gain.value, -base.gain.high, -base.gain.low)
+        if base.gain.low > 0:
+            out.append(f"SFT took recall from {base.recall.value:.3f} to {raw.recall.value:.3f}.")
+        else:
+            out.append(
+                f"SFT cost no recall beyond noise on these samples ({base.recall.value:.3f} before, "
+                f"{raw.recall.value:.3f} after): there is nothing for a restore to bring back."
+            )
+    whole = next((p for p in methods if p.point.method == "restore" and len(p.point.tensors) == 2), None)
+    if whole is not None:
+        out.append(_whole(whole, base, raw, lost))
+    elif methods:
+        best = max(methods, key=lambda p: p.recall.value)
+        out.append(f"The highest recall is {best.recall.value:.3f}, with {best.name} ({raw.recall.value:.3f} raw).")
+    carried = [p for p in points if p.point.kind == "control" and set(p.point.tensors) & {"v", "o"}]
+    if carried and methods:
+        most = max(carried, key=lambda p: p.recall.value)
+        best = max(methods, key=lambda p: p.recall.value)
+        if most.recall.value > best.recall.value:
+            out.append(
+                f"{most.name} brings back more ({most.recall.value:.3f}) than queries and keys: what changed is what "
+                "attention carries, rather than where it looks."
+            )
+        else:
+            out.append(f"Values and outputs alone bring recall to {most.recall.value:.3f} at most ({most.name}).")
+    out.append(_choice(chosen, raw, methods, tolerance))
+    return out
+
+
+def _whole(whole: Measured, base: Measured | None, raw: Measured, lost: Interval | None) -> str:
+    numbers = f"{raw.recall.value:.3f} to {whole.recall.value:.3f}"
+    price = ""
+    if whole.change is not None and whole.task is not None:
+        metric = "accuracy" if whole.task.accuracy is not None else "loss"
+        before, after = (abs(quality_of(p.task)) for p in (raw, whole) if p.task)
+        price = f", task {metric} from {before:.3f} to {after:.3f}"
+    if whole.gain.low > 0:
+        share = ""
+        if base is not None and lost is not None and lost.value < 0:
+            share = f", {min(1.0, whole.gain.value / -lost.value):.0%} of what was lost"
+        return f"Restoring queries and keys whole takes recall from {numbers}{share}{price}."
+    if base is not None and base.gain.low > 0:
+        return (
+            f"Restoring queries and keys whole brings no recall back beyond noise ({numbers}{price}): Q/K are not the "
+            "cause on this run."
+        )
+    return f"Restoring queries and keys whole does not raise recall beyond noise ({numbers}{price})."
+
+
+def _choice(chosen: Measured, raw: Measured, methods: Sequence[Measured], tolerance: float) -> str:
+    if chosen is not raw:
+        return f"Recommended: {chosen.name}."
+    if any(p.gain.low > 0 for p in methods):
+        return (
+            f"Recommended: raw. Every point with more recall costs more than {tolerance:g} of task quality; a larger "
+            "tolerance would allow one."
+        )
+    return "Recommended: raw. No point has more recall than the tuned checkpoint beyond noise."
+
+
+def rank_layers(points: Sequence[Measured]) -> list[dict[str, Any]]:
+    """Layers restored alone, by recall gained per task point lost; those that cost nothing first, by their gain."""
+    out: list[dict[str, Any]] = []
+    for point in points:
+        if point.point.kind == "layer" and point.point.layers:
+            lost = None if point.change is None else max(0.0, -point.change.value)
+            free = lost is None or lost < FREE
+            ratio = None if free or point.gain.value <= 0 else point.gain.value / (lost or FREE)
+            row = {"layer": point.point.layers[0], "gain": point.gain.value, "lost": lost, "ratio": ratio}
+            out.append(row | {"gain_low": point.gain.low, "gain_high": point.gain.high})
+
+    def order(row: dict[str, Any]) -> tuple[int, float]:
+        if row["gain"] <= 0:
+            return 2, -row["gain"]
+        return (0, -row["gain"]) if row["ratio"] is None else (1, -row["ratio"])
+
+    return sorted(out, key=order)
+
+
+def _beats(other: Measured, point: Measured) -> bool:
+    """At least as good on both axes and better on one."""
+    mine = (point.recall.value, point.quality.value if point.quality else 0.0)
+    theirs = (other.recall.value, other.quality.value if other.quality else 0.0)
+    return theirs != mine and all(a >= b for a, b in zip(theirs, mine, strict=True))
+
+
+def _qualities(task: TaskResult, rows: Any) -> Any:
+    if task.exact is not None:
+        return np.array(task.exact, dtype=float)[rows].mean(1)
+    return -np.array(task.nll)[rows].sum(1) / np.array(task.tokens, dtype=float)[rows].sum(1)
+
+
+def _interval(value: float, drawn: Any) -> Interval:
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return Interval(value, float(low), float(high))

@@ -1,0 +1,189 @@
+"""A base and a tuned checkpoint side by side: are they a pair, and which rows of which tensors belong together?"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qkguard.checkpoint.sources import FolderSource
+from qkguard.checkpoint.weights import WeightFolder, open_weights, resolve_folder
+from qkguard.errors import QKGuardError
+from qkguard.layout.cache import remembered
+from qkguard.layout.spec import AttentionSpec, ParamMap, Selection, select, unselected_norms
+from qkguard.layout.spec_file import dump_specs, parse_specs
+
+GEOMETRY = (
+    *("hidden_size", "n_embd", "d_model", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head"),
+    *("num_key_value_heads", "head_dim", "q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "layer_types"),
+)
+
+
+POSITIONS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "sliding_window")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What to restore in a tuned checkpoint, and from where."""
+
+    weights: WeightFolder
+    specs: list[AttentionSpec]
+    selection: Selection
+    names: Mapping[str, str]
+    source: FolderSource
+    warnings: list[str]
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Two checkpoints, headers read, configs compared; nothing of torch's model code was imported for it."""
+
+    base: WeightFolder
+    tuned: WeightFolder
+    base_id: str
+    warnings: list[str]
+
+
+def open_folders(
+    base: str | os.PathLike[str], tuned: str | os.PathLike[str], *, allow_pickle: bool = False
+) -> Folders:
+    """Open a base and a tuned checkpoint; folders, or hub ids.
+
+    Raises:
+        QKGuardError: one is missing or broken, or they are of different architectures (`compare_configs`).
+    """
+    base_folder = resolve_folder(base, allow_pickle=allow_pickle)
+    folder = resolve_folder(tuned, allow_pickle=allow_pickle)
+    if base_folder.resolve() == folder.resolve():
+        raise QKGuardError(f"base and tuned are the same folder ({folder}); give the checkpoint before SFT as base")
+    weights = open_weights(folder, allow_pickle=allow_pickle)
+    base_weights = open_weights(base_folder, allow_pickle=allow_pickle)
+    warnings = compare_configs(read_config(base_folder), read_config(folder))
+    return Folders(base_weights, weights, os.fspath(base), warnings)
+
+
+def find_pair(
+    folders: Folders,
+    *,
+    parts: Sequence[str] = ("q", "k"),
+    layers: Sequence[int] | None = None,
+    include_norms: bool = False,
+    include_sliding_window: bool = True,
+    entangled: str = "keep",
+    spec: Any = None,
+    trust_remote_code: bool = False,
+    gains: bool = False,
+) -> Pair:
+    """Find the queries and keys of the tuned checkpoint and where the base keeps the same rows.
+
+    With `gains` the names include those of the q/k norms in the tuned checkpoint that are not selected.
+
+    Raises:
+        QKGuardError: whatever `find_attention`, `select` and `disk_names` refuse, or a base without those rows.
+    """
+    base_weights, weights = folders.base, folders.tuned
+    specs = folder_attention(weights.folder, spec=spec, trust_remote_code=trust_remote_code)
+    selection = select(
+        specs,
+        parts=parts,
+        layers=layers,
+        include_norms=include_norms,
+        include_sliding_window=include_sliding_window,
+        entangled=entangled,
+    )
+    params = [param for _, maps in selection for param in maps]
+    # Both through the tuned model's class, as when SFT loaded the base: its own class may differ (text-only or not).
+    how: dict[str, Any] = {"by_hand": spec is not None, "trust_remote_code": trust_remote_code}
+    names = tensor_names(params, weights, weights.folder, **how)
+    if base_weights.shapes() == weights.shapes():
+        base_names = names
+    else:
+        base_names = tensor_names(params, base_weights, weights.folder, **how)
+    source = FolderSource(base_weights, base_names, model_id=folders.base_id)
+    source.check(params)
+    if gains and (norms := unselected_norms(selection)):
+        names = names | tensor_names(norms, weights, weights.folder, **how)
+    return Pair(weights, specs, selection, names, source, folders.warnings)
+
+
+def folder_attention(folder: Path, *, spec: Any = None, trust_remote_code: bool = False) -> list[AttentionSpec]:
+    """`find_attention` of a folder; what is settled by its config alone is remembered (`layout.remembered`)."""
+    from qkguard.layout import find_attention  # imports transformers
+
+    config = read_config(folder)
+    if spec is not None or trust_remote_code or "auto_map" in config:
+        return find_attention(folder, spec=spec, trust_remote_code=trust_remote_code)
+
+    def find() -> str | None:
+        text = dump_specs(specs := find_attention(folder))
+        return text if parse_specs(text, "layout") == specs else None  # a layout that the format does not hold
+
+    text = remembered("attention", config, find)
+    return find_attention(folder) if text is None else parse_specs(text, "layout")
+
+
+def tensor_names(
+    params: Sequence[ParamMap],
+    weights: WeightFolder,
+    model: Path,
+    *,
+    by_hand: bool = False,
+    trust_remote_code: bool = False,
+) -> dict[str, str]:
+    """Parameter name -> name in the files, as the class of `model` (a folder with a config) loads them.
+
+    Names of a layout given by hand are taken as they are where the files have them.
+    """
+    shapes = weights.shapes()
+    if by_hand and all(shapes.get(param.name) == param.shape for param in params):
+        return {param.name: param.name for param in params}
+    config = read_config(model)
+
+    def find() -> dict[str, str]:
+        from qkguard.layout import disk_names
+
+        return disk_names(params, shapes, model, trust_remote_code=trust_remote_code)
+
+    if trust_remote_code or "auto_map" in config:
+        return find()
+    return remembered("names", [config, shapes, [(param.name, param.shape) for param in params]], find)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a checkpoint, of the language model where it is nested."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return config | config.get("text_config", {})
+    except FileNotFoundError:
+        raise QKGuardError(f"{folder} has no config.json; expected a checkpoint with its configuration") from None
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise QKGuardError(f"{folder / 'config.json'} cannot be read ({error}); save it again") from None
+
+
+def compare_configs(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> list[str]:
+    """Warnings about differences in how positions are encoded.
+
+    Raises:
+        QKGuardError: another architecture, or other head counts and sizes.
+    """
+    kinds = [str(c.get("model_type")).removesuffix("_text") for c in (base, tuned)]
+    if kinds[0] != kinds[1]:
+        raise QKGuardError(
+            f"the base is a {base.get('model_type')} model, the tuned one {tuned.get('model_type')}; "
+            "expected the checkpoint that the tuned model started from"
+        )
+    for key in GEOMETRY:
+        if key in base and key in tuned and base[key] != tuned[key]:
+            raise QKGuardError(
+                f"{key} is {base[key]} in the base and {tuned[key]} in the tuned model; "
+                "expected the checkpoint that the tuned model started from"
+            )
+    return [
+        f"{key} is {base[key]} in the base but {tuned[key]} in the tuned model: the base's queries and keys were "
+        "trained for other positions"
+        for key in POSITIONS
+        if key in base and key in tuned and base[key] != tuned[key]
+    ]

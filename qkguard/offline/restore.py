@@ -1,0 +1,124 @@
+"""Two checkpoints that exist already: what `qkguard restore` does, through the same files code as the callback."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from qkguard.checkpoint.patched_folder import Progress, check_target
+from qkguard.checkpoint.restored import write_restored
+from qkguard.checkpoint.scan import BackgroundScan
+from qkguard.errors import QKGuardError, RearrangedError
+from qkguard.layout.spec import select
+from qkguard.offline.pair import Folders, Pair, find_pair, folder_attention, open_folders
+from qkguard.restore import check_options, get_method
+
+
+def restore_checkpoint(
+    base: str | os.PathLike[str],
+    tuned: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    method: str = "restore",
+    ridge: float = 1.0,
+    gram: str = "head",
+    alpha: float = 1.0,
+    align: bool = False,
+    strengths: Mapping[int, float] | None = None,
+    parts: Sequence[str] = ("q", "k"),
+    layers: Sequence[int] | None = None,
+    include_norms: bool = False,
+    include_sliding_window: bool = True,
+    entangled: str = "keep",
+    spec: Any = None,
+    device: str = "cpu",
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    extra: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write the tuned checkpoint with the base's queries and keys to a new folder, in bounded memory.
+
+    Args:
+        base, tuned: folders, or hub ids whose safetensors the hub or its cache has.
+        out: the folder to write; it must not exist, or with `overwrite` be an earlier restored one.
+        method: a restore method: restore, qk-pro, procrustes or interpolate.
+        ridge, gram: of qk-pro: 0 is restore, larger keeps more of the tuned queries, in units of the mean eigenvalue
+            of the keys' Gram matrix; that matrix by "head" or in the "input" space.
+        alpha, align: of interpolate: from 0 (tuned) to 1 (before SFT), after rotating the base's queries and keys
+            towards the tuned ones if `align`.
+        strengths: ridge or alpha of single layers, in place of the common one.
+        parts, layers, include_norms, include_sliding_window, entangled: which rows (`layout.select`).
+        spec: a layout by hand, for models that cannot be probed.
+        device: where the arithmetic of methods beyond copying runs ("cuda"); one layer is in memory at a time.
+        allow_pickle: also read `pytorch_model*.bin`, weights-only.
+        trust_remote_code: allow the checkpoints' own model code to be imported.
+        overwrite: replace an earlier restored folder at `out`.
+        extra: further keys for the manifest.
+        progress: called with (bytes done, bytes in all).
+
+    Returns:
+        The manifest, as written to `out/qkguard.json`: for every layer what the method did, among it "fallback" where
+        it could not be applied.
+
+    Raises:
+        QKGuardError: bad input or a full disk; nothing is left behind.
+    """
+    target = Path(out)
+    check_target([Path(folder) for folder in (base, tuned) if os.path.isdir(folder)], target, overwrite)
+    chosen: dict[str, Any] = {"parts": list(parts), "layers": None if layers is None else list(layers)}
+    chosen |= {"include_norms": include_norms, "include_sliding_window": include_sliding_window}
+    chosen |= {"entangled": entangled}
+    options = {"ridge": ridge, "gram": gram, "alpha": alpha, "align": align, "strengths": strengths}
+    options = check_options(method, options, parts)
+    folders = open_folders(base, tuned, allow_pickle=allow_pickle)
+    with ExitStack() as stack:
+        scan = stack.enter_context(BackgroundScan(folders.tuned))
+        gains = get_method(method).gains(options)
+        try:
+            pair = find_pair(folders, **chosen, spec=spec, trust_remote_code=trust_remote_code, gains=gains)
+        except RearrangedError as error:
+            if method != "restore":
+                raise QKGuardError(
+                    f"{error}; or use method restore, which goes through transformers by itself"
+                ) from None
+            target.parent.mkdir(parents=True, exist_ok=True)
+            work = stack.enter_context(TemporaryDirectory(prefix="_qkguard-", dir=target.parent))
+            pair = _through_transformers(folders, Path(work), chosen, trust_remote_code)
+        return write_restored(
+            pair.weights.folder,
+            target,
+            pair.selection,
+            pair.names,
+            pair.source,
+            method=method,
+            options=options,
+            selected=chosen,
+            device=device,
+            overwrite=overwrite,
+            allow_pickle=allow_pickle,
+            extra=lambda: {**(extra or {}), "warnings": pair.warnings, "nonfinite": scan.result()},
+            progress=progress,
+        )
+
+
+def _through_transformers(folders: Folders, work: Path, chosen: dict[str, Any], trust_remote_code: bool) -> Pair:
+    """`find_pair` where tensors are cut or joined on loading (`checkpoint.rearranged`)."""
+    from qkguard.offline.rearranged import selection_on_disk
+
+    specs = folder_attention(folders.tuned.folder, trust_remote_code=trust_remote_code)
+    selection, source = selection_on_disk(
+        folders.base,
+        folders.tuned,
+        select(specs, **chosen),
+        work,
+        base_id=folders.base_id,
+        trust_remote_code=trust_remote_code,
+    )
+    warning = "transformers cuts or joins tensors of this model, so it was loaded and saved to find the rows"
+    return Pair(folders.tuned, specs, selection, source.names, source, [*folders.warnings, warning])

@@ -1,0 +1,186 @@
+"""What a sweep shows: the trade-off as a picture, and a page with it and the table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from qkguard.choice.verdict import Measured, quality_of, rank_layers
+from qkguard.offline.sweep import SweepReport
+from qkguard.report import page
+from qkguard.report.heatmaps import short_length
+
+_MARKS = {"base": ("#7f8c8d", "s"), "raw": ("#c0392b", "s"), "method": ("#2471a3", "o"), "control": ("#b7950b", "^")}
+NAMES = {"base": "before SFT", "raw": "after SFT (raw)"}
+
+
+def shown(points: Sequence[Measured]) -> list[Measured]:
+    """The points of the trade-off, without single layers and repetitions."""
+    return [p for p in points if p.point.kind != "layer" and p.same_as is None]
+
+
+def columns(report: SweepReport) -> tuple[list[str], list[list[str]]]:
+    """The table: names, recall with interval, its difference from raw, recall by length, task quality, marks."""
+    lengths = sorted({c.length for c in report.points[0].probe.cells})
+    head = ["", "recall", "95%", "vs raw", *(short_length(n) for n in lengths)]
+    metric = report.metric
+    head += [metric, "95%", "vs raw"] if metric else []
+    rows = []
+    for point in report.points:
+        by_length = point.probe.by("length")
+        row = [NAMES.get(point.name, point.name), f"{point.recall.value:.3f}"]
+        row += [f"{point.recall.low:.2f} to {point.recall.high:.2f}", f"{point.gain.value:+.3f}"]
+        row += [f"{by_length[(n,)].recall:.2f}" for n in lengths]
+        if metric and point.task and point.quality and point.change:
+            sign = 1 if metric == "accuracy" else -1
+            low, high = sorted((sign * point.quality.low, sign * point.quality.high))
+            row += [f"{sign * quality_of(point.task):.3f}", f"{low:.3f} to {high:.3f}"]
+            row += [f"{sign * point.change.value + 0.0:+.3f}"]  # + 0.0: no "-0.000"
+        marks = ["recommended"] if point is report.recommended else []
+        marks += ["Pareto"] if point.pareto else []
+        marks += [f"= {point.same_as}"] if point.same_as else []
+        rows.append([*row, ", ".join(marks)])
+    return [*head, ""], rows
+
+
+def picture(report: SweepReport) -> Figure:
+    """Recall against task quality with intervals, one number per point; beside it the layers restored alone."""
+    layers = rank_layers(report.points)
+    figure = Figure(figsize=(10.5 if not layers else 14.5, 5.2), layout="constrained")
+    axes = figure.subplots(1, 2 if layers else 1, squeeze=False, width_ratios=[2.4, 1] if layers else None)[0]
+    (_tradeoff if report.metric else _recall_alone)(axes[0], report)
+    if layers:
+        _layers(axes[1], layers, report.metric)
+    for axis in axes:
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(
+        f"Recall and task quality; recommended: {NAMES.get(report.recommended.name, report.recommended.name)}"
+    )
+    return figure
+
+
+def _tradeoff(axis: Any, report: SweepReport) -> None:
+    points, loss = shown(report.points), report.metric == "loss"
+    sign = -1 if loss else 1
+    left, right = _limits([sign * p.quality.value for p in points if p.quality and p.point.kind != "base"])
+    axis.set_xlim(left, right)
+    places: list[tuple[float, float, str]] = []
+    for number, point in enumerate(points, 1):
+        assert point.quality is not None
+        x, y = sign * point.quality.value, point.recall.value
+        low, high = sorted((sign * point.quality.low, sign * point.quality.high))
+        color, marker = _MARKS[point.point.kind]
+        label = f"{number}  {NAMES.get(point.name, point.name)}"
+        if not left <= x <= right:  # the base, far from everything else: at the edge, with its number
+            label += f" (at {x:.3f}, {'left' if x < left else 'right'} of the picture)"
+            x = low = high = min(max(x, left), right)
+        axis.hlines(y, low, high, color, lw=1, alpha=0.35)
+        axis.vlines(x, point.recall.low, point.recall.high, color, lw=1, alpha=0.35)
+        axis.plot(x, y, marker, color=color, ms=8, alpha=0.85, label=label, clip_on=False)
+        places.append((x, y, str(number)))
+        if point is report.recommended:
+            axis.plot(x, y, marker="*", ms=22, mfc="none", mec="#1e8449", mew=1.8)
+    front = sorted((sign * p.quality.value, p.recall.value) for p in points if p.pareto and p.quality)
+    axis.plot(*zip(*front, strict=True), "-", color="#2471a3", lw=1, alpha=0.4, zorder=0)
+    raw = next(p for p in points if p.point.kind == "raw")
+    assert raw.quality is not None
+    limit = sign * (raw.quality.value - report.tolerance)
+    axis.axvline(limit, color="#c0392b", lw=0.8, ls=":", label=f"tolerance {report.tolerance:g}")
+    _number(axis, places)
+    unit = "held-out loss, nats per token" if loss else "task accuracy (teacher forced)"
+    axis.set(xlabel=f"{unit} ({'left' if loss else 'right'} is better)", ylabel="needle recall")
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+
+
+def _limits(values: Sequence[float]) -> tuple[float, float]:
+    """The range of an axis that shows these values with some room around them."""
+    low, high = min(values), max(values)
+    room = 0.12 * (high - low) or 0.05 * abs(high) or 0.05
+    return low - room, high + room
+
+
+def _number(axis: Any, places: Sequence[tuple[float, float, str]]) -> None:
+    """Numbers beside their points; points that lie close together share one label."""
+    wide = max(p[0] for p in places) - min(p[0] for p in places) or 1.0
+    high = max(p[1] for p in places) - min(p[1] for p in places) or 1.0
+    groups: list[list[tuple[float, float, str]]] = []
+    for place in places:
+        for group in groups:
+            if abs(group[0][0] - place[0]) < 0.03 * wide and abs(group[0][1] - place[1]) < 0.03 * high:
+                group.append(place)
+                break
+        else:
+            groups.append([place])
+    for group in groups:
+        text = ", ".join(p[2] for p in group)
+        axis.annotate(text, group[0][:2], xytext=(7, 6), textcoords="offset points", fontsize=9)
+
+
+def _recall_alone(axis: Any, report: SweepReport) -> None:
+    points = shown(report.points)[::-1]
+    values = [p.recall.value for p in points]
+    spread = [
+        [max(0.0, p.recall.value - p.recall.low) for p in points],
+        [max(0.0, p.recall.high - p.recall.value) for p in points],
+    ]
+    colors = [_MARKS[p.point.kind][0] for p in points]
+    axis.barh(range(len(points)), values, xerr=spread, color=colors, alpha=0.85)
+    axis.set_yticks(range(len(points)), [NAMES.get(p.name, p.name) for p in points])
+    axis.set(xlabel="needle recall (95% interval); task quality was not measured")
+
+
+def _layers(axis: Any, layers: Sequence[dict[str, Any]], metric: str | None) -> None:
+    rows = sorted(layers, key=lambda row: row["layer"], reverse=True)
+    places = range(len(rows))
+    spread = [
+        [max(0.0, r["gain"] - r["gain_low"]) for r in rows],
+        [max(0.0, r["gain_high"] - r["gain"]) for r in rows],
+    ]
+    gains = [r["gain"] for r in rows]
+    axis.barh([p + 0.2 for p in places], gains, 0.4, xerr=spread, color="#2471a3", label="recall gained")
+    if metric:
+        lost = [r["lost"] for r in rows]
+        axis.barh([p - 0.2 for p in places], lost, 0.4, color="#c0392b", label=f"{metric} lost")
+    axis.set_yticks(places, [f"layer {r['layer']}" for r in rows])
+    axis.set_title("one layer restored at a time", fontsize="medium")
+    axis.legend(fontsize=8)
+
+
+def html_page(report: SweepReport) -> str:
+    """A page that needs nothing else: what was found, the picture, the table, the layers, the settings."""
+    head, rows = columns(report)
+    chosen = [i for i, point in enumerate(report.points) if point is report.recommended]
+    settings = {"base": report.base, "tuned": report.tuned} | report.settings
+    return page.page(
+        "Recall against task quality",
+        page.bullets(report.words),
+        page.picture(picture(report), "Recall against task quality; the star marks the recommended point."),
+        page.table(head, rows, marked=chosen),
+        page.bullets([f"Rule: {report.rule}.", *report.warnings]),
+        _layer_table(report),
+        page.heading("Settings"),
+        page.bullets(f"{key}: {value}" for key, value in settings.items()),
+    )
+
+
+def _layer_table(report: SweepReport) -> str:
+    """The layers restored alone; nothing where none was."""
+    ranked = rank_layers(report.points)
+    if not ranked:
+        return ""
+    head = ["", "recall gained", "95%", f"{report.metric or 'task'} lost", "ratio"]
+    rows = [
+        [
+            *(f"layer {r['layer']}", f"{r['gain']:+.3f}", f"{r['gain_low']:+.2f} to {r['gain_high']:+.2f}"),
+            *(_cell(r["lost"]), _cell(r["ratio"])),
+        ]
+        for r in ranked
+    ]
+    return page.heading("Layers restored alone, by recall gained per task point lost") + page.table(head, rows)
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -1,0 +1,154 @@
+"""Restored tensors in one loaded model: put in for a point, taken out again to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qkguard.checkpoint.safetensors_io import sha256_of
+from qkguard.checkpoint.sources import FolderSource
+from qkguard.choice.candidates import Point
+from qkguard.choice.carried import find_carried
+from qkguard.distributed.reference import same_bits
+from qkguard.errors import QKGuardError
+from qkguard.layout import disk_names, find_attention
+from qkguard.layout.spec import AttentionSpec, ParamMap, select, unselected_norms
+from qkguard.offline.pair import Folders, tensor_names
+from qkguard.restore import get_method, restore_layer
+
+
+@dataclass
+class Change:
+    """What a point puts into the model: new compact rows by parameter, and per layer what the method did."""
+
+    rows: list[tuple[ParamMap, Tensor]] = field(default_factory=list)
+    layers: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def digest(self) -> str:
+        """Equal for equal rows, whatever made them."""
+        found = sorted((param.name, param.ranges, sha256_of(rows.contiguous())) for param, rows in self.rows)
+        return sha256(repr(found).encode()).hexdigest()
+
+
+class Swapper:
+    """Rows from before SFT, or made from them, for a model loaded from the tuned folder.
+
+    Args:
+        model: the tuned checkpoint, loaded; its attention layers are found by `find_attention`.
+        folders: both checkpoints.
+        spec: a layout by hand.
+        selected: the options of `layout.select`, but for `parts`.
+        device: where the arithmetic of the methods runs.
+
+    Raises:
+        QKGuardError: a layout that is not known for certain, a base without the rows, weights that are not loaded.
+    """
+
+    def __init__(
+        self, model: nn.Module, folders: Folders, *, spec: Any = None, device: str = "cpu", **selected: Any
+    ) -> None:
+        self.model, self.folders, self.spec, self.device = model, folders, spec, device
+        self.live = dict(model.named_parameters())
+        self.specs = find_attention(model, spec=spec)
+        self.selected = {"layers": None, "include_norms": False, "include_sliding_window": True, "entangled": "keep"}
+        self.selected |= selected
+        self.selection = select(self.specs, **self.selected)  # type: ignore[arg-type]
+        if not self.selection:
+            raise QKGuardError("nothing to restore: no layer was selected; check layers")
+        params = [p for _, maps in self.selection for p in maps]
+        if meta := [p.name for p in params if self.live[p.name].is_meta]:
+            raise QKGuardError(f"{meta[0]} is offloaded to disk, so it cannot be swapped; use a larger device, or cpu")
+        self._names = [self._disk_names(folder, params) for folder in (folders.base, folders.tuned)]
+        self._source(params)
+        self._carried: dict[str, list[tuple[AttentionSpec, ParamMap]]] = {}
+
+    @property
+    def layers(self) -> list[int]:
+        """The selected decoder layers, in order."""
+        return sorted({spec.layer for spec, _ in self.selection if spec.layer is not None})
+
+    def change(self, point: Point) -> Change:
+        """The rows of a point that differ from the model's own, in the dtype of the tuned files: those that
+        `restore_checkpoint` would write."""
+        out = Change()
+        if parts := [role for role in ("q", "k") if role in point.tensors]:
+            self._change_attention(point, parts, out)
+        for which in ("v", "o"):
+            if which in point.tensors:
+                self._change_carried(which, out)
+        out.rows = [(param, rows) for param, rows in out.rows if not self._holds(param, rows)]
+        return out
+
+    def _holds(self, param: ParamMap, rows: Tensor) -> bool:
+        """Whether the model has these rows already."""
+        live = param.take(self.live[param.name].data)
+        return same_bits(live, rows.to(live))
+
+    @contextmanager
+    def swapped(self, change: Change) -> Iterator[None]:
+        """The model with these rows inside the block; afterwards, also after an exception, it has its own bits again.
+
+        Raises:
+            QKGuardError: on leaving, if the weights are not the bits they were.
+        """
+        kept = [(param, param.take(self.live[param.name].data).clone()) for param, _ in change.rows]
+        try:
+            with torch.no_grad():
+                for param, rows in change.rows:
+                    full = self.live[param.name].data
+                    param.put(full, rows.to(full))
+            yield
+        finally:
+            with torch.no_grad():
+                for param, rows in kept:
+                    param.put(self.live[param.name].data, rows)
+        for param, rows in kept:
+            if not same_bits(param.take(self.live[param.name].data), rows):
+                raise QKGuardError(f"{param.name} did not come back to its own bits; report this, and load it again")
+
+    def _change_attention(self, point: Point, parts: Sequence[str], out: Change) -> None:
+        method = get_method(point.method)
+        layers = self.selected["layers"] if point.layers is None else list(point.layers)
+        selection = select(self.specs, **self.selected | {"parts": parts, "layers": layers})  # type: ignore[arg-type]
+        source = self._source([p for _, maps in selection for p in maps])
+        tuned = self.folders.tuned
+        for index, (spec, maps) in enumerate(selection):
+            pre = {p.name: source.get(p) for p in maps}
+            post = {p.name: tuned.read(self._names[1][p.name], p) for p in maps}
+            gains = {}
+            if method.gains(point.options):
+                norms = unselected_norms([(spec, maps)])
+                names = self._disk_names(tuned, norms)
+                gains = {p.name: tuned.read(names[p.name], p) for p in norms}
+            new = restore_layer(method, point.options, spec, maps, pre, post, gains=gains, device=self.device)
+            out.rows += [(p, new.rows[p.name].to(post[p.name].dtype)) for p in maps]
+            out.layers.append({"index": index, "layer": spec.layer, **new.report})
+
+    def _change_carried(self, which: str, out: Change) -> None:
+        if which not in self._carried:
+            specs = [spec for spec, _ in self.selection]
+            self._carried[which] = find_carried(self.model, specs, which)
+        found = self._carried[which]
+        source = self._source([param for _, param in found])
+        for _, param in found:
+            out.rows.append((param, source.get(param).to(self.live[param.name].dtype)))
+
+    def _source(self, params: Sequence[ParamMap]) -> FolderSource:
+        names = {p.name: self._names[0][p.name] for p in params if p.name in self._names[0]}
+        if missing := [p for p in params if p.name not in names]:
+            names |= self._disk_names(self.folders.base, missing)
+        source = FolderSource(self.folders.base, names, model_id=self.folders.base_id)
+        source.check(params)
+        return source
+
+    def _disk_names(self, weights: Any, params: Sequence[ParamMap]) -> Mapping[str, str]:
+        if self.spec is not None:
+            return tensor_names(params, weights, self.folders.tuned.folder, by_hand=True)
+        return disk_names(params, weights.shapes(), self.model.config) if params else {}

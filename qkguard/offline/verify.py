@@ -1,0 +1,161 @@
+"""`verify`: is a restored folder still what its manifest says, and is the raw one still what it was made from?"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from qkguard.checkpoint.manifest import MANIFEST, describe_file, load_manifest
+from qkguard.checkpoint.safetensors_io import read_exactly, sha256_of
+from qkguard.checkpoint.weights import (
+    TEMPORARY,
+    SafetensorsFolder,
+    WeightFolder,
+    open_weights,
+    opened,
+    safetensors_entrance,
+)
+from qkguard.errors import QKGuardError
+from qkguard.layout.spec import Block, ParamMap
+
+CHUNK = 8 << 20
+
+
+def verify(folder: str | os.PathLike[str], *, raw: bool = True, full: bool = False) -> dict[str, Any]:
+    """Check a restored folder against its manifest, and the raw folder it was made from where that still exists.
+
+    Args:
+        folder: the restored checkpoint.
+        raw: also check the raw folder: sizes, header hashes, sampled bytes and the hashes of the replaced rows.
+        full: compare every byte outside the restored rows with the raw files (reads both whole).
+
+    Returns:
+        A report: folder, method, base, tensors, layers, files, bytes restored, raw ("unchanged", "not found" or "not
+        checked"), partial, warnings.
+
+    Raises:
+        QKGuardError: no or an unreadable manifest, a missing, truncated or changed file, rows with another hash, or
+            a raw folder that has changed since.
+    """
+    path = Path(folder)
+    if path.name.startswith(TEMPORARY):
+        raise QKGuardError(f"{path} was left half-written by a killed process; delete it")
+    manifest = load_manifest(path)
+    try:
+        if manifest.get("kind") == "adapter":
+            from qkguard.adapters.restored import verify_adapter  # imports PEFT
+
+            return verify_adapter(path, manifest, raw=raw)
+        return _verify(path, manifest, raw=raw, full=full)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise QKGuardError(f"{path / MANIFEST} is damaged ({error!r}); restore it again") from None
+
+
+def _verify(path: Path, manifest: Mapping[str, Any], *, raw: bool, full: bool) -> dict[str, Any]:
+    for name in manifest["companions"]:
+        if not (path / name).is_file():
+            raise QKGuardError(f"{path} lacks {name}, which it was written with; restore it again")
+    _check_files(path, manifest["files"], "restore it again")
+    weights = open_weights(path)
+    if extra := sorted(set(weights.files) - set(manifest["files"])):
+        raise QKGuardError(f"{path / extra[0]} is not in {MANIFEST}: something else was saved there; restore it again")
+    _check_rows(weights, manifest["tensors"], "after", "restore it again")
+
+    found = path / manifest["raw"]["path"]
+    readable = safetensors_entrance(found) is not None
+    state = "not found" if raw else "not checked"
+    if raw and any((found / name).is_file() for name in manifest["raw"]["files"]):
+        what = "the raw checkpoint has changed since; restore it again, or leave it out (--no-raw) if it may"
+        _check_files(found, manifest["raw"]["files"], what)
+        if readable:  # rows of a pickle are not read without leave
+            _check_rows(open_weights(found), manifest["tensors"], "before", what)
+        state = "unchanged"
+    if full:
+        if state != "unchanged" or not readable:
+            raise QKGuardError(f"no safetensors files of the raw checkpoint are at {found} to compare every byte with")
+        _compare_whole(found, path, manifest)
+    return {
+        "folder": str(path),
+        "base": manifest["base"].get("id"),
+        "method": manifest["method"]["name"],
+        "layers": len(manifest["layers"]),
+        "tensors": len(manifest["tensors"]),
+        "restored_bytes": sum(_nbytes(weights, t) for t in manifest["tensors"]),
+        "files": len(manifest["files"]),
+        "raw": state,
+        "compared": "every byte" if full else "restored rows and samples",
+        "partial": manifest["partial"],
+        "warnings": manifest["warnings"],
+    }
+
+
+def _check_files(folder: Path, files: Mapping[str, Mapping[str, Any]], advice: str) -> None:
+    for name, expected in files.items():
+        file = folder / name
+        if not file.is_file():
+            raise QKGuardError(f"{file} is missing; {advice}")
+        size = file.stat().st_size
+        if size != expected["size"]:
+            raise QKGuardError(f"{file} has {size} bytes, expected {expected['size']}; {advice}")
+        found = describe_file(file)
+        for key, what in (("header_sha256", "header"), ("sample_sha256", "content")):
+            if found[key] != expected[key]:
+                raise QKGuardError(f"{file} has another {what} than recorded; {advice}")
+
+
+def _check_rows(weights: WeightFolder, tensors: list[dict[str, Any]], which: str, advice: str) -> None:
+    for tensor in tensors:
+        if tensor["name"] not in weights.where:
+            raise QKGuardError(f"{weights.folder} has no {tensor['name']}; {advice}")
+        if sha256_of(weights.read(tensor["name"], _param(tensor))) != tensor[f"sha256_{which}"]:
+            raise QKGuardError(
+                f"{weights.folder / weights.where[tensor['name']]}: the rows of {tensor['name']} differ from those "
+                f"recorded; {advice}"
+            )
+
+
+def _param(tensor: Mapping[str, Any]) -> ParamMap:
+    """The recorded rows as a parameter map, under the tensor's name on disk."""
+    blocks = tuple(Block(lo, hi, "q") for lo, hi in tensor["ranges"])
+    return ParamMap(tensor["name"], tuple(tensor["shape"]), tensor["dim"], tensor["kind"], blocks)
+
+
+def _nbytes(weights: WeightFolder, tensor: Mapping[str, Any]) -> int:
+    return _param(tensor).numel * weights.dtype(tensor["name"]).itemsize
+
+
+def _compare_whole(raw: Path, restored: Path, manifest: Mapping[str, Any]) -> None:
+    """Every byte of every weight file, but for the restored rows, is the raw file's."""
+    weights = open_weights(restored)
+    assert isinstance(weights, SafetensorsFolder)
+    for name, described in manifest["files"].items():
+        source = described.get("from", name)
+        if source is None:  # a file that the raw checkpoint does not have
+            continue
+        spans = sorted(span for t in manifest["tensors"] if t["file"] == name for span in _spans(weights, t))
+        size = (restored / name).stat().st_size
+        with opened(raw / source) as a, opened(restored / name) as b:
+            position = 0
+            for lo, hi in [*spans, (size, size)]:
+                _same_bytes(a, b, position, lo, restored / name)
+                position = hi
+
+
+def _spans(weights: SafetensorsFolder, tensor: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
+    entry, param = weights.entry(tensor["name"]), _param(tensor)
+    itemsize = entry.torch_dtype.itemsize
+    for lo, hi in param.flat_runs(0, param.full_numel):
+        yield entry.start + lo * itemsize, entry.start + hi * itemsize
+
+
+def _same_bytes(a: int, b: int, start: int, stop: int, file: Path) -> None:
+    for position in range(start, stop, CHUNK):
+        left, right = (bytearray(min(CHUNK, stop - position)) for _ in range(2))
+        read_exactly(a, memoryview(left), position, file.name)
+        read_exactly(b, memoryview(right), position, file.name)
+        if left != right:
+            raise QKGuardError(
+                f"{file} differs from the raw file outside the restored rows, near byte {position}; restore it again"
+            )
