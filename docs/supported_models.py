@@ -15,7 +15,7 @@ import transformers
 
 from qkguard import QKGuardError, find_attention
 from qkguard.layout import AttentionSpec
-from tests.unit import zoo
+from tests.support import zoo
 
 TARGET = Path(__file__).with_name("SUPPORTED_MODELS.md")
 INTRO = """\
@@ -23,12 +23,12 @@ INTRO = """\
 
 What `qkguard inspect` finds in every causal-LM type of transformers {version}, on a tiny config of each, by what the
 model does: nothing here is a list of names in the code, so a type that is new tomorrow is looked at in the same way.
-Written by `python docs/supported_models.py`; `tests/unit/test_layout_zoo.py` checks each row map against an
-independent computation, `tests/unit/test_restore_zoo.py` restores a checkpoint of each and compares bits, queries,
+Written by `python docs/supported_models.py`; `tests/layout/test_zoo.py` checks each row map against an
+independent computation, `tests/offline/test_zoo.py` restores a checkpoint of each and compares bits, queries,
 keys and values.
 
 - **exact**: all rows that make queries and keys are restored, nothing else.
-- **partial**: some rows feed keys and values alike. By default they stay tuned (`entangled="keep"`), with `"restore"`
+- **partial**: some rows feed keys and values alike. By default they stay tuned (`shared="keep"`), with `"restore"`
   they go back with their values.
 - **refused**: there are no queries and keys to restore, or they cannot be established for certain.
 
@@ -66,7 +66,7 @@ def describe_specs(specs: list[AttentionSpec]) -> tuple[str, str]:
     """(exact or partial; the place) of a layout."""
     text = "; ".join(dict.fromkeys(map(place, specs)))
     mixed = sorted(
-        {_last(p.name) for s in specs for p in s.params if p.kind != "norm" and any(b.entangled for b in p.blocks)}
+        {_last(p.name) for s in specs for p in s.params if p.kind != "norm" and any(b.shared for b in p.blocks)}
     )
     return ("partial", f"{text}; rows of {', '.join(mixed)} feed keys and values") if mixed else ("exact", text)
 

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qkguard.layout.spec import AttentionSpec, Block, ParamMap, Selection
+from qkguard.layout.selection import Selection
+from qkguard.layout.spec import AttentionSpec, Block, ParamMap
 
 # CPU: small enough to stay in the cache; accelerators: large enough to be bound by memory
 _CHUNK = {"cpu": 1 << 18}
@@ -126,7 +127,7 @@ def head_weights(
     """
     whole = [p for p in spec.params if p.kind == "weight"]
     sources = {role: {p.name for p in whole if any(role in b.role for b in p.blocks)} for role in "qk"}
-    if any(len(names) != 1 for names in sources.values()) or any(b.entangled for p in whole for b in p.blocks):
+    if any(len(names) != 1 for names in sources.values()) or any(b.shared for p in whole for b in p.blocks):
         return None
     stacked: dict[str, Tensor] = {}
     for role, count in (("q", spec.num_heads), ("k", spec.num_kv_heads)):

@@ -1,8 +1,16 @@
-"""The one exception users see: what was found, what was expected, what to do next."""
+"""What users are told: refusals in one readable line, and settings under their old names."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+logger = logging.getLogger(__name__)
 
 
 class QKGuardError(Exception):
-    """A refusal or a failed check, in one readable line.
+    """A refusal or a failed check, in one readable line: what was found, what was expected, what to do next.
 
     The CLI prints it without a traceback and exits with code 2. Inside training it stops the run on all ranks
     where the reference is wrong, and is logged where only a probe, tracker or restored write failed.
@@ -23,3 +31,32 @@ class WrongReferenceError(QKGuardError):
 
 class RankLostError(QKGuardError):
     """Another rank gave no sign of life: nothing that needs all ranks can go on."""
+
+
+RENAMED = {"parts": "projections", "strengths": "per_layer", "entangled": "shared"}
+"""Settings by their names in 0.1; they work until 0.3."""
+
+DROPPED = {
+    "gram": "qk-pro has one reading now, the Gram matrix of each key head",
+    "allow_pickle": "pickled checkpoints are not read; save them as safetensors with save_pretrained",
+}
+"""Settings of 0.1 that mean nothing any more."""
+
+
+def current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings under their present names; each old one is told of in one warning line.
+
+    Raises:
+        QKGuardError: a setting given under its old and its new name.
+    """
+    out = dict(settings)
+    for old in [name for name in out if name in RENAMED]:
+        new = RENAMED[old]
+        if new in out:
+            raise QKGuardError(f"{old} and {new} are the same setting; give {new} alone.")
+        logger.warning("The setting %s is called %s now; the old name works until version 0.3.", old, new)
+        out[new] = out.pop(old)
+    for old in [name for name in out if name in DROPPED]:
+        logger.warning("The setting %s has no effect any more: %s.", old, DROPPED[old])
+        del out[old]
+    return out

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from qkguard.adapters.live import AdaptedWeight, Factors, replicate
 from qkguard.distributed import ranks, sharding
 from qkguard.drift import Sums, head_weights, layer_label, layer_metrics, routing_metrics, top_singular_value
-from qkguard.layout.spec import ParamMap, Selection
+from qkguard.layout.selection import Selection
+from qkguard.layout.spec import ParamMap
 
 _CHUNK = 1 << 22  # elements of the base weight in float64 at once
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from qkguard.adapters.files import check_config
 from qkguard.distributed import ranks, sharding
 from qkguard.errors import QKGuardError
-from qkguard.layout.spec import ParamMap, Selection
+from qkguard.layout.selection import Selection
+from qkguard.layout.spec import ParamMap
 
 QUANTISED = ("Params4bit", "Int8Params")  # bitsandbytes
 

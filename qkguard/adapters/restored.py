@@ -30,7 +30,8 @@ from qkguard.checkpoint.patched_folder import check_target, readable_errors
 from qkguard.distributed import ranks, sharding
 from qkguard.distributed.reference import same_bits
 from qkguard.errors import QKGuardError
-from qkguard.layout.spec import ParamMap, Selection
+from qkguard.layout.selection import Selection
+from qkguard.layout.spec import ParamMap
 
 PREFIX = "base_model.model."
 

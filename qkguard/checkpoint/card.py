@@ -50,7 +50,7 @@ def adapter_card(manifest: Mapping[str, Any], raw_card: str | None = None) -> st
 
 def _body(manifest: Mapping[str, Any], base: str) -> str:
     method = manifest["method"]
-    hidden = ("name", "parts", "keep_qk")
+    hidden = ("name", "projections", "keep_qk")
     options = ", ".join(f"{k}={v}" for k, v in method.items() if k not in hidden and v is not None)
     layers = manifest["layers"]
     name = base if _is_hub_id(base) else Path(base).name or "unknown"
@@ -127,15 +127,15 @@ def _restored(manifest: Mapping[str, Any], base: str) -> tuple[str, str, str]:
     if name != "restore":
         return (
             "Fine-tuned model with queries and keys taken towards those before SFT",
-            f"{_WHY} In this checkpoint the {_parts(manifest)} projections of {len(manifest['layers'])} "
+            f"{_WHY} In this checkpoint the {_projections(manifest)} projections of {len(manifest['layers'])} "
             f"softmax-attention layer(s) were made from those of the fine-tuned checkpoint and of the base model "
             f"`{base}` with method `{name}`; every other weight is bit for bit that of the fine-tuned checkpoint.",
             "How far SFT had moved them",
         )
     return (
         "Fine-tuned model with its pre-SFT queries and keys",
-        f"{_WHY} In this checkpoint the {_parts(manifest)} projections of {len(manifest['layers'])} softmax-attention "
-        f"layer(s) were taken back to the base model `{base}` with method `{manifest['method']['name']}`; every other "
+        f"{_WHY} In this checkpoint the {_projections(manifest)} projections of {len(manifest['layers'])} "
+        f"softmax-attention layer(s) were taken back to the base model `{base}` with method `{name}`; every other "
         "weight is bit for bit that of the fine-tuned checkpoint.",
         "How far SFT had moved what was restored",
     )
@@ -145,7 +145,7 @@ def _merged(manifest: Mapping[str, Any], base: str) -> tuple[str, str, str]:
     """The same of a merged adapter's card."""
     adapter = manifest["adapter"]["id"]
     adapter = adapter if _is_hub_id(adapter) else Path(adapter).name
-    where = f"{_parts(manifest)} projections of {len(manifest['layers'])} softmax-attention layer(s)"
+    where = f"{_projections(manifest)} projections of {len(manifest['layers'])} softmax-attention layer(s)"
     method = manifest["method"]
     if method["keep_qk"]:
         return (
@@ -169,8 +169,8 @@ _WHY = (
 )
 
 
-def _parts(manifest: Mapping[str, Any]) -> str:
-    return " and ".join({"q": "query", "k": "key"}.get(p, p) for p in manifest["method"]["parts"])
+def _projections(manifest: Mapping[str, Any]) -> str:
+    return " and ".join({"q": "query", "k": "key"}.get(p, p) for p in manifest["method"]["projections"])
 
 
 def _is_hub_id(name: str) -> bool:

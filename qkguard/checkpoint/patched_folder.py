@@ -21,9 +21,8 @@ from qkguard.checkpoint.auxiliary import companions
 from qkguard.checkpoint.card import model_card, read_card
 from qkguard.checkpoint.files import CREATE, Staging, can_clone, copy_bytes, copy_named, link_or_copy, write_text
 from qkguard.checkpoint.manifest import MANIFEST, describe_file, dump
-from qkguard.checkpoint.pickles import PickleFolder
 from qkguard.checkpoint.safetensors_io import TensorEntry
-from qkguard.checkpoint.weights import INDEX, SafetensorsFolder, WeightFolder, opened
+from qkguard.checkpoint.weights import WeightFolder, opened
 from qkguard.errors import QKGuardError
 
 Progress = Callable[[int, int], None]
@@ -75,8 +74,7 @@ class PatchedFolder:
     def plan(self, items: Mapping[str, set[int]]) -> list[Job]:
         """Jobs from the patches in every file, in descending order of work, so that dealing them out balances it."""
         jobs = [
-            Job(file, target_name(file), tuple(sorted(found)), (self.raw / file).stat().st_size)
-            for file, found in items.items()
+            Job(file, file, tuple(sorted(found)), (self.raw / file).stat().st_size) for file, found in items.items()
         ]
         return sorted(jobs, key=lambda job: (-job.nbytes * bool(job.items), job.file))
 
@@ -131,19 +129,14 @@ class PatchedFolder:
         target.parent.mkdir(parents=True, exist_ok=True)
         record: dict[str, Any] = {"file": job.file, "target": job.target, "raw": describe_file(source)}
         record |= {"layers": [], "tensors": [], "nonfinite": []}
-        if not job.items and isinstance(self.weights, SafetensorsFolder):
+        if not job.items:
             record["made"] = "linked" if link_or_copy(source, target, mode) else "copied"
             tick(job.nbytes)
             return record | {"restored": dict(record["raw"])}
         with os.fdopen(os.open(target, CREATE, 0o666), "r+b") as file:
-            entries: Mapping[str, TensorEntry]
-            if isinstance(self.weights, PickleFolder):
-                entries, record["made"] = self.weights.convert(job.file, file), "converted"
-                tick(job.nbytes)
-            else:
-                entries, record["made"] = self.weights.files[job.file].tensors, "patched"
-                with opened(source) as fd:
-                    copy_bytes(fd, file.fileno(), tick)
+            entries, record["made"] = self.weights.files[job.file].tensors, "patched"
+            with opened(source) as fd:
+                copy_bytes(fd, file.fileno(), tick)
             self.patch(OpenFile(job, file.fileno(), entries, record), hashing)
             os.fsync(file.fileno())
         return record | {"restored": describe_file(target)}
@@ -178,18 +171,10 @@ class PatchedFolder:
         return read_card(self.raw)
 
     def write_index(self, results: Sequence[Mapping[str, Any]]) -> list[str]:
-        """The index of a sharded checkpoint: the raw one's bytes, or a new one where pickles were converted."""
-        if isinstance(self.weights, SafetensorsFolder):
-            if self.weights.index:
-                copy_named(self.raw, self.weights.index, self.staging.path)
-            return [self.weights.index] if self.weights.index else []
-        if len(self.jobs) == 1:
-            return []
-        where = {name: target_name(file) for name, file in self.weights.where.items()}
-        size = sum(r["restored"]["size"] for r in results)
-        index = {"metadata": {"total_size": size}, "weight_map": where}
-        write_text(self.staging.path / INDEX, json.dumps(index, indent=2) + "\n")
-        return [INDEX]
+        """The index of a sharded checkpoint: the raw one's bytes."""
+        if self.weights.index:
+            copy_named(self.raw, self.weights.index, self.staging.path)
+        return [self.weights.index] if self.weights.index else []
 
     def abort(self) -> None:
         """Rank 0: remove the temporary folder."""
@@ -217,10 +202,3 @@ def readable_errors(out: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise QKGuardError(f"no space left for {out}; nothing was written; free some space") from error
         raise QKGuardError(f"cannot write {out}: {error.strerror} ({error.filename or 'data'})") from error
-
-
-def target_name(file: str) -> str:
-    """The name of a weight file in the restored folder: its own, but pickles become safetensors."""
-    if file.endswith(".safetensors"):
-        return file
-    return file.replace("pytorch_model", "model").removesuffix(".bin") + ".safetensors"

@@ -24,8 +24,10 @@ from qkguard.checkpoint.sources import QKSource
 from qkguard.checkpoint.weights import open_weights
 from qkguard.drift import projection_drift
 from qkguard.errors import QKGuardError
-from qkguard.layout.spec import AttentionSpec, ParamMap, Selection, unselected_norms
-from qkguard.restore import check_device, check_options, check_strengths, get_method, restore_layer
+from qkguard.layout.rows import RowSelection
+from qkguard.layout.selection import Selection, unselected_norms
+from qkguard.layout.spec import AttentionSpec, ParamMap
+from qkguard.restore import check_device, check_options, check_per_layer, get_method, restore_layer
 
 
 class RestoredWrite(PatchedFolder):
@@ -38,11 +40,10 @@ class RestoredWrite(PatchedFolder):
         names: parameter name -> tensor name in the raw files (`layout.disk_names`).
         source: the rows before SFT.
         method, options: a restore method (`qkguard.restore`) and its options; keys that are none are ignored.
-        selected: the options of `layout.select` that `selection` was made with, for the manifest.
+        rows: what `selection` was made with, for the manifest and the method's checks.
         staging: assemble in this folder (on the file system of `out`) instead of beside `out`; needed where a
             background upload watches the folder around `out`.
         overwrite: replace an earlier restored folder at `out`.
-        allow_pickle: also read `pytorch_model*.bin`; they are written as safetensors.
         device: where the arithmetic of methods beyond copying runs.
 
     Methods that rotate look at the gains of q/k norms: `names` should hold those too (`unselected_norms`).
@@ -62,17 +63,16 @@ class RestoredWrite(PatchedFolder):
         *,
         method: str = "restore",
         options: Mapping[str, Any] | None = None,
-        selected: Mapping[str, Any] | None = None,
+        rows: RowSelection | None = None,
         staging: Path | None = None,
         overwrite: bool = False,
-        allow_pickle: bool = False,
         device: str = "cpu",
     ) -> None:
-        super().__init__(open_weights(Path(raw), allow_pickle=allow_pickle), out, staging=staging, overwrite=overwrite)
+        super().__init__(open_weights(Path(raw)), out, staging=staging, overwrite=overwrite)
         self.selection, self.names, self.source = list(selection), names, source
         self.method, self.device = get_method(method), check_device(device)
-        self.selected = {"parts": ["q", "k"]} | dict(selected or {})
-        self.options = check_options(method, options or {}, self.selected["parts"])
+        self.rows = rows or RowSelection()
+        self.options = check_options(method, options or {}, self.rows.projections)
         self._check_selection()
         layers: dict[str, set[int]] = {file: set() for file in self.weights.files}
         for index, (_, params) in enumerate(self.selection):
@@ -82,8 +82,8 @@ class RestoredWrite(PatchedFolder):
 
     def _check_selection(self) -> None:
         if not self.selection:
-            raise QKGuardError("nothing to restore: no layer was selected; check layers= and parts=")
-        check_strengths(self.options, self.selection)
+            raise QKGuardError("nothing to restore: no layer was selected; check layers and projections")
+        check_per_layer(self.options, self.selection)
         shapes = self.weights.shapes()
         for param in (p for _, params in self.selection for p in params):
             name = self.names.get(param.name)
@@ -158,12 +158,12 @@ class RestoredWrite(PatchedFolder):
     def manifest(
         self, results: Sequence[Mapping[str, Any]], taken: list[str], left: list[str], extra: Mapping[str, Any]
     ) -> dict[str, Any]:
-        skipped = {e for spec, _ in self.selection for e in _entangled(spec)}
-        skipped -= {p.name for _, ps in self.selection for p in ps if any(b.entangled for b in p.blocks)}
+        skipped = {e for spec, _ in self.selection for e in _with_shared_rows(spec)}
+        skipped -= {p.name for _, ps in self.selection for p in ps if any(b.shared for b in p.blocks)}
         return build_manifest(
             raw=os.path.relpath(self.raw.resolve(), self.out.resolve()),
             base=self.source.describe(),
-            method={"name": self.method.name, **self.options, **self.selected},
+            method={"name": self.method.name, **self.options, **self.rows.to_json()},
             results=results,
             companions=taken,
             left_out=left,
@@ -215,8 +215,8 @@ def fallbacks(method: str, layers: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"{method} fell back in layer(s) {', '.join(where)} to {what}" for what, where in found.items()]
 
 
-def _entangled(spec: AttentionSpec) -> Iterator[str]:
-    return (p.name for p in spec.params if any(b.entangled for b in p.blocks))
+def _with_shared_rows(spec: AttentionSpec) -> Iterator[str]:
+    return (p.name for p in spec.params if any(b.shared for b in p.blocks))
 
 
 def describe_rows(param: ParamMap, entry: TensorEntry) -> dict[str, Any]:

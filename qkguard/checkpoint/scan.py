@@ -48,11 +48,8 @@ class BackgroundScan:
 
     def _found(self) -> Iterator[str]:
         for file, content in self._weights.files.items():
-            if isinstance(content, Header):
-                with opened(self._weights.folder / file) as fd:
-                    yield from self._scan_file(fd, content)
-            else:
-                yield from (n for n, t in content.items() if t.is_floating_point() and has_nonfinite(t))
+            with opened(self._weights.folder / file) as fd:
+                yield from self._scan_file(fd, content)
 
     def _scan_file(self, fd: int, header: Header) -> Iterator[str]:
         buffer = torch.empty(CHUNK, dtype=torch.uint8)

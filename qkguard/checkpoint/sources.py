@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from qkguard.checkpoint.weights import SafetensorsFolder, WeightFolder
+from qkguard.checkpoint.weights import WeightFolder
 from qkguard.errors import QKGuardError
 from qkguard.layout.spec import ParamMap
 
@@ -67,7 +67,7 @@ class FolderSource:
         return self.weights.read(self.names[param.name], param)
 
     def describe(self) -> dict[str, Any]:
-        files = self.weights.files if isinstance(self.weights, SafetensorsFolder) else {}
+        files = self.weights.files
         return {
             **identify(self.model_id, self.weights.folder),
             "files": {name: {"size": h.size, "header_sha256": h.sha256} for name, h in files.items()},

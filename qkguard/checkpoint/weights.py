@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,34 +26,13 @@ TEMPORARY = "_qkguard-tmp-"
 """How every folder in the making is named; nothing with this name is ever read."""
 
 
-class WeightFolder(Protocol):
-    """Tensors of one checkpoint folder by their names on disk."""
-
-    @property
-    def folder(self) -> Path: ...
-
-    @property
-    def files(self) -> Mapping[str, Any]: ...
-
-    @property
-    def where(self) -> Mapping[str, str]:
-        """Tensor name -> file, relative to the folder."""
-        ...
-
-    def shapes(self) -> dict[str, tuple[int, ...]]: ...
-
-    def dtype(self, name: str) -> torch.dtype:
-        """The dtype of a tensor; QKGuardError where it is quantised."""
-        ...
-
-    def read(self, name: str, param: ParamMap) -> Tensor:
-        """The selected rows of a tensor as a compact CPU tensor, in the dtype stored."""
-        ...
-
-
 @dataclass(frozen=True)
-class SafetensorsFolder:
-    """A checkpoint in one or several safetensors files; file names are relative to the folder."""
+class WeightFolder:
+    """Tensors of a checkpoint in one or several safetensors files, by their names on disk.
+
+    `index` is the name of the index file, where there is one; `where` maps tensors to files, whose names are relative
+    to the folder.
+    """
 
     folder: Path
     index: str | None
@@ -68,9 +46,11 @@ class SafetensorsFolder:
         return self.files[self.where[name]].tensors[name]
 
     def dtype(self, name: str) -> torch.dtype:
+        """The dtype of a tensor; QKGuardError where it is quantised."""
         return self.entry(name).torch_dtype
 
     def read(self, name: str, param: ParamMap) -> Tensor:
+        """The selected rows of a tensor as a compact CPU tensor, in the dtype stored."""
         with opened(self.folder / self.where[name]) as fd:
             return read_rows(fd, self.entry(name), param)
 
@@ -85,16 +65,15 @@ def opened(path: Path, flags: int = os.O_RDONLY):
         os.close(fd)
 
 
-def open_weights(folder: Path, *, allow_pickle: bool = False) -> WeightFolder:
+def open_weights(folder: Path) -> WeightFolder:
     """The weights of a folder, headers checked, every tensor of the index found.
 
     Args:
         folder: a checkpoint as `save_pretrained` or `Trainer` writes it.
-        allow_pickle: also read `pytorch_model*.bin`, through torch's weights-only unpickler.
 
     Raises:
         QKGuardError: no such folder, no full weights in it, a missing, truncated or corrupt file, an index that
-            points outside the folder, or pickles without `allow_pickle`.
+            points outside the folder, or pickles.
     """
     if not folder.is_dir():
         raise QKGuardError(f"no such folder: {folder}")
@@ -103,14 +82,10 @@ def open_weights(folder: Path, *, allow_pickle: bool = False) -> WeightFolder:
     if entrance := safetensors_entrance(folder):
         return _open_safetensors(folder, entrance)
     if (folder / PICKLE_SINGLE).is_file() or (folder / PICKLE_INDEX).is_file():
-        if not allow_pickle:
-            raise QKGuardError(
-                f"{folder} holds its weights as pickles (pytorch_model*.bin), which can run code when loaded; save "
-                "them as safetensors, or pass --allow-pickle (allow_pickle=True) to load them weights-only"
-            )
-        from qkguard.checkpoint.pickles import open_pickles
-
-        return open_pickles(folder)
+        raise QKGuardError(
+            f"{folder} holds its weights as pickles (pytorch_model*.bin), which qkguard does not read: loading them "
+            "can run code. Convert them once: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+        )
     raise QKGuardError(_why_no_weights(folder))
 
 
@@ -128,10 +103,10 @@ def safetensors_entrance(folder: Path) -> str | None:
     return next((name for name in (SINGLE, INDEX) if (folder / name).is_file()), None)
 
 
-def _open_safetensors(folder: Path, entrance: str) -> SafetensorsFolder:
+def _open_safetensors(folder: Path, entrance: str) -> WeightFolder:
     if not entrance.endswith(".json"):
         header = read_header(folder / entrance)
-        return SafetensorsFolder(folder, None, {entrance: header}, dict.fromkeys(header.tensors, entrance))
+        return WeightFolder(folder, None, {entrance: header}, dict.fromkeys(header.tensors, entrance))
     where = read_index(folder / entrance)
     files = {name: read_header(folder / name) for name in sorted(set(where.values()))}
     if lost := [name for name, file in where.items() if name not in files[file].tensors]:
@@ -139,7 +114,7 @@ def _open_safetensors(folder: Path, entrance: str) -> SafetensorsFolder:
             f"{folder / where[lost[0]]} lacks {lost[0]}, which {entrance} promises ({len(lost)} such tensors); "
             "shards of two checkpoints were mixed or one was cut short: save or download it again"
         )
-    return SafetensorsFolder(folder, entrance, files, where)
+    return WeightFolder(folder, entrance, files, where)
 
 
 def check_inside(file: str, named_in: Path) -> None:
@@ -189,7 +164,7 @@ def _why_no_weights(folder: Path) -> str:
     return f"{folder} holds no weights; expected {SINGLE} or {INDEX}"
 
 
-def resolve_folder(name: str | os.PathLike[str], *, allow_pickle: bool = False) -> Path:
+def resolve_folder(name: str | os.PathLike[str]) -> Path:
     """A local folder as it is; a hub id through huggingface_hub's cache (weights, configs, tokenizer and code).
 
     Raises:
@@ -209,7 +184,7 @@ def resolve_folder(name: str | os.PathLike[str], *, allow_pickle: bool = False) 
 
     patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py", "LICENSE*"]
     try:
-        return Path(snapshot_download(text, allow_patterns=patterns + (["*.bin"] if allow_pickle else [])))
+        return Path(snapshot_download(text, allow_patterns=patterns))
     except (OSError, HFValidationError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise QKGuardError(

@@ -7,19 +7,19 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
-from qkguard.errors import QKGuardError
+from qkguard.errors import QKGuardError, current_names
 from qkguard.restore.registry import check_options, get_method
 
-STRENGTHS: dict[str, list[dict[str, Any]]] = {
+USUAL: dict[str, list[dict[str, Any]]] = {
     "restore": [{}],
-    "qk-pro": [{"gram": gram, "ridge": ridge} for gram in ("head", "input") for ridge in (1.0, 10.0)],
+    "qk-pro": [{"ridge": ridge} for ridge in (1.0, 10.0)],
     "interpolate": [{"alpha": alpha} for alpha in (0.25, 0.5, 0.75)] + [{"alpha": 0.5, "align": True}],
     "procrustes": [{}],
 }
-"""What a method stands for in a grid where no strengths are given."""
+"""What a method stands for in a grid where no options are given."""
 
-GRID = ("restore", "restore:parts=k", "qk-pro", "interpolate")
-"""The default grid: 10 points; procrustes attends as restore does and shows only as the alignment of interpolate."""
+GRID = ("restore", "restore:projections=k", "qk-pro", "interpolate")
+"""The default grid: 8 points; procrustes attends as restore does and shows only as the alignment of interpolate."""
 
 CONTROLS: dict[str, tuple[str, ...]] = {"q": ("q",), "k": ("k",), "v": ("v",), "o": ("o",), "vo": ("v", "o")}
 """The experiment's controls: single projections taken back whole."""
@@ -50,8 +50,8 @@ def method_points(methods: Sequence[str] | str | None = None) -> list[Point]:
     """The points of a grid.
 
     Args:
-        methods: entries `name` (that method's usual strengths) or `name:key=value:...`, several values of a key
-            separated by slashes: "qk-pro:gram=head:ridge=0.3/1/3", "interpolate:alpha=0.5:align", "restore:parts=k".
+        methods: entries `name` (that method's usual options) or `name:key=value:...`, several values of a key
+            separated by slashes: "qk-pro:ridge=0.3/1/3", "interpolate:alpha=0.5:align", "restore:projections=k".
 
     Raises:
         QKGuardError: an entry that is not of this form, or options that its method does not take.
@@ -63,7 +63,7 @@ def method_points(methods: Sequence[str] | str | None = None) -> list[Point]:
     for entry in entries:
         name, *settings = entry.split(":")
         get_method(name)
-        for options in _combinations(entry, settings) if settings else STRENGTHS[name]:
+        for options in _combinations(entry, settings) if settings else USUAL[name]:
             point = _point(name, dict(options))
             points[point.name] = point
     if not points:
@@ -87,14 +87,13 @@ def layer_points(layers: Iterable[int | None]) -> list[Point]:
 
 
 def _point(method: str, options: dict[str, Any]) -> Point:
-    parts = tuple(sorted(options.pop("parts", ("q", "k")), reverse=True))
-    chosen = check_options(method, options, parts)
+    projections = tuple(sorted(options.pop("projections", ("q", "k")), reverse=True))
+    chosen = check_options(method, options, projections)
     said = [f"{key} {value:g}" for key, value in chosen.items() if key in ("ridge", "alpha")]
-    said += [str(chosen["gram"])] if "gram" in chosen else []
     said += ["aligned"] if chosen.get("align") else []
-    said += ["" if len(parts) == 2 else f"{parts[0].upper()} only"]
+    said += ["" if len(projections) == 2 else f"{projections[0].upper()} only"]
     chosen = {key: value for key, value in chosen.items() if value is not None}
-    return Point(" ".join([method, *filter(None, said)]), "method", parts, method, chosen)
+    return Point(" ".join([method, *filter(None, said)]), "method", projections, method, chosen)
 
 
 def _combinations(entry: str, settings: Sequence[str]) -> list[dict[str, Any]]:
@@ -102,21 +101,24 @@ def _combinations(entry: str, settings: Sequence[str]) -> list[dict[str, Any]]:
     for setting in settings:
         key, equals, text = setting.partition("=")
         values = text.split("/") if equals else ["true"]
+        if not (current := current_names({key: values})):
+            continue
+        ((key, values),) = current.items()
         try:
             choices[key] = [_value(key, value) for value in values]
         except (ValueError, KeyError):
             raise QKGuardError(
-                f"{entry!r}: {setting!r} is not known; expected ridge=, gram=, alpha=, align or parts=, with several "
-                "values separated by slashes"
+                f"{entry!r}: {setting!r} is not known; expected ridge=, alpha=, align or projections=, with "
+                "several values separated by slashes"
             ) from None
     return [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
 
 
 def _value(key: str, text: str) -> Any:
-    if key == "parts":
+    if key == "projections":
         if not text or set(text) - {"q", "k"}:
             raise ValueError
         return tuple(text)
     if key == "align":
         return {"true": True, "false": False}[text]
-    return {"gram": str, "ridge": float, "alpha": float}[key](text)
+    return {"ridge": float, "alpha": float}[key](text)

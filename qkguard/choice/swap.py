@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from qkguard.distributed import ranks, sharding
 from qkguard.distributed.reference import Reference
-from qkguard.layout.spec import unselected_norms
-from qkguard.restore import check_options, check_strengths, get_method, restore_layer
+from qkguard.layout.selection import unselected_norms
+from qkguard.restore import check_options, check_per_layer, get_method, restore_layer
 
 
 @contextmanager
@@ -54,7 +54,7 @@ def _mixed(model: nn.Module, reference: Reference, name: str, options: Mapping[s
     """This rank's pieces of what a method makes of the reference and the live weights; a collective."""
     parts = sorted({role for pmap in reference.maps.values() for block in pmap.blocks for role in block.role} - {"v"})
     method, chosen = get_method(name), check_options(name, options, parts)
-    check_strengths(chosen, reference.selection)
+    check_per_layer(chosen, reference.selection)
     live = dict(model.named_parameters())
     norms = unselected_norms(reference.selection) if method.gains(chosen) else []
     whole = zip(norms, sharding.gather_full([live[p.name] for p in norms]), strict=True)

@@ -9,6 +9,7 @@ from types import FrameType
 import typer
 
 from qkguard.cli import demo, drift, inspect, merge, probe, recipes, report, restore, sft, sweep, verify
+from qkguard.cli.options import current_flags
 from qkguard.errors import QKGuardError
 
 app = typer.Typer(
@@ -50,7 +51,7 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):  # as ctrl-C: what is half-written is removed on the way out
         signal.signal(number, _interrupt)
     try:
-        code = app(standalone_mode=False)
+        code = app(current_flags(sys.argv[1:]), standalone_mode=False)
     except QKGuardError as error:
         code = fail(str(error))
     except (KeyboardInterrupt, typer.Abort):

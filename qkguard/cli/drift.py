@@ -16,17 +16,16 @@ COLUMNS = ("q_rel", "k_rel", "q_1mcos", "k_1mcos", "routing_rel", "q_top_sv", "k
 def drift(
     base: opt.Base,
     tuned: opt.Tuned,
-    parts: opt.Parts = "q,k",
+    projections: opt.Projections = "q,k",
     layers: opt.Layers = None,
     include_norms: opt.Norms = False,
     sliding_window: opt.Sliding = True,
-    entangled: opt.Entangled = "keep",
+    shared: opt.Shared = "keep",
     routing: Annotated[
         bool, typer.Option("--routing/--no-routing", help="Also routing drift and top singular values (slower).")
     ] = True,
     heads: Annotated[bool, typer.Option("--heads", help="Also a table of routing drift per head.")] = False,
     spec: opt.Spec = None,
-    allow_pickle: opt.AllowPickle = False,
     trust_remote_code: opt.RemoteCode = False,
     as_json: opt.Json = False,
 ) -> None:
@@ -36,8 +35,7 @@ def drift(
     over heads: what retrieval feels, and what a mere rotation of queries and keys leaves at 0; top_sv is the largest
     singular value of W - W0. JSON has the numbers per tensor and head too.
     """
-    chosen: dict[str, Any] = {"parts": opt.parse_parts(parts), "layers": opt.parse_layers(layers)}
-    opt.parse_choice("--entangled", entangled, opt.ENTANGLED)
+    rows = opt.row_selection(layers, include_norms, sliding_window, shared, projections)
     quiet_transformers()
     from qkguard.offline.drift_report import drift_report
 
@@ -45,27 +43,23 @@ def drift(
         report = drift_report(
             base,
             tuned,
-            **chosen,
             routing=routing,
-            include_norms=include_norms,
-            include_sliding_window=sliding_window,
-            entangled=entangled,
             spec=spec,
-            allow_pickle=allow_pickle,
             trust_remote_code=trust_remote_code,
             progress=progress,
+            **rows,
         )
     if as_json:
         print_json(report)
         return
     warn(report["warnings"])
     columns = [c for c in COLUMNS if c in report["mean"]]
-    rows = [
+    lines = [
         (str(layer["layer"]), layer["kind"], *(number(layer["drift"].get(c)) for c in columns))
         for layer in report["layers"]
     ]
-    rows += [(name, "", *(number(report[name][c]) for c in columns)) for name in ("mean", "max")]
-    print_table(["layer", "<kind", *columns], rows)
+    lines += [(name, "", *(number(report[name][c]) for c in columns)) for name in ("mean", "max")]
+    print_table(["layer", "<kind", *columns], lines)
     if heads:
         _print_heads(report["layers"])
 

@@ -52,7 +52,7 @@ def inspect(
 
 def _judge(verified: list[dict[str, Any]], *, quiet: bool) -> None:
     """One line for every distinct kind of layer; an error where the layout is wrong."""
-    from qkguard.layout.spec import show_layers
+    from qkguard.layout.selection import show_layers
 
     for verdict in verified:
         layers = show_layers(verdict["layers"])
@@ -64,7 +64,7 @@ def _judge(verified: list[dict[str, Any]], *, quiet: bool) -> None:
 
 
 def _print(report: dict[str, Any]) -> None:
-    from qkguard.layout.spec import show_layers
+    from qkguard.layout.selection import show_layers
 
     kinds = ", ".join(f"{count} {kind}" for kind, count in report["layer_kinds"].items())
     say(f"{report['model']} ({report['model_type'] or 'unknown model type'}): {kinds}")

@@ -21,10 +21,10 @@ def merge(
         float,
         typer.Option(help="How far queries and keys go back to the base: 1 leaves their adapters out, 0 merges them."),
     ] = 1.0,
-    parts: opt.Parts = "q,k",
+    projections: opt.Projections = "q,k",
     layers: opt.Layers = None,
     sliding_window: opt.Sliding = True,
-    entangled: opt.Entangled = "keep",
+    shared: opt.Shared = "keep",
     spec: opt.Spec = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier folder at OUT.")] = False,
     trust_remote_code: opt.RemoteCode = False,
@@ -38,8 +38,7 @@ def merge(
 
     Example: qkguard merge --base Qwen/Qwen3-8B --adapter runs/sft/checkpoint-900 --out qwen3-8b-cot
     """
-    chosen = opt.parse_parts(parts), opt.parse_layers(layers)
-    opt.parse_choice("--entangled", entangled, opt.ENTANGLED)
+    rows = opt.row_selection(layers, False, sliding_window, shared, projections)
     quiet_transformers()
     from qkguard.offline.merge import merge_adapter
 
@@ -50,14 +49,11 @@ def merge(
             out,
             keep_qk=keep_qk,
             alpha=alpha,
-            parts=chosen[0],
-            layers=chosen[1],
-            include_sliding_window=sliding_window,
-            entangled=entangled,
             spec=spec,
             trust_remote_code=trust_remote_code,
             overwrite=overwrite,
             progress=progress,
+            **rows,
         )
     warn(manifest["warnings"])
     if as_json:

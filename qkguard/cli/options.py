@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from qkguard.errors import QKGuardError
+from qkguard.layout.rows import RowOptions, RowSelection
 
 Base = Annotated[str, typer.Option("--base", "-b", help="Checkpoint before SFT: a folder or a hub id.")]
 Tuned = Annotated[str, typer.Option("--tuned", "-t", help="Checkpoint after SFT: a folder or a hub id.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")]
-Parts = Annotated[str, typer.Option(help="Which projections: q, k or q,k.")]
+Projections = Annotated[str, typer.Option(help="Which projections: q, k or q,k.")]
 Layers = Annotated[
     str | None, typer.Option(help="Decoder layers, counted from 0: 3,7,11 or 0-15. Default: every softmax layer.")
 ]
@@ -21,7 +24,7 @@ Sliding = Annotated[
     bool,
     typer.Option("--sliding-window/--no-sliding-window", help="Sliding-window layers count as softmax attention."),
 ]
-Entangled = Annotated[
+Shared = Annotated[
     str,
     typer.Option(help="Rows that feed keys and values alike (MLA): keep (leave them tuned), restore or refuse."),
 ]
@@ -33,21 +36,16 @@ Method = Annotated[str, typer.Option(help="Restore method: restore, qk-pro, proc
 Ridge = Annotated[
     float, typer.Option(help="qk-pro: 0 is restore, larger keeps more of the tuned queries (units: mean eigenvalue).")
 ]
-Gram = Annotated[str, typer.Option(help="qk-pro: Gram matrix of each key head (head) or of the inputs (input).")]
 Alpha = Annotated[float, typer.Option(help="interpolate: from 0 (tuned) to 1 (before SFT).")]
 Align = Annotated[
     bool, typer.Option("--align", help="interpolate: first rotate the base's heads towards the tuned ones.")
 ]
-Strengths = Annotated[
+PerLayer = Annotated[
     str | None,
-    typer.Option(help="Ridge or alpha of single layers, e.g. 3=0.5,7=1.", metavar="LAYER=VALUE,..."),
+    typer.Option("--per-layer", help="Ridge or alpha of single layers, e.g. 3=0.5,7=1.", metavar="LAYER=VALUE,..."),
 ]
-ENTANGLED = ("keep", "restore", "refuse")
 MODES = ("auto", "chat", "plain")
 
-AllowPickle = Annotated[
-    bool, typer.Option("--allow-pickle", help="Also read pytorch_model*.bin, with torch's weights-only unpickler.")
-]
 RemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Allow the checkpoint's own model code to be imported.")
 ]
@@ -71,12 +69,50 @@ Chunk = Annotated[
 ]
 
 
-def parse_parts(text: str) -> list[str]:
-    """ "q,k" -> ["q", "k"]."""
-    parts = [part for part in text.replace(",", " ").split() if part]
-    if not parts or set(parts) - {"q", "k"}:
-        raise QKGuardError(f"--parts {text!r} is not known; expected q, k or q,k")
-    return sorted(set(parts), reverse=True)
+def row_selection(
+    layers: str | None, norms: bool, sliding_window: bool, shared: str, projections: str | None = None
+) -> RowOptions:
+    """The options that say which rows are restored, as `restore_checkpoint` takes them.
+
+    Raises:
+        QKGuardError: a value outside its choices.
+    """
+    options: dict[str, Any] = {
+        "layers": parse_layers(layers),
+        "include_norms": norms,
+        "include_sliding_window": sliding_window,
+        "shared": shared,
+    }
+    if projections is not None:
+        options["projections"] = sorted(set(projections.replace(",", " ").split()), reverse=True)
+    RowSelection.of(options)
+    return options  # type: ignore[return-value]
+
+
+OLD_FLAGS = {"--parts": "--projections", "--strengths": "--per-layer", "--entangled": "--shared"}
+"""Options by their names in 0.1; they work until 0.3."""
+
+
+def current_flags(arguments: Sequence[str]) -> list[str]:
+    """A command line with options under their present names; each old one is told of in one line on stderr."""
+    renamed = OLD_FLAGS | ({"--per-layer": "--each-layer"} if "sweep" in arguments[:1] else {})
+    out: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        flag, equals, value = argument.partition("=")
+        if flag in renamed:
+            print(f"warning: {flag} is called {renamed[flag]} now; it works until version 0.3", file=sys.stderr)
+            argument = f"{renamed[flag]}{equals}{value}"
+        elif flag == "--gram":
+            print("warning: --gram has no effect any more: qk-pro has one reading", file=sys.stderr)
+            if not equals:
+                next(rest, None)
+            continue
+        elif flag == "--allow-pickle":
+            print("warning: --allow-pickle has no effect any more: pickles are not read", file=sys.stderr)
+            continue
+        out.append(argument)
+    return out
 
 
 def parse_layers(text: str | None) -> list[int] | None:
@@ -95,18 +131,18 @@ def parse_layers(text: str | None) -> list[int] | None:
     return sorted(layers)
 
 
-def parse_strengths(text: str | None) -> dict[int, float] | None:
+def parse_per_layer(text: str | None) -> dict[int, float] | None:
     """ "3=0.5,7=1" -> {3: 0.5, 7: 1.0}."""
     if text is None:
         return None
     pairs = [item.partition("=") for item in text.replace(",", " ").split()]
     try:
-        strengths = {int(layer): float(value) for layer, _, value in pairs}
+        values = {int(layer): float(value) for layer, _, value in pairs}
     except ValueError:
-        strengths = {}
-    if not strengths or len(strengths) != len(pairs):
-        raise QKGuardError(f"--strengths {text!r} is not a list of layers and values such as 3=0.5,7=1")
-    return strengths
+        values = {}
+    if not values or len(values) != len(pairs):
+        raise QKGuardError(f"--per-layer {text!r} is not a list of layers and values such as 3=0.5,7=1")
+    return values
 
 
 def parse_lengths(text: str) -> list[int]:

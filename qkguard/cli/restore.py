@@ -18,19 +18,17 @@ def restore(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
     method: opt.Method = "restore",
     ridge: opt.Ridge = 1.0,
-    gram: opt.Gram = "head",
     alpha: opt.Alpha = 1.0,
     align: opt.Align = False,
-    strengths: opt.Strengths = None,
-    parts: opt.Parts = "q,k",
+    per_layer: opt.PerLayer = None,
+    projections: opt.Projections = "q,k",
     layers: opt.Layers = None,
     include_norms: opt.Norms = False,
     sliding_window: opt.Sliding = True,
-    entangled: opt.Entangled = "keep",
+    shared: opt.Shared = "keep",
     spec: opt.Spec = None,
     device: Annotated[str, typer.Option(help="Where the arithmetic runs: cpu or cuda.")] = "cpu",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier restored folder at OUT.")] = False,
-    allow_pickle: opt.AllowPickle = False,
     trust_remote_code: opt.RemoteCode = False,
     as_json: opt.Json = False,
 ) -> None:
@@ -41,14 +39,12 @@ def restore(
     OUT appears complete or not at all, and loads with from_pretrained.
 
     Methods: restore takes queries and keys back whole. qk-pro takes keys back and as much of the queries as routing
-    needs (--ridge, --gram). interpolate goes part of the way (--alpha, --align). procrustes is restore through rotated
+    needs (--ridge). interpolate goes part of the way (--alpha, --align). procrustes is restore through rotated
     heads. Which one keeps recall and skill is a matter of the run: measure with qkguard sweep.
 
     Example: qkguard restore --base Qwen/Qwen3-8B --tuned runs/sft/checkpoint-900 --out qwen3-8b-cot-restored
     """
-    chosen = opt.parse_parts(parts), opt.parse_layers(layers)
-    by_layer = opt.parse_strengths(strengths)
-    opt.parse_choice("--entangled", entangled, opt.ENTANGLED)
+    rows = opt.row_selection(layers, include_norms, sliding_window, shared, projections)
     quiet_transformers()
     from qkguard.offline.restore import restore_checkpoint
 
@@ -59,21 +55,15 @@ def restore(
             out,
             method=method,
             ridge=ridge,
-            gram=gram,
             alpha=alpha,
             align=align,
-            strengths=by_layer,
-            parts=chosen[0],
-            layers=chosen[1],
-            include_norms=include_norms,
-            include_sliding_window=sliding_window,
-            entangled=entangled,
+            per_layer=opt.parse_per_layer(per_layer),
             spec=spec,
             device=device,
-            allow_pickle=allow_pickle,
             trust_remote_code=trust_remote_code,
             overwrite=overwrite,
             progress=progress,
+            **rows,
         )
     warn(manifest["warnings"])
     if as_json:

@@ -30,14 +30,14 @@ def sweep(
             "--methods",
             "--grid",
             help="Methods, with strengths where others than the usual are wanted: "
-            "restore,qk-pro:gram=head/input:ridge=0.3/1/3,interpolate:alpha=0.5:align.",
-            show_default="restore,restore:parts=k,qk-pro,interpolate",
+            "restore,qk-pro:ridge=0.3/1/3,interpolate:alpha=0.5:align.",
+            show_default="restore,restore:projections=k,qk-pro,interpolate",
         ),
     ] = None,
     controls: Annotated[
         str, typer.Option(help="Also single projections taken back, as a control: some of q,k,v,o,vo, or all.")
     ] = "",
-    per_layer: Annotated[bool, typer.Option("--per-layer", help="Also restore one layer at a time.")] = False,
+    each_layer: Annotated[bool, typer.Option("--each-layer", help="Also restore one layer at a time.")] = False,
     tolerance: Annotated[
         float, typer.Option(help="Task quality a recommended point may lose: share of accuracy, or nats of loss.")
     ] = 0.02,
@@ -64,7 +64,7 @@ def sweep(
     layers: opt.Layers = None,
     include_norms: opt.Norms = False,
     sliding_window: opt.Sliding = True,
-    entangled: opt.Entangled = "keep",
+    shared: opt.Shared = "keep",
     spec: opt.Spec = None,
     dtype: opt.Dtype = "auto",
     device: opt.Device = "auto",
@@ -83,10 +83,9 @@ def sweep(
     Example: qkguard sweep --base B --tuned T --data heldout.jsonl --lengths 1K,4K --out sweep --write restored
     """
     quiet_transformers()
-    opt.parse_choice("--entangled", entangled, opt.ENTANGLED)
+    selected = opt.row_selection(layers, include_norms, sliding_window, shared)
     opt.parse_choice("--mode", mode, opt.MODES)
     files = _files(out, html, png)
-    chosen = opt.parse_layers(layers)
     from transformers.utils.logging import disable_progress_bar
 
     from qkguard.offline.sweep import sweep as run
@@ -98,7 +97,7 @@ def sweep(
         data=data,
         methods=methods,
         controls=controls,
-        per_layer=per_layer,
+        each_layer=each_layer,
         tolerance=tolerance,
         write=write,
         overwrite=overwrite,
@@ -111,10 +110,6 @@ def sweep(
         seed=seed,
         rows=rows,
         max_length=max_length,
-        layers=chosen,
-        include_norms=include_norms,
-        include_sliding_window=sliding_window,
-        entangled=entangled,
         spec=spec,
         dtype=dtype,
         device=device,
@@ -122,6 +117,7 @@ def sweep(
         chunk=chunk,
         trust_remote_code=trust_remote_code,
         bar=lambda label: progress_bar(label, total_is_bytes=False),
+        **selected,
     )
     written = write is not None and report.recommended.point.recommendable
     _write_files(report, files)

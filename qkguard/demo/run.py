@@ -6,21 +6,23 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qkguard.demo.arithmetic import Chain, problems
 from qkguard.errors import QKGuardError
+
+if TYPE_CHECKING:
+    from qkguard.demo.training import Watch
 
 MODEL = Path(__file__).parent / "model"
 """The hybrid that ships with the package: made by recipes/demo/pretrain.py."""
 
 REPORT = "demo.json"  # its presence also marks a folder as one that a new demo may replace
 HELDOUT = "heldout.jsonl"
-Watch = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,10 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from trl import SFTConfig, SFTTrainer
 
 from qkguard.demo.arithmetic import problems
-from qkguard.demo.run import Watch
 from qkguard.training.callback import QKGuardCallback
+
+Watch = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
+"""Opens a progress bar with a label; inside, a function of (done, total)."""
 
 
 def fine_tune(

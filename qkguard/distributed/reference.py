@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from qkguard.distributed import ranks, sharding
 from qkguard.distributed.sharding import Param, Span
 from qkguard.errors import QKGuardError
-from qkguard.layout.spec import ParamMap, Selection
+from qkguard.layout.selection import Selection
+from qkguard.layout.spec import ParamMap
 
 
 class Reference:

@@ -1,8 +1,47 @@
-"""Which tensors, and which of their rows, are queries and keys, layer by layer."""
+"""Which rows of which tensors are queries and keys, layer by layer, found by what a model does.
 
-from qkguard.layout.discover import find_attention
-from qkguard.layout.names import disk_names
-from qkguard.layout.spec import AttentionSpec, Block, ParamMap, select
-from qkguard.layout.verify import verify_layout
+May import nothing but `errors`. Public: `find_attention`, `verify_layout`, `disk_names`, `select` and what they speak
+of, `AttentionSpec`, `ParamMap`, `Block` and `RowSelection`.
+"""
 
-__all__ = ["AttentionSpec", "Block", "ParamMap", "disk_names", "find_attention", "select", "verify_layout"]
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qkguard.layout.discover import find_attention
+    from qkguard.layout.names import disk_names
+    from qkguard.layout.rows import RowSelection
+    from qkguard.layout.selection import select
+    from qkguard.layout.spec import AttentionSpec, Block, ParamMap
+    from qkguard.layout.verify import verify_layout
+
+# Imported on first use: the command line checks settings (`rows`) before torch is there.
+_HOME = {
+    "AttentionSpec": "spec",
+    "Block": "spec",
+    "ParamMap": "spec",
+    "RowSelection": "rows",
+    "disk_names": "names",
+    "find_attention": "discover",
+    "select": "selection",
+    "verify_layout": "verify",
+}
+
+__all__ = [
+    "AttentionSpec",
+    "Block",
+    "ParamMap",
+    "RowSelection",
+    "disk_names",
+    "find_attention",
+    "select",
+    "verify_layout",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"qkguard.layout.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'qkguard.layout' has no attribute {name!r}")

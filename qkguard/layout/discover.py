@@ -97,7 +97,7 @@ def _notes(trace: Trace, call: Call, found: list[Seen], params: tuple[ParamMap, 
         yield BORROWED
     if chosen := sorted(set().union(*reaching.values()) - mapped):
         yield f"queries or keys also depend on a choice made by {', '.join(chosen)}, which has no rows of theirs"
-    if any(block.entangled and param.kind != "norm" for param in params for block in param.blocks):
+    if any(block.shared and param.kind != "norm" for param in params for block in param.blocks):
         yield "some rows feed keys and values alike"
 
 

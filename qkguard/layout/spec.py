@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ class Block:
     """Rows `start:stop` (columns, where `ParamMap.dim` is 1) of one parameter and what they feed.
 
     `role` is the letters of everything the rows feed, in the order "qkv": "q" and "k" can be restored; a role with
-    a "v" in it is *entangled* (MLA's shared latent): restoring it would also change the values. `head` is the query
+    a "v" in it is *shared* (MLA's latent): restoring it would also change the values. `head` is the query
     head for "q", the key-value head for "k", None where the rows serve several heads.
     """
 
@@ -28,7 +28,7 @@ class Block:
     head: int | None = None
 
     @property
-    def entangled(self) -> bool:
+    def shared(self) -> bool:
         return "v" in self.role
 
 
@@ -218,17 +218,6 @@ class AttentionSpec:
         return "sliding" in self.kind or "chunked" in self.kind
 
 
-Selection = Sequence[tuple[AttentionSpec, tuple[ParamMap, ...]]]
-"""Layers and, in each, the rows to restore, as `select` gives them."""
-
-
-def unselected_norms(selection: Selection) -> list[ParamMap]:
-    """The q/k norms of selected layers that are not selected themselves: they stay as tuned."""
-    chosen = {param.name for _, maps in selection for param in maps}
-    norms = {p.name: p for spec, _ in selection for p in spec.params if p.kind == "norm" and p.name not in chosen}
-    return list(norms.values())
-
-
 def join_ranges(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
     """Sorted half-open ranges with overlapping and touching ones joined."""
     out: list[tuple[int, int]] = []
@@ -240,65 +229,8 @@ def join_ranges(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...
     return tuple(out)
 
 
-def show_layers(numbers: Iterable[int | None], most: int | None = None) -> str:
-    """Layer numbers for people: [0, 1, 2, 3, 7] -> "0-3, 7"; at most `most` of these pieces, where it is given."""
-    known = [number for number in numbers if number is not None]
-    runs = join_ranges((number, number + 1) for number in known)
-    shown = ", ".join(str(lo) if hi - lo == 1 else f"{lo}-{hi - 1}" for lo, hi in runs[:most])
-    return shown if most is None or len(runs) <= most else f"{shown}, ... ({len(known)} layers)"
-
-
 def true_ranges(flags: Tensor) -> list[tuple[int, int]]:
     """Half-open ranges of the True values of a 1-D tensor."""
     edge = flags.new_zeros(1)
     steps = torch.diff(torch.cat([edge, flags, edge]).int())
     return list(zip((steps == 1).nonzero()[:, 0].tolist(), (steps == -1).nonzero()[:, 0].tolist(), strict=True))
-
-
-def select(
-    specs: Sequence[AttentionSpec],
-    *,
-    parts: Sequence[str] = ("q", "k"),
-    layers: Sequence[int] | None = None,
-    include_norms: bool = False,
-    include_sliding_window: bool = True,
-    entangled: str = "keep",
-) -> list[tuple[AttentionSpec, tuple[ParamMap, ...]]]:
-    """The rows to restore, layer by layer: every parameter once, under the first layer that owns it.
-
-    `parts` chooses among "q" and "k" (rows that feed both need both); `entangled` is "keep" (rows that also feed
-    values are left out), "restore" (they are included) or "refuse".
-
-    Raises:
-        QKGuardError: `layers` names one without softmax attention, or entangled rows are there and refused.
-    """
-    if layers is not None and (unknown := sorted(set(layers) - {spec.layer for spec in specs})):
-        known = ", ".join(str(spec.layer) for spec in specs)
-        raise QKGuardError(f"layers {unknown} have no softmax attention; those that have it: {known}")
-    wanted = set(parts) | ({"v"} if entangled == "restore" else set())
-
-    def keep(block: Block) -> bool:
-        return set(block.role) <= wanted and block.role != "v"
-
-    out, seen = [], set()
-    for spec in specs:
-        if layers is not None and spec.layer not in layers:
-            continue
-        if spec.sliding and not include_sliding_window:
-            continue
-        if entangled == "refuse" and (names := [p.name for p in spec.params if any(b.entangled for b in p.blocks)]):
-            raise QKGuardError(
-                f"{', '.join(names)}: rows feed keys and values alike, so they cannot be restored alone; "
-                'set entangled to "keep" (leave them tuned) or "restore" (take them back with the values)'
-            )
-        maps = []
-        for param in spec.params:
-            if param.name in seen or (param.kind == "norm" and not include_norms):
-                continue
-            param = param.only(keep)
-            if param.blocks:
-                seen.add(param.name)
-                maps.append(param)
-        if maps:
-            out.append((spec, tuple(maps)))
-    return out

@@ -47,7 +47,7 @@ def verify_layout(
 
     Every comparison is bit for bit. Other numbers in the rows of one role move exactly what the role says, and already
     the first and the last row of a block do so, in their own head. With the mapped rows of a base and everything else
-    of a tuned model, q and k are the base's and v is the tuned model's (with entangled rows left tuned, v still is).
+    of a tuned model, q and k are the base's and v is the tuned model's (with shared rows left tuned, v still is).
 
     Raises:
         UnknownLayoutError: the model does not run, or an entry's module does not attend.
@@ -137,7 +137,7 @@ def _check(
             where.append(
                 f"{call.name}: {' and '.join(lost)} also depend on {'rows' if smooth else 'choices'} not mapped"
             )
-        pure = attend(tuned, base, lambda block: not block.entangled)
+        pure = attend(tuned, base, lambda block: not block.shared)
         if "v" in _moved(last, pure):
             problems.append(f"{call.name}: taking back rows that feed no values moves the values")
         if any("v" in role for role in roles):

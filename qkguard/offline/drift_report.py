@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor
 
 from qkguard.drift import add, block_drift, largest, layer_routing, projection_drift
+from qkguard.layout.rows import RowOptions, RowSelection
 from qkguard.layout.spec import AttentionSpec, ParamMap
 
 
@@ -18,7 +19,9 @@ def drift_report(
     *,
     routing: bool = True,
     progress: Callable[[int, int], None] | None = None,
-    **options: Any,
+    spec: Any = None,
+    trust_remote_code: bool = False,
+    **rows: Unpack[RowOptions],
 ) -> dict[str, Any]:
     """How far the queries and keys of one checkpoint are from another's, per tensor, layer and head.
 
@@ -28,7 +31,7 @@ def drift_report(
         routing: also routing drift per head and the top singular values of W - W0 (float64 products; most of the
             time).
         progress: called with (layers done, layers in all).
-        options: which rows, as in `restore_checkpoint` (parts, layers, include_norms, ..., spec, allow_pickle).
+        spec, trust_remote_code, rows: as in `restore_checkpoint`.
 
     Returns:
         {"base", "tuned", "layers": [...], "mean": {...}, "max": {...}, "warnings"}. A layer has its drift under the
@@ -40,8 +43,9 @@ def drift_report(
     """
     from qkguard.offline.pair import find_pair, open_folders
 
-    folders = open_folders(base, tuned, allow_pickle=bool(options.pop("allow_pickle", False)))
-    pair = find_pair(folders, **options)
+    pair = find_pair(
+        open_folders(base, tuned), rows=RowSelection.of(rows), spec=spec, trust_remote_code=trust_remote_code
+    )
     layers = []
     for done, (spec, params) in enumerate(pair.selection, 1):
         post = {p.name: pair.weights.read(pair.names[p.name], p) for p in params}

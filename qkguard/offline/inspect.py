@@ -72,7 +72,7 @@ def _layer(spec: AttentionSpec, seen: set[str], itemsize: int) -> dict[str, Any]
     """One layer; parameters that an earlier layer owns are listed but not counted again."""
     params, numel = [], 0
     for param in sorted(spec.params, key=_reading_order):
-        pure = param.only(lambda block: not block.entangled)
+        pure = param.only(lambda block: not block.shared)
         if param.name not in seen and param.kind != "norm":
             numel += pure.numel if pure.blocks else 0
         seen.add(param.name)
@@ -147,11 +147,11 @@ def _dtype(source: build.Source | None) -> tuple[int, str]:
 
 def _warnings(specs: Sequence[AttentionSpec]) -> list[str]:
     out = []
-    entangled = sorted({p.name for s in specs for p in s.params if any(b.entangled for b in p.blocks)})
-    if entangled:
+    shared_rows = sorted({p.name for s in specs for p in s.params if any(b.shared for b in p.blocks)})
+    if shared_rows:
         out.append(
-            f"{len(entangled)} parameters have rows that feed keys and values alike ({entangled[0]}, ...): they are "
-            "left tuned by default (entangled=keep), so a restore is partial"
+            f"{len(shared_rows)} parameters have rows that feed keys and values alike ({shared_rows[0]}, ...): they "
+            "are left tuned by default (shared=keep), so a restore is partial"
         )
     owners: dict[str, int] = Counter(p.name for s in specs for p in s.params)
     shared = sorted(name for name, count in owners.items() if count > 1)

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -27,10 +27,12 @@ from qkguard.checkpoint.restored import describe_rows
 from qkguard.checkpoint.safetensors_io import sha256_of, write_rows
 from qkguard.checkpoint.safetensors_writer import SafetensorsWriter
 from qkguard.checkpoint.sources import FolderSource, identify
-from qkguard.checkpoint.weights import INDEX, SafetensorsFolder, open_weights, resolve_folder
+from qkguard.checkpoint.weights import INDEX, WeightFolder, open_weights, resolve_folder
 from qkguard.drift import projection_drift
 from qkguard.errors import QKGuardError
-from qkguard.layout.spec import Block, ParamMap, Selection, select
+from qkguard.layout.rows import RowOptions, RowSelection
+from qkguard.layout.selection import Selection, select
+from qkguard.layout.spec import Block, ParamMap
 from qkguard.offline.pair import folder_attention, tensor_names
 
 _BASE_CONFIGS = ("config.json", "generation_config.json")
@@ -44,16 +46,12 @@ def merge_adapter(
     *,
     keep_qk: bool = False,
     alpha: float = 1.0,
-    parts: Sequence[str] = ("q", "k"),
-    layers: Sequence[int] | None = None,
-    include_norms: bool = False,
-    include_sliding_window: bool = True,
-    entangled: str = "keep",
     spec: Any = None,
     trust_remote_code: bool = False,
     overwrite: bool = False,
     extra: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    **rows: Unpack[RowOptions],
 ) -> dict[str, Any]:
     """Merge a LoRA adapter into its base model, with queries and keys left as they are in the base.
 
@@ -65,13 +63,12 @@ def merge_adapter(
         keep_qk: merge queries and keys too.
         alpha: 1 leaves queries and keys out, 0 merges them, between them LoRA's scaling is multiplied by 1 - alpha
             (for DoRA and trained copies: (1 - alpha) merged + alpha base, rounded once).
-        parts, layers, include_norms, include_sliding_window, entangled: which rows are queries and keys
-            (`layout.select`).
         spec: a layout by hand, for models that cannot be probed.
         trust_remote_code: allow the base's own model code to be imported.
         overwrite: replace an earlier folder.
         extra: further keys for the manifest.
         progress: called with (bytes done, bytes in all).
+        rows: which rows are queries and keys, as the fields of `RowSelection`.
 
     Returns:
         The manifest, as written to `out/qkguard.json`.
@@ -89,21 +86,16 @@ def merge_adapter(
     weights = mergeable_weights(base)
     folder = weights.folder
     specs = folder_attention(folder, spec=spec, trust_remote_code=trust_remote_code)
-    chosen: dict[str, Any] = {"parts": list(parts), "layers": None if layers is None else list(layers)}
-    chosen |= {
-        "include_norms": include_norms,
-        "include_sliding_window": include_sliding_window,
-        "entangled": entangled,
-    }
+    chosen = RowSelection.of(rows)
     write = MergeWrite(
         weights,
         Path(out),
         Skeleton(folder, opened_adapter, trust_remote_code=trust_remote_code),
         opened_adapter,
-        select(specs, **chosen),
+        select(specs, chosen),
         base_id=os.fspath(base),
         qk_share=1.0 if keep_qk else 1.0 - alpha,
-        selected=chosen,
+        rows=chosen,
         by_hand=spec is not None,
         trust_remote_code=trust_remote_code,
         overwrite=overwrite,
@@ -116,10 +108,9 @@ def merge_adapter(
         raise
 
 
-def mergeable_weights(base: str | os.PathLike[str]) -> SafetensorsFolder:
+def mergeable_weights(base: str | os.PathLike[str]) -> WeightFolder:
     """The weights of a base; QKGuardError where no adapter can be merged onto them: no safetensors, or quantised."""
     weights = open_weights(resolve_folder(base))
-    assert isinstance(weights, SafetensorsFolder)  # without allow_pickle there is nothing else
     for name in weights.where:
         if name.endswith("proj.weight"):
             weights.dtype(name)
@@ -134,14 +125,14 @@ class MergeWrite(PatchedFolder):
         skeleton, adapter: the adapter bound to the base's class, and its folder.
         selection: the queries and keys (`layout.select`).
         qk_share: how much of their adapters is merged: 1 all, 0 nothing.
-        selected: the options `selection` was made with, for the manifest.
+        rows: the options that `selection` was made with, for the manifest.
         by_hand: the layout's names were given by hand.
         trust_remote_code: allow the base's own model code to be imported.
     """
 
     def __init__(
         self,
-        weights: SafetensorsFolder,
+        weights: WeightFolder,
         out: Path,
         skeleton: Skeleton,
         adapter: Adapter,
@@ -149,7 +140,7 @@ class MergeWrite(PatchedFolder):
         *,
         base_id: str,
         qk_share: float,
-        selected: Mapping[str, Any],
+        rows: RowSelection,
         by_hand: bool = False,
         trust_remote_code: bool = False,
         overwrite: bool = False,
@@ -157,7 +148,7 @@ class MergeWrite(PatchedFolder):
         super().__init__(weights, out, overwrite=overwrite)
         self.files = weights
         self.skeleton, self.adapter, self.selection = skeleton, adapter, list(selection)
-        self.base_id, self.qk_share, self.selected = base_id, qk_share, selected
+        self.base_id, self.qk_share, self.chosen = base_id, qk_share, rows
         self.qk = {p.name: p for _, params in self.selection for p in params}
         self.changes = {change.name: change for change in skeleton.changes}
         changed = [_whole(change) for change in self.changes.values()]
@@ -307,7 +298,12 @@ class MergeWrite(PatchedFolder):
         return build_manifest(
             raw=os.path.relpath(self.raw.resolve(), self.out.resolve()),
             base=FolderSource(self.files, self.names, model_id=self.base_id).describe(),
-            method={"name": "merge", "keep_qk": self.qk_share == 1, "alpha": 1 - self.qk_share, **self.selected},
+            method={
+                "name": "merge",
+                "keep_qk": self.qk_share == 1,
+                "alpha": 1 - self.qk_share,
+                **self.chosen.to_json(),
+            },
             results=results,
             companions=taken,
             left_out=left,

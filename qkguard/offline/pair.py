@@ -13,7 +13,9 @@ from qkguard.checkpoint.sources import FolderSource
 from qkguard.checkpoint.weights import WeightFolder, open_weights, resolve_folder
 from qkguard.errors import QKGuardError
 from qkguard.layout.cache import remembered
-from qkguard.layout.spec import AttentionSpec, ParamMap, Selection, select, unselected_norms
+from qkguard.layout.rows import RowSelection
+from qkguard.layout.selection import Selection, select, unselected_norms
+from qkguard.layout.spec import AttentionSpec, ParamMap
 from qkguard.layout.spec_file import dump_specs, parse_specs
 
 GEOMETRY = (
@@ -47,20 +49,18 @@ class Folders:
     warnings: list[str]
 
 
-def open_folders(
-    base: str | os.PathLike[str], tuned: str | os.PathLike[str], *, allow_pickle: bool = False
-) -> Folders:
+def open_folders(base: str | os.PathLike[str], tuned: str | os.PathLike[str]) -> Folders:
     """Open a base and a tuned checkpoint; folders, or hub ids.
 
     Raises:
         QKGuardError: one is missing or broken, or they are of different architectures (`compare_configs`).
     """
-    base_folder = resolve_folder(base, allow_pickle=allow_pickle)
-    folder = resolve_folder(tuned, allow_pickle=allow_pickle)
+    base_folder = resolve_folder(base)
+    folder = resolve_folder(tuned)
     if base_folder.resolve() == folder.resolve():
         raise QKGuardError(f"base and tuned are the same folder ({folder}); give the checkpoint before SFT as base")
-    weights = open_weights(folder, allow_pickle=allow_pickle)
-    base_weights = open_weights(base_folder, allow_pickle=allow_pickle)
+    weights = open_weights(folder)
+    base_weights = open_weights(base_folder)
     warnings = compare_configs(read_config(base_folder), read_config(folder))
     return Folders(base_weights, weights, os.fspath(base), warnings)
 
@@ -68,11 +68,7 @@ def open_folders(
 def find_pair(
     folders: Folders,
     *,
-    parts: Sequence[str] = ("q", "k"),
-    layers: Sequence[int] | None = None,
-    include_norms: bool = False,
-    include_sliding_window: bool = True,
-    entangled: str = "keep",
+    rows: RowSelection | None = None,
     spec: Any = None,
     trust_remote_code: bool = False,
     gains: bool = False,
@@ -86,14 +82,7 @@ def find_pair(
     """
     base_weights, weights = folders.base, folders.tuned
     specs = folder_attention(weights.folder, spec=spec, trust_remote_code=trust_remote_code)
-    selection = select(
-        specs,
-        parts=parts,
-        layers=layers,
-        include_norms=include_norms,
-        include_sliding_window=include_sliding_window,
-        entangled=entangled,
-    )
+    selection = select(specs, rows)
     params = [param for _, maps in selection for param in maps]
     # Both through the tuned model's class, as when SFT loaded the base: its own class may differ (text-only or not).
     how: dict[str, Any] = {"by_hand": spec is not None, "trust_remote_code": trust_remote_code}

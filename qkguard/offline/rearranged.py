@@ -16,7 +16,8 @@ import torch
 from qkguard.checkpoint.sources import FolderSource
 from qkguard.checkpoint.weights import WeightFolder, open_weights
 from qkguard.errors import QKGuardError
-from qkguard.layout.spec import AttentionSpec, Block, ParamMap, Selection, true_ranges
+from qkguard.layout.selection import Selection
+from qkguard.layout.spec import AttentionSpec, Block, ParamMap, true_ranges
 
 
 def selection_on_disk(

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Unpack
 
 from qkguard.checkpoint.patched_folder import Progress, check_target
 from qkguard.checkpoint.restored import write_restored
 from qkguard.checkpoint.scan import BackgroundScan
-from qkguard.errors import QKGuardError, RearrangedError
-from qkguard.layout.spec import select
+from qkguard.errors import QKGuardError, RearrangedError, current_names
+from qkguard.layout.rows import RowOptions, RowSelection
+from qkguard.layout.selection import select
 from qkguard.offline.pair import Folders, Pair, find_pair, folder_attention, open_folders
 from qkguard.restore import check_options, get_method
 
@@ -25,22 +26,16 @@ def restore_checkpoint(
     *,
     method: str = "restore",
     ridge: float = 1.0,
-    gram: str = "head",
     alpha: float = 1.0,
     align: bool = False,
-    strengths: Mapping[int, float] | None = None,
-    parts: Sequence[str] = ("q", "k"),
-    layers: Sequence[int] | None = None,
-    include_norms: bool = False,
-    include_sliding_window: bool = True,
-    entangled: str = "keep",
+    per_layer: Mapping[int, float] | None = None,
     spec: Any = None,
     device: str = "cpu",
-    allow_pickle: bool = False,
     trust_remote_code: bool = False,
     overwrite: bool = False,
     extra: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    **rows: Unpack[RowOptions],
 ) -> dict[str, Any]:
     """Write the tuned checkpoint with the base's queries and keys to a new folder, in bounded memory.
 
@@ -48,19 +43,19 @@ def restore_checkpoint(
         base, tuned: folders, or hub ids whose safetensors the hub or its cache has.
         out: the folder to write; it must not exist, or with `overwrite` be an earlier restored one.
         method: a restore method: restore, qk-pro, procrustes or interpolate.
-        ridge, gram: of qk-pro: 0 is restore, larger keeps more of the tuned queries, in units of the mean eigenvalue
-            of the keys' Gram matrix; that matrix by "head" or in the "input" space.
+        ridge: of qk-pro: 0 is restore, larger keeps more of the tuned queries, in units of the mean eigenvalue of the
+            keys' Gram matrix.
         alpha, align: of interpolate: from 0 (tuned) to 1 (before SFT), after rotating the base's queries and keys
             towards the tuned ones if `align`.
-        strengths: ridge or alpha of single layers, in place of the common one.
-        parts, layers, include_norms, include_sliding_window, entangled: which rows (`layout.select`).
+        per_layer: ridge or alpha of single layers, in place of the common one.
         spec: a layout by hand, for models that cannot be probed.
         device: where the arithmetic of methods beyond copying runs ("cuda"); one layer is in memory at a time.
-        allow_pickle: also read `pytorch_model*.bin`, weights-only.
         trust_remote_code: allow the checkpoints' own model code to be imported.
         overwrite: replace an earlier restored folder at `out`.
         extra: further keys for the manifest.
         progress: called with (bytes done, bytes in all).
+        rows: which rows, as the fields of `RowSelection`: projections, layers, include_norms, include_sliding_window,
+            shared.
 
     Returns:
         The manifest, as written to `out/qkguard.json`: for every layer what the method did, among it "fallback" where
@@ -71,17 +66,17 @@ def restore_checkpoint(
     """
     target = Path(out)
     check_target([Path(folder) for folder in (base, tuned) if os.path.isdir(folder)], target, overwrite)
-    chosen: dict[str, Any] = {"parts": list(parts), "layers": None if layers is None else list(layers)}
-    chosen |= {"include_norms": include_norms, "include_sliding_window": include_sliding_window}
-    chosen |= {"entangled": entangled}
-    options = {"ridge": ridge, "gram": gram, "alpha": alpha, "align": align, "strengths": strengths}
-    options = check_options(method, options, parts)
-    folders = open_folders(base, tuned, allow_pickle=allow_pickle)
+    given: dict[str, Any] = current_names(rows)
+    per_layer = given.pop("per_layer", per_layer)  # under its old name
+    chosen = RowSelection.of(given)
+    options = {"ridge": ridge, "alpha": alpha, "align": align, "per_layer": per_layer}
+    options = check_options(method, options, chosen.projections)
+    folders = open_folders(base, tuned)
     with ExitStack() as stack:
         scan = stack.enter_context(BackgroundScan(folders.tuned))
         gains = get_method(method).gains(options)
         try:
-            pair = find_pair(folders, **chosen, spec=spec, trust_remote_code=trust_remote_code, gains=gains)
+            pair = find_pair(folders, rows=chosen, spec=spec, trust_remote_code=trust_remote_code, gains=gains)
         except RearrangedError as error:
             if method != "restore":
                 raise QKGuardError(
@@ -98,16 +93,15 @@ def restore_checkpoint(
             pair.source,
             method=method,
             options=options,
-            selected=chosen,
+            rows=chosen,
             device=device,
             overwrite=overwrite,
-            allow_pickle=allow_pickle,
             extra=lambda: {**(extra or {}), "warnings": pair.warnings, "nonfinite": scan.result()},
             progress=progress,
         )
 
 
-def _through_transformers(folders: Folders, work: Path, chosen: dict[str, Any], trust_remote_code: bool) -> Pair:
+def _through_transformers(folders: Folders, work: Path, rows: RowSelection, trust_remote_code: bool) -> Pair:
     """`find_pair` where tensors are cut or joined on loading (`checkpoint.rearranged`)."""
     from qkguard.offline.rearranged import selection_on_disk
 
@@ -115,7 +109,7 @@ def _through_transformers(folders: Folders, work: Path, chosen: dict[str, Any], 
     selection, source = selection_on_disk(
         folders.base,
         folders.tuned,
-        select(specs, **chosen),
+        select(specs, rows),
         work,
         base_id=folders.base_id,
         trust_remote_code=trust_remote_code,

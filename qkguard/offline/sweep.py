@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
@@ -19,7 +19,8 @@ from qkguard.choice.candidates import Point, control_points, layer_points, metho
 from qkguard.choice.heldout import find_rows
 from qkguard.choice.task import FORMS, Row, TaskResult, encode_rows, read_rows, score_rows
 from qkguard.choice.verdict import Measured, compare, rank_layers, recommend, rule, within, words
-from qkguard.errors import QKGuardError
+from qkguard.errors import QKGuardError, current_names
+from qkguard.layout.rows import RowOptions, RowSelection
 from qkguard.offline.pair import find_pair, open_folders, read_config
 from qkguard.offline.probe import (
     ProbeSettings,
@@ -122,7 +123,7 @@ def sweep(
     data: Any = None,
     methods: Sequence[str] | str | None = None,
     controls: Sequence[str] | str = (),
-    per_layer: bool = False,
+    each_layer: bool = False,
     tolerance: float = 0.02,
     write: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
@@ -135,10 +136,6 @@ def sweep(
     seed: int = 0,
     rows: int = 256,
     max_length: int = 4096,
-    layers: Sequence[int] | None = None,
-    include_norms: bool = False,
-    include_sliding_window: bool = True,
-    entangled: str = "keep",
     spec: Any = None,
     dtype: str = "auto",
     device: str = "auto",
@@ -146,6 +143,7 @@ def sweep(
     chunk: int | None = None,
     trust_remote_code: bool = False,
     bar: Bar | None = None,
+    **selected: Unpack[RowOptions],
 ) -> SweepReport:
     """Measure which restore keeps recall and skill on a run: raw, base and a grid of methods and strengths.
 
@@ -160,17 +158,18 @@ def sweep(
         methods: the grid (`points.method_points`); default restore, keys only, and qk-pro and interpolate at a few
             strengths.
         controls: some of "q", "k", "v", "o", "vo", or "all": single projections taken back, to see what the cause is.
-        per_layer: also restore one layer at a time.
+        each_layer: also restore one layer at a time.
         tolerance: how much task quality a recommended point may lose: a share of accuracy, or nats per token of loss.
         write: write the recommended checkpoint there (`restore_checkpoint`), unless it is raw.
         overwrite: replace an earlier restored folder at `write`.
         lengths, depths, samples, tasks, haystack, mode, seed: of the probe (`Prober`); lengths default to what fits
             the model of 512, 1024 and 2048 tokens. `seed` also draws the bootstrap.
         rows, max_length: at most so many rows, of at most so many tokens.
-        layers, include_norms, include_sliding_window, entangled, spec: which rows are restored (`restore_checkpoint`).
+        spec: a layout by hand (`restore_checkpoint`).
         dtype, device, batch_tokens, chunk: how the models run (`ProbeSettings`).
         trust_remote_code: allow the checkpoints' own model code to be imported.
         bar: called with a label, gives a context with a progress function.
+        selected: which rows are restored, as the fields of `RowSelection` but `projections`, which the points choose.
 
     Raises:
         QKGuardError: bad settings, data or checkpoints, found before anything is measured where that is possible.
@@ -186,13 +185,18 @@ def sweep(
         )
     if not tolerance >= 0:
         raise QKGuardError(f"tolerance={tolerance!r} is not known; expected a number from 0")
-    selected: dict[str, Any] = {"layers": layers, "include_norms": include_norms, "entangled": entangled}
-    selected["include_sliding_window"] = include_sliding_window
+    given: dict[str, Any] = current_names(selected)
+    each_layer = given.pop("per_layer", each_layer)  # under its old name
+    if "projections" in given:
+        raise QKGuardError("Projections are chosen point by point in a sweep: methods=restore:projections=k")
+    chosen = RowSelection.of(given)
     grid = [*method_points(methods), *control_points(controls)]
     found = None if isinstance(data, str) and data == "none" else read_rows(data, rows)
     folders = open_folders(base, tuned)
     base_folder, tuned_folder = folders.base.folder, folders.tuned.folder
-    find_pair(folders, **selected, spec=spec, trust_remote_code=trust_remote_code)  # refuses before hours of measuring
+    find_pair(
+        folders, rows=chosen, spec=spec, trust_remote_code=trust_remote_code
+    )  # refuses before hours of measuring
     if write is not None:
         check_target([base_folder, tuned_folder], Path(write), overwrite)
     settings = ProbeSettings(
@@ -234,9 +238,9 @@ def sweep(
         folders,
         spec=spec,
         device=check_device("cuda") if torch.cuda.is_available() and device != "cpu" else "cpu",
-        **selected,
+        rows=chosen,
     )
-    wanted = [Point("raw", "raw"), *grid, *(layer_points(swapper.layers) if per_layer else ())]
+    wanted = [Point("raw", "raw"), *grid, *(layer_points(swapper.layers) if each_layer else ())]
     measured += measure_points(model, swapper, measure, wanted)
     compare(measured, seed)
     report = SweepReport(
@@ -256,7 +260,7 @@ def sweep(
     if write is not None and report.recommended.point.recommendable:
         del model, swapper
         free_memory()
-        _write(report, write, overwrite=overwrite, spec=spec, trust_remote_code=trust_remote_code, **selected)
+        _write(report, write, overwrite=overwrite, rows=chosen, spec=spec, trust_remote_code=trust_remote_code)
     report.seconds = time.perf_counter() - began
     return report
 
@@ -293,17 +297,17 @@ def measure_points(model: nn.Module, swapper: Swapper, measure: Measure, points:
     return out
 
 
-def _write(report: SweepReport, out: str | os.PathLike[str], **selected: Any) -> None:
+def _write(report: SweepReport, out: str | os.PathLike[str], *, rows: RowSelection, **settings: Any) -> None:
     point = report.recommended.point
     restore_checkpoint(
         report.base,
         report.tuned,
         out,
         method=point.method,
-        parts=point.tensors,
         extra={"sweep": report.summary()},
         **dict(point.options),
-        **selected,
+        **settings,
+        **(rows.to_json() | {"projections": point.tensors}),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Any
 
@@ -18,7 +18,9 @@ from qkguard.choice.carried import find_carried
 from qkguard.distributed.reference import same_bits
 from qkguard.errors import QKGuardError
 from qkguard.layout import disk_names, find_attention
-from qkguard.layout.spec import AttentionSpec, ParamMap, select, unselected_norms
+from qkguard.layout.rows import RowSelection
+from qkguard.layout.selection import select, unselected_norms
+from qkguard.layout.spec import AttentionSpec, ParamMap
 from qkguard.offline.pair import Folders, tensor_names
 from qkguard.restore import get_method, restore_layer
 
@@ -44,7 +46,7 @@ class Swapper:
         model: the tuned checkpoint, loaded; its attention layers are found by `find_attention`.
         folders: both checkpoints.
         spec: a layout by hand.
-        selected: the options of `layout.select`, but for `parts`.
+        rows: which rows; the points choose among the projections.
         device: where the arithmetic of the methods runs.
 
     Raises:
@@ -52,14 +54,13 @@ class Swapper:
     """
 
     def __init__(
-        self, model: nn.Module, folders: Folders, *, spec: Any = None, device: str = "cpu", **selected: Any
+        self, model: nn.Module, folders: Folders, *, rows: RowSelection, spec: Any = None, device: str = "cpu"
     ) -> None:
         self.model, self.folders, self.spec, self.device = model, folders, spec, device
         self.live = dict(model.named_parameters())
         self.specs = find_attention(model, spec=spec)
-        self.selected = {"layers": None, "include_norms": False, "include_sliding_window": True, "entangled": "keep"}
-        self.selected |= selected
-        self.selection = select(self.specs, **self.selected)  # type: ignore[arg-type]
+        self.rows = rows
+        self.selection = select(self.specs, rows)
         if not self.selection:
             raise QKGuardError("nothing to restore: no layer was selected; check layers")
         params = [p for _, maps in self.selection for p in maps]
@@ -78,8 +79,9 @@ class Swapper:
         """The rows of a point that differ from the model's own, in the dtype of the tuned files: those that
         `restore_checkpoint` would write."""
         out = Change()
-        if parts := [role for role in ("q", "k") if role in point.tensors]:
-            self._change_attention(point, parts, out)
+        projections = [role for role in ("q", "k") if role in point.tensors]
+        if projections:
+            self._change_attention(point, projections, out)
         for which in ("v", "o"):
             if which in point.tensors:
                 self._change_carried(which, out)
@@ -113,10 +115,10 @@ class Swapper:
             if not same_bits(param.take(self.live[param.name].data), rows):
                 raise QKGuardError(f"{param.name} did not come back to its own bits; report this, and load it again")
 
-    def _change_attention(self, point: Point, parts: Sequence[str], out: Change) -> None:
+    def _change_attention(self, point: Point, projections: Sequence[str], out: Change) -> None:
         method = get_method(point.method)
-        layers = self.selected["layers"] if point.layers is None else list(point.layers)
-        selection = select(self.specs, **self.selected | {"parts": parts, "layers": layers})  # type: ignore[arg-type]
+        layers = self.rows.layers if point.layers is None else point.layers
+        selection = select(self.specs, replace(self.rows, projections=tuple(projections), layers=layers))
         source = self._source([p for _, maps in selection for p in maps])
         tuned = self.folders.tuned
         for index, (spec, maps) in enumerate(selection):

@@ -11,7 +11,6 @@ from qkguard.checkpoint.manifest import MANIFEST, describe_file, load_manifest
 from qkguard.checkpoint.safetensors_io import read_exactly, sha256_of
 from qkguard.checkpoint.weights import (
     TEMPORARY,
-    SafetensorsFolder,
     WeightFolder,
     open_weights,
     opened,
@@ -129,7 +128,6 @@ def _nbytes(weights: WeightFolder, tensor: Mapping[str, Any]) -> int:
 def _compare_whole(raw: Path, restored: Path, manifest: Mapping[str, Any]) -> None:
     """Every byte of every weight file, but for the restored rows, is the raw file's."""
     weights = open_weights(restored)
-    assert isinstance(weights, SafetensorsFolder)
     for name, described in manifest["files"].items():
         source = described.get("from", name)
         if source is None:  # a file that the raw checkpoint does not have
@@ -143,7 +141,7 @@ def _compare_whole(raw: Path, restored: Path, manifest: Mapping[str, Any]) -> No
                 position = hi
 
 
-def _spans(weights: SafetensorsFolder, tensor: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
+def _spans(weights: WeightFolder, tensor: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
     entry, param = weights.entry(tensor["name"]), _param(tensor)
     itemsize = entry.torch_dtype.itemsize
     for lo, hi in param.flat_runs(0, param.full_numel):

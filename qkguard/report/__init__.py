@@ -1,5 +1,4 @@
-"""What a run's files say, as sentences, pictures and one page: `qkguard report DIR`."""
+"""A run read back from its files and shown: sentences, pictures, pages.
 
-from qkguard.report.build import write_report
-
-__all__ = ["write_report"]
+May import `adapters` and what is below it. Public: `build.write_report`, `run.load_run`.
+"""

@@ -12,7 +12,7 @@ from qkguard.restore.interpolate import interpolate
 from qkguard.restore.plain import Restored, restore
 from qkguard.restore.procrustes import procrustes
 from qkguard.restore.qk_pro import qk_pro
-from qkguard.restore.registry import METHODS, Method, check_options, check_strengths, get_method
+from qkguard.restore.registry import METHODS, Method, check_options, check_per_layer, get_method
 
 __all__ = [
     "METHODS",
@@ -20,7 +20,7 @@ __all__ = [
     "Restored",
     "check_device",
     "check_options",
-    "check_strengths",
+    "check_per_layer",
     "get_method",
     "interpolate",
     "procrustes",

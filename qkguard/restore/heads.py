@@ -97,7 +97,7 @@ def short_name(param: ParamMap) -> str:
 def _head_rows(spec: AttentionSpec, maps: Sequence[ParamMap], role: str, count: int) -> HeadRows | str:
     name = {"q": "queries", "k": "keys"}[role]
     making = [p for p in spec.params if any(role in b.role for b in p.blocks)]
-    if any(b.entangled for p in making for b in p.blocks if role in b.role and p.kind != "norm"):
+    if any(b.shared for p in making for b in p.blocks if role in b.role and p.kind != "norm"):
         return f"rows that make {name} make values too"
     weights = [p for p in making if p.kind == "weight"]
     biases = [p for p in making if p.kind == "bias"]

@@ -1,9 +1,9 @@
 """`qk-pro`: routing as before SFT, and as much of the tuned W_Q as that leaves room for (arXiv 2606.11052).
 
 The problem is min |W_Q - W_Q_post| + |W_K - W_K_post| subject to W_Q^T W_K = W_Q_pre^T W_K_pre. The paper's linearised
-solution sets W_K = W_K_pre and corrects W_Q with a ridge; there are two readings of its formula, both offered. Where
-positions are rotated in or q/k norms scale the heads, the routing matrix is not a constant of the layer, so that the
-head reading keeps it approximately.
+solution sets W_K = W_K_pre and corrects W_Q with a ridge, here in the space of each key head, where a ridge of 0 keeps
+the routing exactly. Where positions are rotated in or q/k norms scale the heads, the routing matrix is not a constant
+of the layer, and it is kept approximately.
 """
 
 from __future__ import annotations
@@ -17,10 +17,8 @@ from qkguard.layout.spec import AttentionSpec, ParamMap
 from qkguard.restore.heads import find_heads
 from qkguard.restore.plain import Restored, restore
 
-GRAMS = ("head", "input")
 
-
-def correct_by_head(q_pre: Tensor, q_post: Tensor, k_pre: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+def correct_queries(q_pre: Tensor, q_post: Tensor, k_pre: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     """W_Q = W_Q_post + G (G + lambda I)^-1 (W_Q_pre - W_Q_post) with G = W_K_pre W_K_pre^T of each key head.
 
     ridge -> 0 gives W_Q_pre (where W_K_pre has full row rank), ridge -> infinity W_Q_post.
@@ -42,39 +40,6 @@ def correct_by_head(q_pre: Tensor, q_post: Tensor, k_pre: Tensor, ridge: float) 
     return q_post + factor.repeat_interleave(group, 0) @ (q_pre - q_post), absolute
 
 
-def correct_by_input(q_pre: Tensor, q_post: Tensor, k_pre: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """W_Q = W_Q_post + (W_Q_pre - W_Q_post) P with P = W_K_pre^T (W_K_pre W_K_pre^T + lambda I)^-1 W_K_pre, all key
-    heads stacked: the formula on weights as PyTorch stores them.
-
-    ridge -> 0 gives back the part of the difference that lies in the row space of the stacked W_K_pre, which is all
-    of it only if that has full column rank; ridge -> infinity gives W_Q_post.
-
-    Args:
-        q_pre, q_post: (heads, d_k, n) float64.
-        k_pre: (kv_heads, d_k, n) float64.
-        ridge: lambda in units of the mean eigenvalue of W_K_pre W_K_pre^T.
-
-    Returns:
-        The new queries (heads, d_k, n), and lambda in absolute terms (1,).
-    """
-    keys = k_pre.flatten(0, 1)
-    gram, difference = keys @ keys.mT, q_pre - q_post
-    absolute = ridge * gram.diagonal().mean()
-    if absolute > 0:  # well conditioned: lambda is in units of the eigenvalues themselves
-        gram.diagonal().add_(absolute)
-        factor, failed = torch.linalg.cholesky_ex(gram)
-        if not failed:
-            share = torch.cholesky_solve(keys @ difference.flatten(0, 1).mT, factor)
-            return q_post + (share.mT @ keys).view_as(q_post), absolute[None]
-        gram.diagonal().sub_(absolute)
-    values, vectors = torch.linalg.eigh(gram)
-    values = values.clamp_min(0)
-    known = values > values.max() * len(values) * torch.finfo(values.dtype).eps
-    inverse = torch.where(known, 1 / (values + absolute).where(known, torch.ones_like(values)), 0.0)
-    share = (difference @ keys.mT) @ (vectors * inverse) @ vectors.mT
-    return q_post + share @ keys, absolute[None]
-
-
 def qk_pro(
     spec: AttentionSpec,
     maps: Sequence[ParamMap],
@@ -82,33 +47,26 @@ def qk_pro(
     post: Mapping[str, Tensor],
     *,
     ridge: float = 1.0,
-    gram: str = "head",
 ) -> Restored:
-    """W_K (and its bias) becomes `pre`, W_Q lies between `pre` and `post` by one of the two readings.
+    """W_K (and its bias) becomes `pre`, W_Q lies between `pre` and `post` (`correct_queries`).
 
     Args:
         spec, maps: the layer and its selected parameters, queries and keys alike.
         pre, post: compact tensors by parameter name, of any float dtype.
-        ridge: lambda in units of the mean eigenvalue: 0 is `restore` (head reading), large values restore keys only.
-        gram: "head" (`correct_by_head`) or "input" (`correct_by_input`).
+        ridge: lambda in units of the mean eigenvalue: 0 is `restore`, large values restore keys only.
 
     Returns:
-        float64 rows. A bias is one more column of its weight; with the input reading, keys' biases count only where
-        queries have one too. A layer without W_Q and W_K head by head (`find_heads`: MLA's factored projections, keys
-        borrowed from another layer) falls back to `restore`; q/k norm gains, where selected, always become `pre`.
+        float64 rows. A bias is one more column of its weight. A layer without W_Q and W_K head by head (`find_heads`:
+        MLA's factored projections, keys borrowed from another layer) falls back to `restore`; q/k norm gains, where
+        selected, always become `pre`.
     """
     heads = find_heads(spec, maps)
     if isinstance(heads, str):
         return Restored(restore(spec, maps, pre, post).rows, {"fallback": f"restore: {heads}"})
     (q_pre, k_pre), (q_post, _) = heads.read(pre), heads.read(post)
-    seen = k_pre
-    if gram == "input" and heads.augmented and heads.q.bias is None:
-        seen = k_pre.clone()  # a correction of the queries' bias would have nowhere to go
-        seen[..., -1] = 0
-    correct = correct_by_head if gram == "head" else correct_by_input
-    q, absolute = correct(q_pre, q_post, seen, ridge)
+    q, absolute = correct_queries(q_pre, q_post, k_pre, ridge)
     rows = {param.name: pre[param.name] for param in maps} | heads.write(q, k_pre, pre)
-    return Restored(rows, {"gram": gram, "ridge": ridge, "ridge_absolute": absolute.tolist()})
+    return Restored(rows, {"ridge": ridge, "ridge_absolute": absolute.tolist()})
 
 
 def _shrink(values: Tensor, absolute: Tensor) -> Tensor:

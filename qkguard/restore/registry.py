@@ -8,18 +8,18 @@ from math import isfinite
 from typing import Any
 
 from qkguard.errors import QKGuardError
-from qkguard.layout.spec import Selection
+from qkguard.layout.selection import Selection
 from qkguard.restore.interpolate import interpolate
 from qkguard.restore.plain import Restored, restore
 from qkguard.restore.procrustes import procrustes
-from qkguard.restore.qk_pro import GRAMS, qk_pro
+from qkguard.restore.qk_pro import qk_pro
 
 
 @dataclass(frozen=True)
 class Method:
     """A registered method.
 
-    `options` are the fields of `QKGuardConfig` that it reads, `strength` the one that `strengths` may set layer by
+    `options` are the fields of `QKGuardConfig` that it reads, `strength` the one that `per_layer` may set layer by
     layer; `joint` and `gains` whether, with given options, it treats queries and keys together and asks for the gains
     of q/k norms.
     """
@@ -32,7 +32,7 @@ class Method:
     gains: Callable[[Mapping[str, Any]], bool] = lambda options: False
 
 
-DEFAULTS: dict[str, Any] = {"ridge": 1.0, "gram": "head", "alpha": 1.0, "align": False, "strengths": None}
+DEFAULTS: dict[str, Any] = {"ridge": 1.0, "alpha": 1.0, "align": False, "per_layer": None}
 """Options of all methods; one given another value with a method that does not read it is an error."""
 
 
@@ -44,9 +44,9 @@ METHODS = {
     method.name: method
     for method in (
         Method("restore", restore),
-        Method("qk-pro", qk_pro, ("ridge", "gram", "strengths"), "ridge", joint=lambda options: True),
+        Method("qk-pro", qk_pro, ("ridge", "per_layer"), "ridge", joint=lambda options: True),
         Method("procrustes", procrustes, joint=lambda options: True, gains=lambda options: True),
-        Method("interpolate", interpolate, ("alpha", "align", "strengths"), "alpha", joint=_aligned, gains=_aligned),
+        Method("interpolate", interpolate, ("alpha", "align", "per_layer"), "alpha", joint=_aligned, gains=_aligned),
     )
 }
 
@@ -58,12 +58,12 @@ def get_method(name: str) -> Method:
     return METHODS[name]
 
 
-def check_options(name: str, options: Mapping[str, Any], parts: Sequence[str] = ("q", "k")) -> dict[str, Any]:
+def check_options(name: str, options: Mapping[str, Any], projections: Sequence[str] = ("q", "k")) -> dict[str, Any]:
     """The options that a method reads, checked and normalised; other keys of `options` than `DEFAULTS` are ignored.
 
     Raises:
         QKGuardError: an unknown method, a value out of range, an option that the method does not read set to
-            something else than its default, or parts that the method cannot treat alone.
+            something else than its default, or projections that the method cannot treat alone.
     """
     method = get_method(name)
     given = {key: default if options.get(key) is None else options[key] for key, default in DEFAULTS.items()}
@@ -76,31 +76,29 @@ def check_options(name: str, options: Mapping[str, Any], parts: Sequence[str] = 
     chosen = {key: given[key] for key in method.options}
     for key in chosen.keys() & {"ridge", "alpha"}:
         chosen[key] = _strength(key, chosen[key])
-    if chosen.get("gram", GRAMS[0]) not in GRAMS:
-        raise QKGuardError(f"gram={chosen['gram']!r} is not known; expected one of: {', '.join(GRAMS)}")
-    if chosen.get("strengths") is not None and method.strength:
-        chosen["strengths"] = _strengths(method.strength, chosen["strengths"])
-    if method.joint(chosen) and set(parts) != {"q", "k"}:
+    if chosen.get("per_layer") is not None and method.strength:
+        chosen["per_layer"] = _per_layer(method.strength, chosen["per_layer"])
+    if method.joint(chosen) and set(projections) != {"q", "k"}:
         what = name if name != "interpolate" else "interpolate with align"
         raise QKGuardError(
-            f"{what} treats queries and keys together, parts has only {', '.join(parts)}; use both, or methods "
-            "restore or interpolate (without align) for one of them"
+            f"{what} treats queries and keys together, projections has only {', '.join(projections)}; use both, or "
+            "methods restore or interpolate (without align) for one of them"
         )
     return chosen
 
 
-def check_strengths(options: Mapping[str, Any], selection: Selection) -> None:
-    """Refuse strengths for layers that are not selected."""
+def check_per_layer(options: Mapping[str, Any], selection: Selection) -> None:
+    """Refuse values for layers that are not selected."""
     layers = [spec.layer for spec, _ in selection]
-    if unknown := sorted(set(options.get("strengths") or {}) - set(layers)):
+    if unknown := sorted(set(options.get("per_layer") or {}) - set(layers)):
         known = ", ".join(str(layer) for layer in layers)
-        raise QKGuardError(f"strengths names layers {unknown}, which are not restored; those that are: {known}")
+        raise QKGuardError(f"per_layer names layers {unknown}, which are not restored; those that are: {known}")
 
 
 def layer_options(method: Method, options: Mapping[str, Any], layer: int | None) -> dict[str, Any]:
     """The options for one layer: a strength of its own in place of the common one."""
-    mine = {key: value for key, value in options.items() if key != "strengths"}
-    own = options.get("strengths") or {}
+    mine = {key: value for key, value in options.items() if key != "per_layer"}
+    own = options.get("per_layer") or {}
     if method.strength and layer in own:
         mine[method.strength] = own[layer]
     return mine
@@ -118,12 +116,12 @@ def _strength(key: str, value: Any) -> float:
     return number
 
 
-def _strengths(key: str, value: Any) -> dict[int, float]:
+def _per_layer(key: str, value: Any) -> dict[int, float]:
     """Layer -> strength; keys may be text, as in JSON."""
     try:
         pairs = {int(layer): strength for layer, strength in dict(value).items()}
     except (TypeError, ValueError):
         raise QKGuardError(
-            f"strengths={value!r} is not known; expected a strength ({key}) for each of some layers: {{3: 0.5, 7: 1}}"
+            f"per_layer={value!r} is not known; expected a strength ({key}) for each of some layers: {{3: 0.5, 7: 1}}"
         ) from None
     return {layer: _strength(key, strength) for layer, strength in sorted(pairs.items())}

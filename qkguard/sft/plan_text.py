@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qkguard.layout.spec import show_layers
+from qkguard.layout.selection import show_layers
 from qkguard.report.numbers import human_bytes, number
 from qkguard.training.config import pace
 

@@ -10,7 +10,7 @@ from typing import Any
 from qkguard.errors import QKGuardError
 from qkguard.layout import AttentionSpec, find_attention, select
 from qkguard.layout.build import first_line, load_config
-from qkguard.layout.spec import Selection
+from qkguard.layout.selection import Selection
 from qkguard.probe.lengths import default_lengths
 from qkguard.probe.prober import Prober
 from qkguard.sft.arguments import Settings
@@ -57,10 +57,11 @@ def preflight(settings: Settings) -> Preflight:
             f"{settings.model_name} ({config.model_type}) has no softmax-attention layer, so there are no queries and "
             "keys to guard; train it with `trl sft`"
         )
-    selection = select(specs, **settings.guard.selection_options)  # type: ignore[arg-type]
+    selection = select(specs, settings.guard.rows)
     if not selection:
         raise QKGuardError(
-            "no query or key rows are selected; check qkguard.layers, qkguard.parts and qkguard.include_sliding_window"
+            "no query or key rows are selected; check qkguard.layers, qkguard.projections and "
+            "qkguard.include_sliding_window"
         )
     warnings = check_packing(config, settings.training)
     tokenizer = load_tokenizer(settings)

@@ -18,7 +18,7 @@ from qkguard.adapters.restored import copy_adapter, export_adapter, no_restored_
 from qkguard.adapters.scaled import muted
 from qkguard.distributed import ranks
 from qkguard.errors import QKGuardError
-from qkguard.layout.spec import show_layers
+from qkguard.layout.selection import show_layers
 from qkguard.offline.merge import merge_adapter, mergeable_weights
 from qkguard.training.drift_monitor import Tracker
 from qkguard.training.recall_monitor import Swap
@@ -41,9 +41,9 @@ class AdapterSession(Session):
                 f"method={self.config.method!r} works on full weights, not on adapters; use restore or interpolate, "
                 "or merge with `qkguard merge --keep-qk` and restore the merged model"
             )
-        if self.config.align or self.config.strengths:
+        if self.config.align or self.config.per_layer:
             raise QKGuardError(
-                "align and strengths work on full weights, not on adapters; interpolate with alpha alone, or merge "
+                "align and per_layer work on full weights, not on adapters; interpolate with alpha alone, or merge "
                 "with `qkguard merge --keep-qk` and restore the merged model"
             )
         self.share = 1.0 - (self.config.alpha if self.config.method == "interpolate" else 1.0)
@@ -122,7 +122,7 @@ class AdapterSession(Session):
     def _merge(self, final: Path, step: int) -> None:
         (adapter,) = self.model.active_adapters
         base = self._merge_base()
-        options: dict[str, Any] = {"overwrite": True, "spec": self.config.spec, **self.config.selection_options}
+        options: dict[str, Any] = {"overwrite": True, "spec": self.config.spec, **self.config.rows.to_json()}
         options["extra"] = {"step": step, "trained_drift": self.drift, **self.probe_record()}
         if self.quantised:
             said = "the adapter was trained on a quantised base and merged onto the unquantised weights"
@@ -170,7 +170,7 @@ class AdapterSession(Session):
 
     def _write_adapter(self, raw: Path, out: Path, step: int) -> None:
         def write() -> None:
-            method = {"name": self.config.method, **self.config.selection_options}
+            method = {"name": self.config.method, **self.config.rows.to_json()}
             extra = {"step": step, "drift": self.drift, **self.probe_record()}
             write_restored_adapter(
                 raw,

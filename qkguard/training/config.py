@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
+from typing import Any
 
 from qkguard.errors import QKGuardError
+from qkguard.layout.rows import RowOptions, RowSelection
 from qkguard.restore.registry import DEFAULTS, METHODS, check_options, get_method
 
 _CHOICES = {
     "method": METHODS,
-    "entangled": ("keep", "restore", "refuse"),
+    "shared": ("keep", "restore", "refuse"),
     "restore_on": ("save", "best", "end", "never"),
     "on_alert": ("warn", "save", "stop"),
 }
@@ -44,10 +46,6 @@ class QKGuardConfig:
             "the keys' Gram matrix."
         },
     )
-    gram: str = field(
-        default=DEFAULTS["gram"],
-        metadata={"help": "qk-pro: the Gram matrix of each key head (head) or in the space of the inputs (input)."},
-    )
     alpha: float = field(
         default=DEFAULTS["alpha"],
         metadata={
@@ -62,11 +60,11 @@ class QKGuardConfig:
             "attention does not change by it."
         },
     )
-    strengths: dict | None = field(
+    per_layer: dict | None = field(
         default=None,
         metadata={"help": "ridge (qk-pro) or alpha (interpolate) of single layers: {3: 0.5, 7: 1.0}."},
     )
-    parts: list[str] = field(
+    projections: list[str] = field(
         default_factory=lambda: ["q", "k"], metadata={"help": "Which projections to restore, of q and k."}
     )
     layers: list[int] | None = field(
@@ -78,7 +76,7 @@ class QKGuardConfig:
     include_sliding_window: bool = field(
         default=True, metadata={"help": "Count sliding-window and chunked softmax layers as softmax attention."}
     )
-    entangled: str = field(
+    shared: str = field(
         default="keep",
         metadata={
             "help": "Rows that feed keys and values alike (MLA's shared latent): keep (leave them tuned), restore, "
@@ -179,12 +177,9 @@ class QKGuardConfig:
             value = getattr(self, name)
             if value not in choices:
                 raise QKGuardError(f"{name}={value!r} is not known; expected one of: {', '.join(choices)}")
-        self.parts = list(self.parts)
-        if not self.parts or set(self.parts) - {"q", "k"}:
-            raise QKGuardError(f"parts={self.parts!r} is not known; expected q, k or both")
-        if self.layers is not None and not list(self.layers):
-            raise QKGuardError("layers=[] restores nothing; leave it out for every softmax layer, or name some")
-        for name, value in check_options(self.method, vars(self), self.parts).items():
+        self.projections = list(self.projections)
+        RowSelection.of(self._row_options())
+        for name, value in check_options(self.method, vars(self), self.projections).items():
             setattr(self, name, value)
         for name in ("drift_steps", "routing_drift_steps"):
             value = str(getattr(self, name))
@@ -228,10 +223,12 @@ class QKGuardConfig:
         return {name: getattr(self, name) for name in get_method(self.method).options}
 
     @property
-    def selection_options(self) -> dict[str, object]:
-        """The fields that say which rows are restored, as keyword arguments of `layout.select`."""
-        names = ("parts", "layers", "include_norms", "include_sliding_window", "entangled")
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name in names}
+    def rows(self) -> RowSelection:
+        """Which rows are restored."""
+        return RowSelection.of(self._row_options())
+
+    def _row_options(self) -> Any:
+        return {name: getattr(self, name) for name in RowOptions.__annotations__}
 
 
 def pace(steps: str) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from qkguard.distributed import ranks
 from qkguard.distributed.reference import Reference
 from qkguard.drift import Sums, difference_sums, layer_label, layer_metrics, layer_routing, routing_metrics, square_sum
-from qkguard.layout.spec import Selection
+from qkguard.layout.selection import Selection
 
 
 class Tracker(Protocol):

@@ -26,9 +26,9 @@ from qkguard.choice.swap import restored
 from qkguard.distributed import ranks, sharding
 from qkguard.errors import QKGuardError
 from qkguard.layout import disk_names, find_attention, select
-from qkguard.layout.spec import show_layers, unselected_norms
+from qkguard.layout.selection import show_layers, unselected_norms
 from qkguard.report.run import METRICS, RUN_FOLDER
-from qkguard.restore import check_strengths, get_method
+from qkguard.restore import check_per_layer, get_method
 from qkguard.training.attempt import attempt
 from qkguard.training.config import QKGuardConfig, pace
 from qkguard.training.drift_monitor import DriftTracker, Tracker
@@ -63,10 +63,12 @@ class Session:
         self.specs = ranks.together(
             "finding the attention layers", lambda: find_attention(self.model, spec=config.spec)
         )[ranks.rank()]
-        self.selection = select(self.specs, **config.selection_options)  # type: ignore[arg-type]
+        self.selection = select(self.specs, config.rows)
         if not self.selection:
-            raise QKGuardError("no query or key rows are selected; check layers, parts and include_sliding_window")
-        check_strengths(vars(config), self.selection)
+            raise QKGuardError(
+                "no query or key rows are selected; check layers, projections and include_sliding_window"
+            )
+        check_per_layer(vars(config), self.selection)
         self.tracker = self._establish(state, writers)
         self.drift: dict[str, float] = {}
         self._shared_disk: bool | None = None
@@ -238,7 +240,7 @@ class Session:
                 ReferenceFile(self.folder),
                 method=self.config.method,
                 options=self.config.method_options,
-                selected=self.config.selection_options,
+                rows=self.config.rows,
                 staging=self.folder,
                 overwrite=True,
             )

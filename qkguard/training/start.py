@@ -20,7 +20,7 @@ from qkguard.distributed import ranks, sharding
 from qkguard.distributed.reference import Reference
 from qkguard.errors import QKGuardError, WrongReferenceError
 from qkguard.layout import ParamMap, disk_names
-from qkguard.layout.spec import Selection
+from qkguard.layout.selection import Selection
 from qkguard.report.run import RUN_FOLDER
 from qkguard.training.config import QKGuardConfig
 

@@ -39,7 +39,7 @@ POINTS = {
         Point("raw", "raw"),
         *method_points("restore"),
         *control_points("v o"),
-        *method_points("qk-pro:gram=head:ridge=1 interpolate:alpha=0.5"),
+        *method_points("qk-pro:ridge=1 interpolate:alpha=0.5"),
     )
 }
 WATCHED = ("pre", "raw", "restore")

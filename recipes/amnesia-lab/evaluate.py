@@ -30,7 +30,7 @@ from qkguard.offline.sweep_swap import Swapper
 from qkguard.probe import Prober, ProbeResult
 
 GRID = (
-    "qk-pro:gram=head/input:ridge=1/10",
+    "qk-pro:ridge=1/10",
     "interpolate:alpha=0.5/0.25/0.75",
     "interpolate:alpha=0.5:align",
     "procrustes",

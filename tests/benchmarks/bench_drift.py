@@ -20,8 +20,8 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 
 from qkguard import QKGuardCallback
-from tests.judge import metrics_rows
-from tests.smollm2 import load_smollm2
+from tests.support.judge import metrics_rows
+from tests.support.smollm2 import load_smollm2
 
 
 class Clock(TrainerCallback):

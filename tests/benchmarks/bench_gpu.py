@@ -37,9 +37,9 @@ from transformers import default_data_collator as collate
 
 import qkguard
 from qkguard import QKGuardCallback
-from tests import judge
 from tests.distributed.cases import deepspeed_config
-from tests.training import Recorder
+from tests.support import judge
+from tests.support.training import Recorder
 
 TOKENIZER = Path(qkguard.__file__).parent / "demo" / "model"  # probes need one; its ids are among the model's
 GUARDED = {"routing_drift_steps": 4, "final_export": False, "strict": True}

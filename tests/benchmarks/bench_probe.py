@@ -21,7 +21,7 @@ import torch
 
 from qkguard.probe import Prober
 from qkguard.probe.generation import NEW_TOKENS, generated
-from tests.smollm2 import load_smollm2
+from tests.support.smollm2 import load_smollm2
 
 
 def default_device() -> str:

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from qkguard.offline import restore as offline
 from tests.conftest import Run
-from tests.models import noised, save_pair, tiny_model
-from tests.oracle import differences, expected, load_folder
+from tests.support.models import noised, save_pair, tiny_model
+from tests.support.oracle import differences, expected, load_folder
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_the_installed_command_restores(pair: tuple[Path, Path], tmp_path: Path)
 def test_restore_verify_drift_inspect(pair: tuple[Path, Path], tmp_path: Path, run: Run) -> None:
     base, tuned = pair
     out = tmp_path / "out"
-    code, text, err = run("restore", "--base", base, "--tuned", tuned, "--out", out, "--parts", "k")
+    code, text, err = run("restore", "--base", base, "--tuned", tuned, "--out", out, "--projections", "k")
     assert (code, err) == (0, "") and "1 tensors of 1 softmax-attention layers" in text
     code, text, _ = run("restore", "--base", base, "--tuned", tuned, "--out", out, "--overwrite", "--json")
     assert code == 0 and len(json.loads(text)["tensors"]) == 2
@@ -126,9 +126,9 @@ def one_line(code: int, out: str, err: str) -> str:
 USAGE = {
     "no command": (["restor"], "'restore'"),
     "a missing option": (["restore", "--base", "x"], "--tuned"),
-    "unknown parts": (["restore", "-b", "x", "-t", "y", "-o", "z", "--parts", "qv"], "expected q, k or q,k"),
+    "unknown parts": (["restore", "-b", "x", "-t", "y", "-o", "z", "--projections", "qv"], "expected q, k or both"),
     "unknown layers": (["drift", "-b", "x", "-t", "y", "--layers", "3-1"], "not a list of layer numbers"),
-    "unknown choice": (["restore", "-b", "x", "-t", "y", "-o", "z", "--entangled", "no"], "keep, restore, refuse"),
+    "unknown choice": (["restore", "-b", "x", "-t", "y", "-o", "z", "--shared", "no"], "keep, restore, refuse"),
     "no folder": (["restore", "-b", "./x", "-t", "./y", "-o", "z"], "no such folder: x"),
     "no folder to verify": (["verify", "./x"], "no such folder: x"),
     "no model to inspect": (["inspect", "./nowhere/config.json"], "nowhere"),
@@ -223,7 +223,7 @@ MISTAKES: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "corrupt": (corrupt, "not a safetensors file"),
     "missing shard": (missing_shard, "lacks model-000"),
     "index outside the folder": (outside, "points outside its folder"),
-    "pickles": (pickled, "--allow-pickle"),
+    "pickles": (pickled, "save_pretrained"),
     "an adapter": (adapter, "adapter, not a full checkpoint"),
     "NaN in the base": (nan_in_base, "NaN or Inf before SFT"),
     "no config": (no_config, "no config.json"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Run
-from tests.models import CONFIGS
+from tests.support.models import CONFIGS
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from qkguard import verify
-from tests import oracle
-from tests.lora import LINEAR, expected_merge, peft_merge, save_adapter
-from tests.models import tiny_model
+from tests.support import oracle
+from tests.support.lora import LINEAR, expected_merge, peft_merge, save_adapter
+from tests.support.models import tiny_model
 
 
 @pytest.fixture

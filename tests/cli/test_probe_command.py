@@ -20,9 +20,9 @@ from qkguard.offline.probe import ProbeSettings, probe_models, run_within_memory
 from qkguard.probe import ProbeResult
 from qkguard.probe.prober import Prober
 from tests.conftest import Run
-from tests.lora import LINEAR, peft_merge, save_adapter
-from tests.models import tiny_model
-from tests.probing import bpe_tokenizer
+from tests.support.lora import LINEAR, peft_merge, save_adapter
+from tests.support.models import tiny_model
+from tests.support.probing import bpe_tokenizer
 
 DEMO = Path(qkguard.demo.__file__).parent / "model"
 SMALL = ("--lengths", "256,300", "--depths", "2", "--samples", "2", "--tasks", "S1,mk2")

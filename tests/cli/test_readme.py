@@ -18,8 +18,8 @@ import qkguard.demo
 from docs.what_works import written
 from qkguard.demo import DemoSettings
 from tests.conftest import Run
-from tests.lora import LINEAR, save_adapter
-from tests.unit.zoo import tiny_config
+from tests.support.lora import LINEAR, save_adapter
+from tests.support.zoo import tiny_config
 
 README = Path(__file__).parents[2] / "README.md"
 DEMO = Path(qkguard.demo.__file__).parent / "model"

@@ -14,9 +14,9 @@ import pytest
 from safetensors import safe_open
 
 import qkguard.demo
-from tests import judge
 from tests.conftest import Run
-from tests.unit.zoo import tiny_config
+from tests.support import judge
+from tests.support.zoo import tiny_config
 
 DEMO = Path(qkguard.demo.__file__).parent / "model"
 RECIPE = """

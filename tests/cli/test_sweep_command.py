@@ -16,8 +16,8 @@ from qkguard.demo import MODEL
 from qkguard.demo.arithmetic import problems
 from qkguard.offline.restore import restore_checkpoint
 from tests.conftest import Run
-from tests.models import save_pair
-from tests.oracle import differences, load_folder
+from tests.support.models import save_pair
+from tests.support.oracle import differences, load_folder
 
 SMALL = ("--lengths", "256", "--depths", "5", "--samples", "2", "--tasks", "S2", "--device", "cpu")
 
@@ -47,11 +47,11 @@ def one_line(code: int, out: str, err: str) -> str:
 def test_restore_with_a_method(tmp_path: Path, run: Run) -> None:
     base, tuned = save_pair(tmp_path, "qwen3", dtype=torch.bfloat16, shard="60KB")
     pair = ("--base", base, "--tuned", tuned)
-    args = ("--method", "qk-pro", "--ridge", "0.5", "--gram", "input", "--strengths", "1=2,3=0")
+    args = ("--method", "qk-pro", "--ridge", "0.5", "--per-layer", "1=2,3=0")
     code, text, err = run("restore", *pair, "--out", tmp_path / "pro", *args)
     assert (code, err) == (0, "")
     assert "drift by SFT, queries" in text and "qk-pro, queries written: mean distance" in text
-    options = {"method": "qk-pro", "ridge": 0.5, "gram": "input", "strengths": {1: 2.0, 3: 0.0}}
+    options = {"method": "qk-pro", "ridge": 0.5, "per_layer": {1: 2.0, 3: 0.0}}
     manifest = restore_checkpoint(base, tuned, tmp_path / "api", **options)  # type: ignore[arg-type]
     assert differences(load_folder(tmp_path / "pro"), load_folder(tmp_path / "api")) == []
     assert [layer["ridge"] for layer in manifest["layers"]] == [0.5, 2.0, 0.5, 0.0]
@@ -71,9 +71,9 @@ def test_restore_with_a_method(tmp_path: Path, run: Run) -> None:
         (("--method", "average"), "unknown restore method 'average'"),
         (("--alpha", "0.5"), "alpha=0.5 has no effect with method 'restore'"),
         (("--method", "interpolate", "--alpha", "2"), "expected a share from 0"),
-        (("--method", "qk-pro", "--parts", "q"), "queries and keys together"),
-        (("--method", "qk-pro", "--strengths", "3:1"), "not a list of layers and values such as 3=0.5"),
-        (("--method", "qk-pro", "--strengths", "9=1"), "strengths names layers [9]"),
+        (("--method", "qk-pro", "--projections", "q"), "queries and keys together"),
+        (("--method", "qk-pro", "--per-layer", "3:1"), "not a list of layers and values such as 3=0.5"),
+        (("--method", "qk-pro", "--per-layer", "9=1"), "per_layer names layers [9]"),
         (("--method", "qk-pro", "--device", "nowhere"), "does no float64 arithmetic"),
     ):
         assert message in one_line(*run("restore", *pair, "--out", tmp_path / "bad", *wrong))
@@ -89,7 +89,7 @@ def test_sweep_recommends_and_writes(tuned: Path, tmp_path: Path, run: Run) -> N
         *grid,
         "--controls",
         "k",
-        "--per-layer",
+        "--each-layer",
         "--out",
         tmp_path / "sweep",
         "--write",
@@ -114,7 +114,7 @@ def test_sweep_recommends_and_writes(tuned: Path, tmp_path: Path, run: Run) -> N
     assert differences(load_folder(tmp_path / "out"), load_folder(MODEL)) == [], "only Q and K had been changed"
     assert run("verify", tmp_path / "out")[0] == 0
 
-    code, text, err = run("sweep", *pair, *grid, "--controls", "k", "--per-layer", "--json")
+    code, text, err = run("sweep", *pair, *grid, "--controls", "k", "--each-layer", "--json")
     again = json.loads(text)
     assert (code, err) == (0, "") and again["written"] is None
     keys = ("points", "recommended", "words", "layers", "settings")

@@ -18,10 +18,10 @@ from trl import SFTConfig
 
 from qkguard import QKGuardCallback, QKGuardError
 from qkguard.distributed import sharding
-from tests import judge
 from tests.distributed.launch import sharded_at_loading, sharding_of
-from tests.models import noised
-from tests.training import arguments, make_trainer, save_base, train
+from tests.support import judge
+from tests.support.models import noised
+from tests.support.training import arguments, make_trainer, save_base, train
 
 STEPS = 3
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -18,12 +18,12 @@ from qkguard.adapters.live import adapted_weights
 from qkguard.adapters.restored import export_adapter
 from qkguard.distributed import sharding
 from qkguard.layout import find_attention, select
-from tests import judge, oracle
 from tests.distributed.cases import STEPS, base_model, check_backend, deepspeed_config, rank, reset
 from tests.distributed.launch import sharding_of
-from tests.lora import LINEAR, expected_merge, peft_merge
-from tests.models import noised, tiny_model
-from tests.training import arguments, train
+from tests.support import judge, oracle
+from tests.support.lora import LINEAR, expected_merge, peft_merge
+from tests.support.models import noised, tiny_model
+from tests.support.training import arguments, train
 
 TARGETS = {"phi3": ["qkv_proj", "o_proj"]}
 

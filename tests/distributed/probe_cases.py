@@ -13,7 +13,7 @@ from torch import nn
 import qkguard.demo
 from qkguard.distributed import ranks
 from qkguard.probe import Prober, ProbeResult
-from tests.probing import damage_until_some_are_wrong
+from tests.support.probing import damage_until_some_are_wrong
 
 DEMO = Path(qkguard.demo.__file__).parent / "model"
 

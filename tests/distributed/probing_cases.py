@@ -22,12 +22,12 @@ from qkguard import QKGuardCallback, restored
 from qkguard.distributed import sharding
 from qkguard.probe import Prober
 from qkguard.probe.undisturbed import undisturbed
-from tests import judge
 from tests.distributed.cases import STEPS, base_model, deepspeed_config, rank, reset
 from tests.distributed.launch import sharded_at_loading, sharding_of
 from tests.distributed.lora_cases import lora_config
-from tests.probing import bpe_tokenizer
-from tests.training import arguments, make_trainer
+from tests.support import judge
+from tests.support.probing import bpe_tokenizer
+from tests.support.training import arguments, make_trainer
 
 PROBES: dict[str, Any] = {"probe_lengths": [192], "probe_depths": 5, "probe_samples": 1, "probe_tasks": ["s1"]}
 TINY = {"vocab_size": 1024, "max_position_embeddings": 256}  # llama's embeddings are untied

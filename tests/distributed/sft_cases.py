@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 import qkguard.demo
 from qkguard.distributed import ranks, sharding
 from qkguard.offline.verify import verify
-from tests import judge
 from tests.distributed.cases import reset
 from tests.distributed.launch import launched
+from tests.support import judge
 
 DEMO = Path(qkguard.demo.__file__).parent / "model"
 ROW = {"prompt": "1 + 2 = ", "completion": "3 . so 3"}

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests.smollm2 import load_smollm2
+from tests.support.smollm2 import load_smollm2
 
 TASKS = ("niah_single_1", "niah_multikey_2")  # of noise, and of other needles: the others want essays from the hub
 LENGTH = 600  # tokens, 128 of them for the answer

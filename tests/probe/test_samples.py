@@ -1,0 +1,260 @@
+"""Samples: exact lengths, canonical answers, needles where the spans say, nothing of the tokenizer's changed."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qkguard.errors import QKGuardError
+from qkguard.probe.haystack import Prose, load_prose
+from qkguard.probe.prober import Prober
+from qkguard.probe.prompt import AnswerForm, Encoder, make_frame
+from qkguard.probe.samples import Cell, SampleMaker, plan
+from qkguard.probe.tasks import TASKS
+from tests.support.probing import CHATML, bpe_tokenizer, byte_tokenizer, word_tokenizer
+
+TOKENIZERS = {
+    "bpe": bpe_tokenizer,
+    "chat": lambda: bpe_tokenizer(CHATML),
+    "closing": lambda: bpe_tokenizer(closing=True),
+    "merged-digits": lambda: bpe_tokenizer(merge_digits=True),
+    "bytes": byte_tokenizer,
+    "words": word_tokenizer,
+}
+
+
+def maker(tokenizer: Any, prose: Prose | None = None, seed: int = 0, mode: str = "auto") -> SampleMaker:
+    return SampleMaker(Encoder(tokenizer, make_frame(tokenizer, mode)), prose or Prose(), seed)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_lengths_are_exact_and_text_is_canonical(name: str) -> None:
+    tokenizer = TOKENIZERS[name]()
+    make = maker(tokenizer)
+    special = name != "chat"
+    lengths = (1800, 1801) if name == "bytes" else (640, 641, 655)
+    tasks = [t.name for t in TASKS.values() if name != "words" or t.value_kind == "numbers"]
+    for cell in plan(tasks, lengths, [0.0, 0.9], 1):
+        sample = make.make(cell)
+        assert len(sample.ids) == cell.length
+        prompt = tokenizer.decode(sample.prompt.tolist(), skip_special_tokens=name == "closing")
+        expected = tokenizer(prompt, add_special_tokens=special)["input_ids"]
+        assert sample.prompt.tolist() == (expected[:-1] if name == "closing" else expected)
+        assert tokenizer.decode(sample.answer.tolist()) == AnswerForm().render(sample.answers)
+        value = tokenizer.decode(sample.answer[sample.lead :].tolist()).lstrip(" ")
+        assert value.startswith(sample.answers[0])
+        for (start, stop), answer in zip(sample.needles, sorted(sample.answers), strict=True):
+            sentence = tokenizer.decode(sample.ids[start:stop].tolist())
+            assert sentence.strip().startswith("One of the special magic") and sentence.strip().endswith(".")
+            assert answer in prompt
+        told = "".join(tokenizer.decode(sample.ids[a:b].tolist()) for a, b in sample.needles)
+        assert all(answer in told for answer in sample.answers)
+
+
+def test_plain_tokenizers_get_their_opening_but_no_closing_token() -> None:
+    sample = maker(bpe_tokenizer(closing=True)).make(Cell(300, "single_1", 0.5, 0))
+    assert sample.ids[0] == 1 and 2 not in sample.ids.tolist()
+
+
+def test_depths_are_spread_over_the_tokens() -> None:
+    make = maker(bpe_tokenizer())
+    starts = [make.make(c).needles[0][0] for c in plan(["single_2"], [2000], 5, 1)]
+    for start, share in zip(starts, (0, 0.25, 0.5, 0.75, 1), strict=True):
+        assert start == pytest.approx(30 + share * 1900, abs=60)
+
+
+def test_samples_depend_on_seed_and_cell_alone() -> None:
+    tokenizer = bpe_tokenizer()
+    cells = plan(["single_2", "multikey_1"], [400, 500], 3, 2)
+    first = maker(tokenizer)
+    whole = {c: first.make(c).ids.tolist() for c in cells}
+    second = maker(tokenizer)
+    random.seed(99)
+    state = random.getstate()
+    for cell in reversed(cells[::3]):
+        assert second.make(cell).ids.tolist() == whole[cell]
+    assert random.getstate() == state
+    assert second.digest(cells) == first.digest(cells)
+    other = maker(tokenizer, seed=1)
+    assert all(other.make(c).ids.tolist() != whole[c] for c in cells)
+    assert other.digest(cells) != first.digest(cells)
+
+
+def test_the_form_changes_the_answer_and_keeps_the_length() -> None:
+    make = maker(bpe_tokenizer())
+    cell = Cell(333, "single_2", 0.5, 0)
+    plain = make.make(cell)
+    make.forms["single_2"] = AnswerForm(": **")
+    bold = make.make(cell)
+    assert len(bold.ids) == 333 and bold.answers == plain.answers
+    assert make.encoder.decode(bold.answer.tolist()) == f": **{plain.answers[0]}"
+    assert make.encoder.decode(bold.answer[: bold.lead].tolist()) == ": **"
+
+
+def test_the_tokenizer_is_left_alone() -> None:
+    tokenizer = bpe_tokenizer()
+    tokenizer("some words", truncation=True, max_length=1, padding="max_length")
+    before = tokenizer.backend_tokenizer.to_str()
+    sample = maker(tokenizer).make(Cell(300, "single_1", 0.5, 0))
+    assert len(sample.ids) == 300
+    assert tokenizer.backend_tokenizer.to_str() == before
+
+
+def test_slow_tokenizers_work_too() -> None:
+    class Slow:
+        """The calls of a tokenizer without a fast backend."""
+
+        chat_template = None
+        is_fast = False
+        all_special_tokens = ("<s>",)
+        fast = bpe_tokenizer()
+
+        def __call__(self, text: str, add_special_tokens: bool, verbose: bool) -> dict[str, list[int]]:
+            return {"input_ids": self.fast(text, add_special_tokens=add_special_tokens)["input_ids"]}
+
+        def decode(self, ids: list[int], **options: Any) -> str:
+            return self.fast.decode(ids, **options)
+
+    cell = Cell(400, "multikey_1", 0.5, 0)
+    slow, fast = maker(Slow()).make(cell), maker(bpe_tokenizer()).make(cell)
+    assert slow.ids.tolist() == fast.ids.tolist() and slow.lead == fast.lead
+    ((start, stop),) = slow.needles
+    assert "One of the special magic" in Slow.fast.decode(slow.ids[start:stop].tolist())
+
+
+def test_too_short_a_length_is_refused_with_the_least_that_works() -> None:
+    with pytest.raises(
+        QKGuardError, match=r"probe length 60 is too short for single_1: .* take (\d+) tokens"
+    ) as error:
+        maker(bpe_tokenizer()).make(Cell(60, "single_1", 0.5, 0))
+    least = int(str(error.value).split("take ")[1].split(" tokens")[0])
+    assert len(maker(bpe_tokenizer()).make(Cell(least + 10, "single_1", 0.5, 0)).ids) == least + 10
+    with pytest.raises(QKGuardError, match="too short"):  # another key may be some tokens shorter
+        maker(bpe_tokenizer()).make(Cell(least - 10, "single_1", 0.5, 0))
+
+
+def test_answers_that_the_tokenizer_cannot_spell_are_refused() -> None:
+    make = maker(word_tokenizer())
+    with pytest.raises(QKGuardError, match="cannot spell the answers of single_3"):
+        for index in range(20):
+            make.make(Cell(640, "single_3", 0.5, index))
+
+
+def test_plans() -> None:
+    cells = plan(["S1", "single_1", "mk1"], [512, 256], 3, 2)
+    assert len(cells) == 2 * 2 * 3 * 2 and [c.length for c in cells] == [256] * 12 + [512] * 12
+    assert {c.depth for c in cells} == {0.0, 0.5, 1.0}
+    for bad in ({"depths": 0}, {"depths": [1.5]}, {"samples": 0}, {"tasks": []}, {"tasks": ["nope"]}):
+        with pytest.raises(QKGuardError):
+            plan(**{"tasks": ["S1"], "lengths": [256], "depths": 3, "samples": 1} | bad)
+
+
+THINKING = {
+    "opened": (
+        CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif"),
+        "<think>\n</think>\n\n",
+        "prefilled",
+    ),
+    "switch": (
+        CHATML.replace(
+            "assistant\n{% endif", "assistant\n{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif"
+        ),
+        "<think>\n\n</think>\n\n",
+        "template",
+    ),
+    "none": (CHATML, "<|im_start|>assistant\n", "none"),
+}
+
+
+@pytest.mark.parametrize("name", THINKING)
+def test_thinking_templates_are_prefilled_past_the_thoughts(name: str) -> None:
+    template, ending, thinking = THINKING[name]
+    frame = make_frame(bpe_tokenizer(template))
+    assert (frame.mode, frame.thinking) == ("chat", thinking)
+    assert frame.prompt("Q?", "The special").endswith(f"{ending}The special")
+    assert "Q?<|im_end|>" in frame.prompt("Q?", "A")
+
+
+def test_modes() -> None:
+    assert make_frame(bpe_tokenizer()).mode == "plain"
+    assert make_frame(bpe_tokenizer(CHATML), "plain").prompt("Q?", "A") == "Q? A"
+    with pytest.raises(QKGuardError, match="no chat template"):
+        make_frame(bpe_tokenizer(), "chat")
+    with pytest.raises(QKGuardError, match="exactly once"):
+        make_frame(bpe_tokenizer("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}"))
+
+
+TEXT = "First sentence here. Second one!  Third\n\nwith <|im_end|> inside? " + "word " * 150
+
+
+def test_haystack_sources(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(TEXT)
+    rows = [{"messages": [{"role": "user", "content": TEXT}]}]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
+    (tmp_path / "a.json").write_text(json.dumps({"text": TEXT}))
+    sources = [TEXT, tmp_path / "a.txt", str(tmp_path / "a.jsonl"), tmp_path / "a.json", rows, [TEXT]]
+    found = {load_prose(s, without=["<|im_end|>"]).sentences for s in sources}
+    assert len(found) == 1
+    sentences = found.pop()
+    assert sentences[:3] == ("First sentence here.", "Second one!", "Third with inside?")
+    assert max(len(s.split()) for s in sentences) == 60
+    assert load_prose(tmp_path / "a.txt").origin == "a.txt" and load_prose(None).origin == "generated"
+
+
+def test_haystack_text_is_used_in_order_and_starts_over() -> None:
+    prose = load_prose("One a. Two b. Three c. Four d.")
+    sample_text = bpe_tokenizer().decode(
+        maker(bpe_tokenizer(), prose).make(Cell(400, "single_2", 0.0, 0)).ids.tolist()
+    )
+    assert "One a. Two b. Three c. Four d. One a. Two b." in sample_text
+
+
+def test_prepared_training_data_is_decoded() -> None:
+    tokenizer = bpe_tokenizer(CHATML)
+
+    class Rows:
+        """A data set whose rows come with random augmentation."""
+
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, at: int) -> dict[str, Any]:
+            random.random()
+            text = f"<|im_start|>user\nRow {at} of the data.<|im_end|>"
+            return {"input_ids": tokenizer(text)["input_ids"], "completion_mask": [1, 0]}
+
+    state = random.getstate()
+    prober = Prober(tokenizer, lengths=[400], tasks=["s2"], haystack=Rows())
+    assert random.getstate() == state
+    assert sorted(prober.maker.prose.sentences) == [f"user Row {i} of the data." for i in range(4)]
+    assert prober.settings()["haystack"] == "rows"
+    text = tokenizer.decode(prober.maker.make(prober.cells[0]).ids.tolist())
+    assert "Row 2 of the data." in text and text.count("<|im_start|>") == 2
+
+
+def test_processors_lend_their_tokenizer() -> None:
+    class Processor:
+        tokenizer = bpe_tokenizer(CHATML)
+        chat_template = None
+
+    cell = Cell(400, "single_1", 0.5, 0)
+    assert maker(Processor()).make(cell).ids.tolist() == maker(bpe_tokenizer(CHATML)).make(cell).ids.tolist()
+
+
+def test_bad_haystacks(tmp_path: Path) -> None:
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    (tmp_path / "ids.jsonl").write_text(json.dumps({"input_ids": [1, 2, 3]}))
+    for source, message in (
+        (tmp_path / "none.txt", "no such file"),
+        ("no/such/file.txt", "no such file"),
+        (tmp_path / "broken.json", "not valid"),
+        (tmp_path / "a.parquet", "cannot read .parquet"),
+        (tmp_path / "ids.jsonl", "no text found"),
+    ):
+        with pytest.raises(QKGuardError, match=message):
+            load_prose(source)
