@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qkguard.adapters.live import AdaptedWeight, Factors, replicate
-from qkguard.distributed import ranks, sharding
+from qkguard.distributed import collectives, ranks, sharding
 from qkguard.drift import Sums, head_weights, layer_label, layer_metrics, routing_metrics, top_singular_value
 from qkguard.layout.selection import Selection
 from qkguard.layout.spec import ParamMap
@@ -93,8 +93,8 @@ def top_of_product(b: Tensor, a: Tensor) -> float:
     return float(torch.linalg.eigvalsh(root.mT @ (b.mT @ b) @ root)[-1].clamp_min(0).sqrt())
 
 
-class AdapterTracker:
-    """Drift of a live PEFT model; the metrics and their keys are `qkguard.training.drift_monitor.DriftTracker`'s."""
+class AdapterDriftMonitor:
+    """Drift of a live PEFT model; the metrics and their keys are `qkguard.training.drift_monitor.DriftMonitor`'s."""
 
     def __init__(self, model: nn.Module, selection: Selection, weights: list[AdaptedWeight]) -> None:
         self.selection, self.weights = selection, {w.pmap.name: w for w in weights}
@@ -149,7 +149,7 @@ class AdapterTracker:
             tops = [self._top(role, maps, state, base) for role in "qk"]
             mine[label] = (routing, tops[0], tops[1])
         self._gathered = True
-        parts = ranks.together("measuring routing drift", lambda: mine)
+        parts = ranks.agree("measuring routing drift", lambda: mine)
         return routing_metrics(self.selection, {k: v for part in parts for k, v in part.items()})
 
     def _routing(self, index: int, state: dict[str, Moved]) -> list[float]:
@@ -238,7 +238,7 @@ class AdapterTracker:
     @staticmethod
     def _reduced(parts: list[Tensor]) -> list[Tensor]:
         """Sum over the ranks of every tensor, in one all-reduce."""
-        joined = ranks.all_reduce_sum(torch.cat([part.reshape(-1) for part in parts]))
+        joined = collectives.all_reduce_sum(torch.cat([part.reshape(-1) for part in parts]))
         return [
             flat.view(part.shape) for flat, part in zip(joined.split([p.numel() for p in parts]), parts, strict=True)
         ]
@@ -259,7 +259,7 @@ def _project(param: Any, pmap: ParamMap, a: Tensor) -> Tensor:
 def _blocks(param: Any, pmap: ParamMap) -> Any:
     """(first line, lines in float64) of this rank's tile of a matrix, some lines at a time, zero where not its own."""
     width = pmap.shape[1]
-    start, stop = sharding.tile(param)
+    start, stop = sharding.shard_span(param)
     lines = max(1, _CHUNK // width)
     for first in range(start // width, -(-stop // width), lines):
         last = min(first + lines, -(-stop // width))
@@ -272,8 +272,8 @@ def _blocks(param: Any, pmap: ParamMap) -> Any:
 
 def _gather(param: Any, pmap: ParamMap, dst: int) -> Tensor | None:
     """The compact base weight in float64 on rank `dst`, None elsewhere; a collective."""
-    spans = sharding.tiles([param])[0]
-    flat = ranks.gather_flat(sharding.read(param, spans[ranks.rank()]), spans, dst)
+    spans = sharding.shards([param])[0]
+    flat = collectives.gather_flat(sharding.read(param, spans[ranks.rank()]), spans, dst)
     return None if flat is None else pmap.take(flat.view(pmap.shape)).double().cpu()
 
 

@@ -10,7 +10,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor
 
 from qkguard.adapters.files import check_config
-from qkguard.distributed import ranks, sharding
+from qkguard.distributed import collectives, sharding
 from qkguard.errors import QKGuardError
 from qkguard.layout.selection import Selection
 from qkguard.layout.spec import ParamMap
@@ -132,7 +132,7 @@ def replicate(params: list[Any]) -> list[Tensor]:
     sizes = [sharding.full_numel(p) for p in params]
     joined = torch.zeros(sum(sizes), dtype=torch.float64)
     for param, part in zip(params, joined.split(sizes), strict=True):
-        start, stop = sharding.tile(param)
+        start, stop = sharding.shard_span(param)
         part[start:stop] = sharding.read(param, (start, stop)).double().cpu()
-    parts = ranks.all_reduce_sum(joined).split(sizes)  # every element is one rank's value plus zeros: exact
+    parts = collectives.all_reduce_sum(joined).split(sizes)  # every element is one rank's value plus zeros: exact
     return [part.view(sharding.full_shape(p)) for part, p in zip(parts, params, strict=True)]

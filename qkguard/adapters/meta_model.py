@@ -61,7 +61,7 @@ class Change:
     untied: tuple[tuple[str, tuple[Step, ...]], ...] = ()
 
 
-class Skeleton:
+class MetaPeftModel:
     """An adapter bound to the class of its base model.
 
     Raises:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from qkguard.adapters.files import CONFIG, TENSORS, check_tensors, open_adapter
 from qkguard.adapters.meta_model import quiet
-from qkguard.checkpoint.auxiliary import companions
+from qkguard.checkpoint.auxiliary import auxiliary_files
 from qkguard.checkpoint.card import adapter_card, read_card
 from qkguard.checkpoint.files import copy_named, link_or_copy, published, write_text
 from qkguard.checkpoint.manifest import FORMAT, MANIFEST, describe_file, dump, versions
@@ -67,7 +67,7 @@ def write_restored_adapter(
     with readable_errors(out), published(out, staging, replace=overwrite) as (folder, mode):
         _save_tensors({_loadable(key): tensor for key, tensor in tensors.items()}, folder / TENSORS, mode)
         write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
-        taken = companions(raw)[0]
+        taken = auxiliary_files(raw)[0]
         for name in taken:
             copy_named(raw, name, folder)
         manifest = {
@@ -207,7 +207,7 @@ def copy_adapter(raw: Path, out: Path) -> None:
     """Another name for an adapter folder (tensors linked where possible), replacing an older one."""
     with published(out) as (folder, mode):
         link_or_copy(raw / TENSORS, folder / TENSORS, mode)
-        for name in (CONFIG, *companions(raw)[0]):
+        for name in (CONFIG, *auxiliary_files(raw)[0]):
             copy_named(raw, name, folder)
 
 

@@ -12,7 +12,7 @@ from qkguard.adapters.live import AdaptedWeight
 
 
 @contextmanager
-def muted(weights: Sequence[AdaptedWeight], share: float = 0.0) -> Iterator[None]:
+def scaled_adapters(weights: Sequence[AdaptedWeight], share: float = 0.0) -> Iterator[None]:
     """Inside the block adapters move queries and keys by `share` of what they do otherwise.
 
     Nothing but hooks: no weight is touched, so it is the same on plain and sharded models. Gives the model that the

@@ -58,7 +58,7 @@ FOREIGN_FOLDERS = [
 TEXT = {".py", ".json", ".jinja", ".txt", ".model", ".tiktoken", ".vocab", ".bpe", ".yaml", ".yml"}
 
 
-def companions(raw: Path) -> tuple[list[str], list[str]]:
+def auxiliary_files(raw: Path) -> tuple[list[str], list[str]]:
     """(files to copy, files left out) of a checkpoint folder, as paths relative to it.
 
     At the top everything but weights and training state is taken; from subfolders (templates, packages of model code)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qkguard.checkpoint.auxiliary import companions
+from qkguard.checkpoint.auxiliary import auxiliary_files
 from qkguard.checkpoint.card import model_card, read_card
 from qkguard.checkpoint.files import CREATE, Staging, can_clone, copy_bytes, copy_named, link_or_copy, write_text
 from qkguard.checkpoint.manifest import MANIFEST, describe_file, dump
@@ -161,7 +161,7 @@ class PatchedFolder:
 
     def copy_companions(self) -> tuple[list[str], list[str]]:
         """Copy what travels with the weights; (files taken, files left out)."""
-        taken, left = companions(self.raw)
+        taken, left = auxiliary_files(self.raw)
         for name in taken:
             copy_named(self.raw, name, self.staging.path)
         return taken, left

@@ -15,7 +15,7 @@ from torch import Tensor
 from qkguard.checkpoint.files import write_json
 from qkguard.checkpoint.safetensors_io import sha256_of
 from qkguard.checkpoint.safetensors_writer import SafetensorsWriter
-from qkguard.distributed import ranks
+from qkguard.distributed import collectives, ranks
 from qkguard.distributed.reference import Reference, same_bits
 from qkguard.errors import WrongReferenceError
 from qkguard.layout.spec import ParamMap
@@ -30,7 +30,7 @@ def write_reference(reference: Reference, folder: Path, about: dict[str, Any], w
     never taken for a reference. `about` goes into the manifest.
     """
     partial = folder / f"{TENSORS}.partial"
-    tensors = {n: (reference.pieces[n].dtype, m.compact_shape) for n, m in reference.maps.items()}
+    tensors = {n: (reference.slices[n].dtype, m.compact_shape) for n, m in reference.maps.items()}
     digests: dict[str, str] = {}
 
     def begin() -> SafetensorsWriter:
@@ -46,7 +46,7 @@ def write_reference(reference: Reference, folder: Path, about: dict[str, Any], w
                 "shape": list(m.shape),
                 "dim": m.dim,
                 "ranges": [list(r) for r in m.ranges],
-                "dtype": str(reference.pieces[n].dtype).removeprefix("torch."),
+                "dtype": str(reference.slices[n].dtype).removeprefix("torch."),
                 "sha256": digests[n],
             }
             for n, m in reference.maps.items()
@@ -54,8 +54,8 @@ def write_reference(reference: Reference, folder: Path, about: dict[str, Any], w
         write_json(folder / MANIFEST, {"format": 1, **about, "tensors": described})
 
     writer = ranks.held_by(writer_rank, "writing the reference", begin)
-    for (name, pmap), shares in zip(reference.maps.items(), reference.shares(list(reference.maps)), strict=True):
-        flat = ranks.gather_flat(reference.pieces[name], shares, writer_rank)
+    for (name, pmap), shares in zip(reference.maps.items(), reference.slice_spans(list(reference.maps)), strict=True):
+        flat = collectives.gather_flat(reference.slices[name], shares, writer_rank)
         if flat is not None and writer is not None:
             full = flat.cpu().view(pmap.compact_shape)
             digests[name] = sha256_of(full)

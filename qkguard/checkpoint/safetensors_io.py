@@ -187,7 +187,7 @@ def _pieces(entry: TensorEntry, param: ParamMap, view: memoryview) -> Iterator[t
             "the checkpoint belongs to another model"
         )
     itemsize, position = entry.torch_dtype.itemsize, 0
-    for lo, hi in param.flat_runs(0, param.full_numel):
+    for lo, hi in param.flat_ranges(0, param.full_numel):
         size = (hi - lo) * itemsize
         yield entry.start + lo * itemsize, view[position : position + size]
         position += size

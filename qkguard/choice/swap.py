@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qkguard.distributed import ranks, sharding
+from qkguard.distributed import collectives, ranks, sharding
 from qkguard.distributed.reference import Reference
 from qkguard.layout.selection import unselected_norms
 from qkguard.restore import check_options, check_per_layer, get_method, restore_layer
@@ -36,7 +36,7 @@ def restored(model: nn.Module, reference: Reference, *, method: str = "restore",
     model = sharding.unwrap(model)
     sharding.settle(model)
     params = reference.params(model)
-    pieces = reference.pieces if method == "restore" and not options else _mixed(model, reference, method, options)
+    pieces = reference.slices if method == "restore" and not options else _mixed(model, reference, method, options)
     kept: dict[str, Tensor] = {}
     try:
         for name, param in params.items():
@@ -68,10 +68,10 @@ def _mixed(model: nn.Module, reference: Reference, name: str, options: Mapping[s
             return restore_layer(method, chosen, spec, maps, pre, post, gains=gains).rows
 
         rows = ranks.held_by(0, f"restoring {spec.module} ({name})", make)
-        for pmap, shares in zip(maps, reference.shares([p.name for p in maps]), strict=True):
+        for pmap, shares in zip(maps, reference.slice_spans([p.name for p in maps]), strict=True):
             dtype = sharding.dtype(live[pmap.name])
             full = None if rows is None else rows[pmap.name].to(dtype).reshape(-1)
-            pieces[pmap.name] = ranks.scatter_flat(full, shares, dtype)
+            pieces[pmap.name] = collectives.scatter_flat(full, shares, dtype)
     return pieces
 
 
@@ -79,6 +79,6 @@ def _with_rows(reference: Reference, name: str, live: Tensor, piece: Tensor) -> 
     """The flat tile of a live weight with this rank's piece of new rows in it, as a new tensor."""
     start, stop = reference.spans[name]
     tile, piece = live.clone(), piece.to(live)
-    for run in reference.maps[name].runs(start, stop):
+    for run in reference.maps[name].row_ranges(start, stop):
         tile[run.flat] = piece[run.compact]
     return tile

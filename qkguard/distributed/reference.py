@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkguard.distributed import ranks, sharding
+from qkguard.distributed import collectives, ranks, sharding
 from qkguard.distributed.sharding import Param, Span
 from qkguard.errors import QKGuardError
 from qkguard.layout.selection import Selection
@@ -18,7 +18,7 @@ from qkguard.layout.spec import ParamMap
 class Reference:
     """This rank's share of the pre-SFT query and key rows, on the CPU.
 
-    `pieces[name]` is the 1-D part of the flattened compact tensor of parameter `name` that lies in this rank's tile
+    `slices[name]` is the 1-D part of the flattened compact tensor of parameter `name` that lies in this rank's tile
     `spans[name]` of the full parameter, in the dtype the weights had at step 0. Over all ranks the pieces make the
     selection exactly once, so it costs the bytes of Q and K divided by the number of ranks. `selection` has the same
     parameters layer by layer.
@@ -27,13 +27,13 @@ class Reference:
     def __init__(
         self, selection: Selection, maps: dict[str, ParamMap], spans: dict[str, Span], pieces: dict[str, Tensor]
     ) -> None:
-        self.selection, self.maps, self.spans, self.pieces = selection, maps, spans, pieces
+        self.selection, self.maps, self.spans, self.slices = selection, maps, spans, pieces
 
     @classmethod
     def take(cls, model: nn.Module, selection: Selection) -> Reference:
         """Copy this rank's tiles from the live weights; no communication."""
         maps, params = _bind(model, selection)
-        spans = {name: sharding.tile(param) for name, param in params.items()}
+        spans = {name: sharding.shard_span(param) for name, param in params.items()}
         pieces = {}
         for name, pmap in maps.items():
             flat = sharding.read(params[name], spans[name])
@@ -51,7 +51,7 @@ class Reference:
         """
         maps, params = _bind(model, selection)
         names = list(maps)
-        table = sharding.tiles([params[name] for name in names])
+        table = sharding.shards([params[name] for name in names])
         spans, pieces = {}, {}
         for name, tiles in zip(names, table, strict=True):
             pmap, dtype = maps[name], sharding.dtype(params[name])
@@ -62,13 +62,13 @@ class Reference:
             full = ranks.held_by(0, f"reading the reference of {name}", load)
             shares = [(pmap.compact_offset(a), pmap.compact_offset(b)) for a, b in tiles]
             spans[name] = tiles[ranks.rank()]
-            pieces[name] = _keep(ranks.scatter_flat(full, shares, dtype))
+            pieces[name] = _keep(collectives.scatter_flat(full, shares, dtype))
         return cls(selection, maps, spans, pieces)
 
     @property
     def nbytes(self) -> int:
         """Bytes this rank keeps."""
-        return sum(p.numel() * p.element_size() for p in self.pieces.values())
+        return sum(p.numel() * p.element_size() for p in self.slices.values())
 
     def live(self, params: dict[str, Param], name: str) -> Tensor:
         """The flat tile of the live weight of parameter `name`, on its device; take rows from it with `maps[name]`."""
@@ -85,24 +85,24 @@ class Reference:
         differs = torch.zeros(len(self.maps), dtype=torch.float64)
         for i, (name, pmap) in enumerate(self.maps.items()):
             piece = pmap.take_flat(self.live(params, name), self.spans[name][0]).cpu()
-            differs[i] = not same_bits(piece, self.pieces[name])
-        return [name for name, n in zip(self.maps, ranks.all_reduce_sum(differs).tolist(), strict=True) if n]
+            differs[i] = not same_bits(piece, self.slices[name])
+        return [name for name, n in zip(self.maps, collectives.all_reduce_sum(differs).tolist(), strict=True) if n]
 
     def gather(self, model: nn.Module, name: str, dst: int = 0) -> tuple[Tensor, Tensor] | None:
         """(pre, live) compact tensors of one parameter on rank `dst`, on one device, None elsewhere; a collective."""
         pmap, params = self.maps[name], self.params(model)
-        shares = self.shares([name])[0]
+        shares = self.slice_spans([name])[0]
         live = pmap.take_flat(self.live(params, name), self.spans[name][0])
-        pair = [ranks.gather_flat(piece, shares, dst) for piece in (self.pieces[name], live)]
+        pair = [collectives.gather_flat(piece, shares, dst) for piece in (self.slices[name], live)]
         if pair[0] is None or pair[1] is None:
             return None
         pre = pair[0].to(pair[1].device)  # one process on an accelerator: kept on the CPU, live there
         return pre.view(pmap.compact_shape), pair[1].view(pmap.compact_shape)
 
-    def shares(self, names: Sequence[str]) -> list[list[Span]]:
+    def slice_spans(self, names: Sequence[str]) -> list[list[Span]]:
         """[name][rank]: which elements of the flattened compact tensor every rank keeps; a collective."""
         mine = [[self.maps[name].compact_offset(p) for p in self.spans[name]] for name in names]
-        table = ranks.all_gather_table(torch.tensor(mine, dtype=torch.int64))
+        table = collectives.all_gather_table(torch.tensor(mine, dtype=torch.int64))
         return [[(int(a), int(b)) for a, b in table[:, i].tolist()] for i in range(len(names))]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from qkguard.distributed import ranks
+from qkguard.distributed import collectives, ranks
 from qkguard.errors import QKGuardError
 
 Span = tuple[int, int]
@@ -117,7 +117,7 @@ def _unsupported(param: Param) -> str | None:
     return None
 
 
-def tile(param: Param) -> Span:
+def shard_span(param: Param) -> Span:
     """The half-open span of flat elements that this rank counts; over all ranks the spans tile the parameter once."""
     numel = full_numel(param)
     if hasattr(param, "ds_tensor"):
@@ -138,7 +138,7 @@ def tile(param: Param) -> Span:
 def read(param: Param, span: Span) -> Tensor:
     """Flat elements `span` of the weight the forward uses, as a detached 1-D tensor (a view where possible).
 
-    `span` must lie within what this rank holds: its own `tile`, or anything where it holds a full copy.
+    `span` must lie within what this rank holds: its own `shard_span`, or anything where it holds a full copy.
     """
     start, stop = span
     if hasattr(param, "ds_tensor"):
@@ -153,25 +153,25 @@ def read(param: Param, span: Span) -> Tensor:
 
 @torch.no_grad()
 def write(param: Param, flat: Tensor) -> None:
-    """Set the weight that the forward uses, every rank handing in its own `tile` of it; ALL ranks must call this.
+    """Set the weight that the forward uses, every rank handing in its own shard of it; ALL ranks must call this.
 
     Full copies on other ranks change with it, and so does one that ZeRO-3 has gathered and not yet let go. The
     optimizer's master weights are not touched. Call `settle` first: a gather under way would bring old values.
     """
-    spans = tiles([param])[0]
+    spans = shards([param])[0]
     start, stop = spans[ranks.rank()]
     if hasattr(param, "ds_tensor"):
         offset = param.ds_zero_partition_rank * param.ds_tensor.numel()
         param.ds_tensor.data.view(-1)[start - offset : stop - offset] = flat.to(param.ds_tensor.device)
         if param.ds_status.name == "AVAILABLE":
-            param.data.view(-1).copy_(ranks.all_gather_flat(flat, spans))
+            param.data.view(-1).copy_(collectives.all_gather_flat(flat, spans))
     elif isinstance(param, DTensor):
         first, last = _dtensor_span(param)
-        whole = ranks.all_gather_flat(flat, spans) if spans[ranks.rank()] != (first, last) else None
+        whole = collectives.all_gather_flat(flat, spans) if spans[ranks.rank()] != (first, last) else None
         local = param.to_local().detach()
         local.copy_((flat if whole is None else whole[first:last]).view(local.shape))
     else:
-        param.data.copy_(ranks.all_gather_flat(flat, spans).view(param.shape))
+        param.data.copy_(collectives.all_gather_flat(flat, spans).view(param.shape))
 
 
 def settle(model: nn.Module) -> None:
@@ -227,10 +227,10 @@ def _zero3_coordinator(model: nn.Module) -> Any:
     return None
 
 
-def tiles(params: list[Param]) -> list[list[Span]]:
-    """`tile` of every parameter on every rank, as [parameter][rank]; one small collective."""
-    mine = torch.tensor([tile(p) for p in params], dtype=torch.int64).reshape(len(params), 2)
-    table = ranks.all_gather_table(mine)
+def shards(params: list[Param]) -> list[list[Span]]:
+    """`shard_span` of every parameter on every rank, as [parameter][rank]; one small collective."""
+    mine = torch.tensor([shard_span(p) for p in params], dtype=torch.int64).reshape(len(params), 2)
+    table = collectives.all_gather_table(mine)
     return [[(int(a), int(b)) for a, b in table[:, i].tolist()] for i in range(len(params))]
 
 
@@ -239,8 +239,8 @@ def gather_full(params: list[Param]) -> Iterator[Tensor | None]:
 
     Shape `full_shape`, dtype `dtype`, one parameter in memory at a time.
     """
-    for param, spans in zip(params, tiles(params), strict=True):
-        flat = ranks.gather_flat(read(param, spans[ranks.rank()]), spans)
+    for param, spans in zip(params, shards(params), strict=True):
+        flat = collectives.gather_flat(read(param, spans[ranks.rank()]), spans)
         yield None if flat is None else flat.cpu().view(full_shape(param))
 
 

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-def remembered(question: str, inputs: Any, find: Callable[[], T]) -> T:
+def cached(question: str, inputs: Any, find: Callable[[], T]) -> T:
     """`find()`, or what it returned when the same question was asked before.
 
     Args:

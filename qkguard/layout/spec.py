@@ -32,7 +32,7 @@ class Block:
         return "v" in self.role
 
 
-class Run(NamedTuple):
+class RowRange(NamedTuple):
     """Elements of one role in a flat shard: `shard[flat]` are `piece[compact]` of the shard's compact piece."""
 
     role: str
@@ -118,7 +118,7 @@ class ParamMap:
             offset += size
         return out
 
-    def runs(self, start: int, stop: int) -> list[Run]:
+    def row_ranges(self, start: int, stop: int) -> list[RowRange]:
         """The selected elements within `start:stop` of the flattened parameter, role by role.
 
         Taken in order, their compact positions are exactly `compact_offset(start):compact_offset(stop)`: a flat shard
@@ -138,7 +138,9 @@ class ParamMap:
             by_role: dict[str, Tensor] = {}
             for block, mask in inside.items():
                 by_role[block.role] = by_role.get(block.role, torch.zeros_like(mask)) | mask
-            return [Run(role, mask.nonzero()[:, 0], position[mask]) for role, mask in by_role.items() if mask.any()]
+            return [
+                RowRange(role, mask.nonzero()[:, 0], position[mask]) for role, mask in by_role.items() if mask.any()
+            ]
         joined: list[list[Any]] = []  # [role, flat start, flat stop, compact start, compact stop]
         for block, lo, _ in self.compact_blocks():
             a, b = max(block.start * inner, start), min(block.stop * inner, stop)
@@ -149,10 +151,10 @@ class ParamMap:
                 joined[-1][2], joined[-1][4] = b - start, b + shift
             else:
                 joined.append([block.role, a - start, b - start, a + shift, b + shift])
-        return [Run(role, slice(a, b), slice(c, d)) for role, a, b, c, d in joined]
+        return [RowRange(role, slice(a, b), slice(c, d)) for role, a, b, c, d in joined]
 
-    def flat_runs(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """`runs` without roles, as half-open runs relative to `start` in the order of the compact tensor."""
+    def flat_ranges(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """`row_ranges` without roles, as half-open runs relative to `start` in the order of the compact tensor."""
         inner = prod(self.shape[self.dim + 1 :])
         period = self.shape[self.dim] * inner
         out = []
@@ -169,7 +171,7 @@ class ParamMap:
             return flat
         stop = start + flat.numel()
         piece = flat.new_empty(self.compact_offset(stop) - self.compact_offset(start))
-        for run in self.runs(start, stop):
+        for run in self.row_ranges(start, stop):
             piece[run.compact] = flat[run.flat]
         return piece
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from qkguard.adapters.files import CONFIG, TENSORS, Adapter, open_adapter
-from qkguard.adapters.meta_model import Change, Skeleton
-from qkguard.checkpoint.auxiliary import companions
+from qkguard.adapters.meta_model import Change, MetaPeftModel
+from qkguard.checkpoint.auxiliary import auxiliary_files
 from qkguard.checkpoint.card import read_card
 from qkguard.checkpoint.files import copy_named, write_text
 from qkguard.checkpoint.manifest import build_manifest, describe_file
@@ -90,7 +90,7 @@ def merge_adapter(
     write = MergeWrite(
         weights,
         Path(out),
-        Skeleton(folder, opened_adapter, trust_remote_code=trust_remote_code),
+        MetaPeftModel(folder, opened_adapter, trust_remote_code=trust_remote_code),
         opened_adapter,
         select(specs, chosen),
         base_id=os.fspath(base),
@@ -122,7 +122,7 @@ class MergeWrite(PatchedFolder):
 
     Args:
         weights, base_id: the base's files, and what the user called it.
-        skeleton, adapter: the adapter bound to the base's class, and its folder.
+        peft_model, adapter: the adapter bound to the base's class, and its folder.
         selection: the queries and keys (`layout.select`).
         qk_share: how much of their adapters is merged: 1 all, 0 nothing.
         rows: the options that `selection` was made with, for the manifest.
@@ -134,7 +134,7 @@ class MergeWrite(PatchedFolder):
         self,
         weights: WeightFolder,
         out: Path,
-        skeleton: Skeleton,
+        peft_model: MetaPeftModel,
         adapter: Adapter,
         selection: Selection,
         *,
@@ -147,10 +147,10 @@ class MergeWrite(PatchedFolder):
     ) -> None:
         super().__init__(weights, out, overwrite=overwrite)
         self.files = weights
-        self.skeleton, self.adapter, self.selection = skeleton, adapter, list(selection)
+        self.peft_model, self.adapter, self.selection = peft_model, adapter, list(selection)
         self.base_id, self.qk_share, self.chosen = base_id, qk_share, rows
         self.qk = {p.name: p for _, params in self.selection for p in params}
-        self.changes = {change.name: change for change in skeleton.changes}
+        self.changes = {change.name: change for change in peft_model.changes}
         changed = [_whole(change) for change in self.changes.values()]
         trusted = {"trust_remote_code": trust_remote_code}
         self.names = tensor_names(changed, weights, weights.folder, **trusted) if changed else {}
@@ -188,18 +188,18 @@ class MergeWrite(PatchedFolder):
 
     def _merged(self, change: Change, weight: Tensor) -> Tensor:
         """The full parameter to write."""
-        full = self.skeleton.merged(change, weight)
+        full = self.peft_model.merged(change, weight)
         qk = self.qk.get(change.name)
         if qk is None or self.qk_share == 1:
             return full
         if self.qk_share == 0:
             mixed = weight
         elif all(step.kind in ("lora", "bias") and not step.dora for step in change.steps):
-            mixed = self.skeleton.merged(change, weight, scale=self.qk_share)
+            mixed = self.peft_model.merged(change, weight, scale=self.qk_share)
         else:
             wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
             before = weight.to(wide)
-            mixed = (before + self.qk_share * (self.skeleton.merged(change, before) - before)).to(weight.dtype)
+            mixed = (before + self.qk_share * (self.peft_model.merged(change, before) - before)).to(weight.dtype)
         if full is weight:
             full = weight.clone()
         qk.put(full, qk.take(mixed))
@@ -234,7 +234,7 @@ class MergeWrite(PatchedFolder):
             for param in params:
                 pre[param.name] = post[param.name] = self.files.read(self.qk_names[param.name], param)
                 if change := self.changes.get(param.name):
-                    full = self.skeleton.merged(change, self._read(self.qk_names[param.name]))
+                    full = self.peft_model.merged(change, self._read(self.qk_names[param.name]))
                     post[param.name] = param.take(full)
                     adapted.append(param.name)
             yield (
@@ -249,7 +249,7 @@ class MergeWrite(PatchedFolder):
         layout = {n: (self.files.dtype(self.names[c.name]), c.shape) for n, (c, _) in self.added.items()}
         writer = SafetensorsWriter(target, layout)
         for change, steps in self.added.values():
-            writer.write(self.skeleton.merged(change, self._read(self.names[change.name]), steps))
+            writer.write(self.peft_model.merged(change, self._read(self.names[change.name]), steps))
         writer.close()
         record = {"file": job.file, "target": job.target, "made": "added", "raw": None}
         return record | {"layers": [], "tensors": [], "nonfinite": [], "restored": describe_file(target)}
@@ -267,8 +267,8 @@ class MergeWrite(PatchedFolder):
 
     def copy_companions(self) -> tuple[list[str], list[str]]:
         """The base's configs; tokenizer and templates as training saved them beside the adapter, where it did."""
-        taken, left = companions(self.raw)
-        mine = [n for n in companions(self.adapter.folder)[0] if n not in _BASE_CONFIGS]
+        taken, left = auxiliary_files(self.raw)
+        mine = [n for n in auxiliary_files(self.adapter.folder)[0] if n not in _BASE_CONFIGS]
         for name in sorted({*taken, *mine}):
             copy_named(self.adapter.folder if name in mine else self.raw, name, self.staging.path)
         if self.added:

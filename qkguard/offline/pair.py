@@ -12,7 +12,7 @@ from typing import Any
 from qkguard.checkpoint.sources import FolderSource
 from qkguard.checkpoint.weights import WeightFolder, open_weights, resolve_folder
 from qkguard.errors import QKGuardError
-from qkguard.layout.cache import remembered
+from qkguard.layout.cache import cached
 from qkguard.layout.rows import RowSelection
 from qkguard.layout.selection import Selection, select, unselected_norms
 from qkguard.layout.spec import AttentionSpec, ParamMap
@@ -110,7 +110,7 @@ def folder_attention(folder: Path, *, spec: Any = None, trust_remote_code: bool 
         text = dump_specs(specs := find_attention(folder))
         return text if parse_specs(text, "layout") == specs else None  # a layout that the format does not hold
 
-    text = remembered("attention", config, find)
+    text = cached("attention", config, find)
     return find_attention(folder) if text is None else parse_specs(text, "layout")
 
 
@@ -138,7 +138,7 @@ def tensor_names(
 
     if trust_remote_code or "auto_map" in config:
         return find()
-    return remembered("names", [config, shapes, [(param.name, param.shape) for param in params]], find)
+    return cached("names", [config, shapes, [(param.name, param.shape) for param in params]], find)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Probing finished checkpoints, side by side: what `qkguard probe` does."""
+"""RecallMonitor finished checkpoints, side by side: what `qkguard probe` does."""
 
 from __future__ import annotations
 

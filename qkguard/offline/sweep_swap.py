@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qkguard.checkpoint.safetensors_io import sha256_of
 from qkguard.checkpoint.sources import FolderSource
 from qkguard.choice.candidates import Point
-from qkguard.choice.carried import find_carried
+from qkguard.choice.value_output import find_value_output
 from qkguard.distributed.reference import same_bits
 from qkguard.errors import QKGuardError
 from qkguard.layout import disk_names, find_attention
@@ -136,7 +136,7 @@ class Swapper:
     def _change_carried(self, which: str, out: Change) -> None:
         if which not in self._carried:
             specs = [spec for spec, _ in self.selection]
-            self._carried[which] = find_carried(self.model, specs, which)
+            self._carried[which] = find_value_output(self.model, specs, which)
         found = self._carried[which]
         source = self._source([param for _, param in found])
         for _, param in found:

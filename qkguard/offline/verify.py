@@ -144,7 +144,7 @@ def _compare_whole(raw: Path, restored: Path, manifest: Mapping[str, Any]) -> No
 def _spans(weights: WeightFolder, tensor: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
     entry, param = weights.entry(tensor["name"]), _param(tensor)
     itemsize = entry.torch_dtype.itemsize
-    for lo, hi in param.flat_runs(0, param.full_numel):
+    for lo, hi in param.flat_ranges(0, param.full_numel):
         yield entry.start + lo * itemsize, entry.start + hi * itemsize
 
 

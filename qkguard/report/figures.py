@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from qkguard.report.heatmaps import MOST_LABELS, head_panels, recall_panels, short_length
-from qkguard.report.run import DRIFT, Probe, Run, Share
+from qkguard.report.run import DRIFT, ProbeRow, Run, Share
 
 NAMES = {"before": "before SFT", "raw": "raw", "restored": "Q/K restored"}
 KINDS = {"q_rel": "queries", "k_rel": "keys", "routing_rel": "routing"}
@@ -135,11 +135,11 @@ def compared(runs: Mapping[str, Run]) -> dict[str, Figure]:
     return out
 
 
-def _has(probe: Probe, weights: str, length: int) -> bool:
+def _has(probe: ProbeRow, weights: str, length: int) -> bool:
     return probe.weights == weights and length in probe.by("length")
 
 
-def _by_place(probe: Probe) -> dict[tuple[float, int], float]:
+def _by_place(probe: ProbeRow) -> dict[tuple[float, int], float]:
     """Recall by (depth, length), tasks together."""
     found: dict[tuple[float, int], Share] = {}
     for cell in probe.cells:

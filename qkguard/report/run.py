@@ -33,7 +33,7 @@ class Share:
     count: int
 
     def with_cell(self, cell: Mapping[str, Any]) -> Share:
-        """This and the needles of a cell of `Probe.cells`."""
+        """This and the needles of a cell of `ProbeRow.cells`."""
         return Share(self.hits + cell["recall"] * cell["count"], self.count + cell["count"])
 
     @property
@@ -46,7 +46,7 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Probe:
+class ProbeRow:
     """One probe of the raw or the restored weights.
 
     `cells`: {"task", "length", "depth", "recall", "count"}; `needle`: {"length", "layers", "heads"}, the attention on
@@ -89,10 +89,10 @@ class Run:
         return self.folder.resolve().parent.name if self.folder.name == RUN_FOLDER else self.folder.name
 
     @cached_property
-    def probes(self) -> list[Probe]:
+    def probes(self) -> list[ProbeRow]:
         return [probe for row in self.rows for probe in probes_of(row)]
 
-    def last(self, weights: str) -> Probe | None:
+    def last(self, weights: str) -> ProbeRow | None:
         """The last probe of "raw" (after the first step) or "restored" weights; the first of all for "before"."""
         if weights == "before":
             return next((p for p in self.probes if p.step == 0 and p.weights == "raw"), None)
@@ -122,12 +122,12 @@ class Run:
         return values[-1][1] if values else None
 
 
-def probes_of(row: Mapping[str, Any]) -> Iterable[Probe]:
+def probes_of(row: Mapping[str, Any]) -> Iterable[ProbeRow]:
     """The probes that one row of metrics.jsonl holds."""
     for weights, suffix in SUFFIXES.items():
         name = f"qkguard/niah{suffix}"
         if f"{name}/recall" in row:
-            yield Probe(
+            yield ProbeRow(
                 step=row["step"],
                 weights=weights,
                 recall=row[f"{name}/recall"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qkguard.report.run import DRIFT, Probe, Run
+from qkguard.report.run import DRIFT, ProbeRow, Run
 
 
 def tell(run: Run) -> list[str]:
@@ -33,7 +33,7 @@ def _recall(run: Run) -> list[str]:
     return [sentence for sentence in out if sentence]
 
 
-def _when(run: Run, before: Probe) -> str:
+def _when(run: Run, before: ProbeRow) -> str:
     """The first probe at which recall lay more than 10 points below the first one."""
     low = next((p for p in run.probes if p.weights == "raw" and p.step and p.recall < before.recall - 0.1), None)
     return f"It first lay more than 10 points below at step {low.step}." if low else ""
@@ -89,7 +89,7 @@ def _drift(run: Run) -> list[str]:
     return [f"{out}."]
 
 
-def _share(probe: Probe) -> str:
+def _share(probe: ProbeRow) -> str:
     return f"{probe.recall:.3f}" + (f" ({probe.total.count} samples)" if probe.cells else "")
 
 
@@ -97,7 +97,7 @@ def _points(share: float) -> str:
     return f"{100 * share:.1f} points"
 
 
-def _interval(probe: Probe, sign: int = 1) -> str:
+def _interval(probe: ProbeRow, sign: int = 1) -> str:
     assert probe.change is not None
     low, high = sorted((sign * probe.change["low"], sign * probe.change["high"]))
     return f"95% {100 * low + 0:.1f} to {100 * high + 0:.1f}"  # + 0: no -0.0

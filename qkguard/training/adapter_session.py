@@ -11,11 +11,11 @@ from typing import Any
 from torch import nn
 from transformers import TrainerState, TrainingArguments
 
-from qkguard.adapters.drift import AdapterTracker
+from qkguard.adapters.drift import AdapterDriftMonitor
 from qkguard.adapters.files import TENSORS
 from qkguard.adapters.live import adapted_weights
 from qkguard.adapters.restored import copy_adapter, export_adapter, no_restored_form, write_restored_adapter
-from qkguard.adapters.scaled import muted
+from qkguard.adapters.scaled import scaled_adapters
 from qkguard.distributed import ranks
 from qkguard.errors import QKGuardError
 from qkguard.layout.selection import show_layers
@@ -55,7 +55,7 @@ class AdapterSession(Session):
             ranks.on_rank_zero(
                 "looking at the base to merge onto", lambda: bool(mergeable_weights(self._merge_base()))
             )
-        return AdapterTracker(self.model, self.selection, self.weights) if self.guards else _NoDrift()
+        return AdapterDriftMonitor(self.model, self.selection, self.weights) if self.guards else _NoDrift()
 
     def _check_writable(self) -> bool:
         """Whether the adapters have a form without queries and keys; without one, only merges are written."""
@@ -80,7 +80,7 @@ class AdapterSession(Session):
     def restored_weights(self) -> Swap | None:
         if not self.guards or (self.share and any(weight.dora for weight in self.weights)):
             return None
-        return lambda: muted(self.weights, self.share)
+        return lambda: scaled_adapters(self.weights, self.share)
 
     def measure(self, step: int, *, routing: bool) -> None:
         if self.guards:
@@ -105,7 +105,7 @@ class AdapterSession(Session):
             saved = next(
                 (f for f in (_place(checkpoint, name), checkpoint / "raw" / name) if (f / TENSORS).is_file()), None
             )
-            found = ranks.together("looking for the final adapter", lambda saved=saved: saved is not None)  # type: ignore[misc]
+            found = ranks.agree("looking for the final adapter", lambda saved=saved: saved is not None)  # type: ignore[misc]
             out = final / "raw" / name
             if found[0]:
                 self._alone(f"copying {out}", lambda saved=saved, out=out: copy_adapter(saved, out))  # type: ignore[misc]
@@ -158,7 +158,7 @@ class AdapterSession(Session):
         out = {}
         for name in self.model.peft_config:
             place = _place(checkpoint, name)
-            held = ranks.together(
+            held = ranks.agree(
                 "waiting for the checkpoint",
                 lambda place=place: (place / TENSORS).is_file() if self.writes else True,  # type: ignore[misc]
             )
@@ -194,7 +194,7 @@ class AdapterSession(Session):
             if self.writes:
                 work()
 
-        ranks.together(what, on_writers)
+        ranks.agree(what, on_writers)
 
     def _describe(self, args: TrainingArguments, seconds: float) -> str:
         layers = show_layers(spec.layer for spec, _ in self.selection)

@@ -60,16 +60,16 @@ class QKGuardCallback(TrainerCallback):
         routing = self.config.due("routing_drift_steps", state.global_step, control.should_log)
         if self.session and (routing or self.config.due("drift_steps", state.global_step, control.should_log)):
             self.session.measure(state.global_step, routing=routing)
-        if self.session and self.session.probing:
-            self.session.probing.at_step(state, control)
+        if self.session and self.session.recall_monitor:
+            self.session.recall_monitor.at_step(state, control)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.session:
             self.session.keep_heldout(getattr(kwargs.get("eval_dataloader"), "dataset", None))
-            if self.session.probing:
-                self.session.probing.at_evaluation(state, control)
+            if self.session.recall_monitor:
+                self.session.recall_monitor.at_evaluation(state, control)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -89,8 +89,8 @@ class QKGuardCallback(TrainerCallback):
         if self.session and (best or self.config.restore_on == "save"):
             folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
             session = self.session
-            if session.probing:
-                session.probing.at_save(state, control)
+            if session.recall_monitor:
+                session.recall_monitor.at_save(state, control)
             attempt(
                 f"restoring {folder}",
                 lambda: session.restore_checkpoint(folder, state.global_step, processing_class),
@@ -111,8 +111,8 @@ class QKGuardCallback(TrainerCallback):
             return
         if self.config.drift_steps != "0":
             session.measure(state.global_step, routing=self.config.routing_drift_steps != "0")
-        if session.probing:
-            session.probing.at_end(state, control)
+        if session.recall_monitor:
+            session.recall_monitor.at_end(state, control)
         if self.config.final_export and self.config.restore_on != "never":
             attempt(
                 "the final export",

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from qkguard.distributed import ranks
+from qkguard.distributed import collectives, ranks
 from qkguard.distributed.reference import Reference
 from qkguard.drift import Sums, difference_sums, layer_label, layer_metrics, layer_routing, routing_metrics, square_sum
 from qkguard.layout.selection import Selection
@@ -25,15 +25,15 @@ class Tracker(Protocol):
         ...
 
 
-class DriftTracker:
+class DriftMonitor:
     """Drift of a live, possibly sharded model against its reference."""
 
     def __init__(self, reference: Reference, selection: Selection) -> None:
         self.reference, self.selection = reference, selection
-        self._runs = {name: pmap.runs(*reference.spans[name]) for name, pmap in reference.maps.items()}
+        self._runs = {name: pmap.row_ranges(*reference.spans[name]) for name, pmap in reference.maps.items()}
         self._keys = [(n, role) for n, m in reference.maps.items() for role in sorted({b.role for b in m.blocks})]
         self._base = {
-            key: sum(square_sum(reference.pieces[key[0]][r.compact]) for r in self._runs[key[0]] if r.role == key[1])
+            key: sum(square_sum(reference.slices[key[0]][r.compact]) for r in self._runs[key[0]] if r.role == key[1])
             for key in self._keys
         }
 
@@ -48,10 +48,10 @@ class DriftTracker:
             local[i, 2] = self._base[name, role]
             for run in self._runs[name]:
                 if run.role == role:
-                    parts.append((i, difference_sums(live[run.flat], self.reference.pieces[name][run.compact])))
+                    parts.append((i, difference_sums(live[run.flat], self.reference.slices[name][run.compact])))
         for i, pair in parts:
             local[i, :2] += pair.cpu()
-        table = ranks.all_reduce_sum(local).tolist()
+        table = collectives.all_reduce_sum(local).tolist()
         return layer_metrics(self.selection, {k: Sums(*row) for k, row in zip(self._keys, table, strict=True)})
 
     @torch.no_grad()
@@ -68,5 +68,5 @@ class DriftTracker:
                 pre = {n: pair[0] for n, pair in pairs.items() if pair}
                 live = {n: pair[1] for n, pair in pairs.items() if pair}
                 mine[layer_label(i, self.selection)] = layer_routing(spec, maps, pre, live)
-        parts = ranks.together("measuring routing drift", lambda: mine)
+        parts = ranks.agree("measuring routing drift", lambda: mine)
         return routing_metrics(self.selection, {k: v for part in parts for k, v in part.items()})

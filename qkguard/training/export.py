@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
-from qkguard.checkpoint.auxiliary import companions
+from qkguard.checkpoint.auxiliary import auxiliary_files
 from qkguard.checkpoint.files import copy_named, link_or_copy, published
 from qkguard.checkpoint.safetensors_writer import SafetensorsWriter
 from qkguard.checkpoint.weights import INDEX, open_weights
@@ -42,7 +42,7 @@ def link_checkpoint(raw: Path, out: Path) -> None:
     with published(out) as (folder, mode):
         for name in [*weights.files, *([INDEX] if (raw / INDEX).is_file() else [])]:
             link_or_copy(raw / name, folder / name, mode)
-        for name in companions(raw)[0]:
+        for name in auxiliary_files(raw)[0]:
             copy_named(raw, name, folder)
 
 

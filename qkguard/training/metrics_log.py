@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from qkguard.report.run import METRICS, read_rows
-from qkguard.training.trackers import MLflow, Sink, TensorBoard, Trackio, WandB
+from qkguard.training.trackers import MLflow, TensorBoard, Tracker, Trackio, WandB
 
 logger = logging.getLogger(__name__)
 
 
-class Tracking:
+class MetricsLog:
     """Publishes rows of metrics to `metrics.jsonl` and to the trackers named in `report_to`.
 
     `trainer.log` is not used: TRL renames its keys and loses that step's loss row. W&B rows carry the step as the
@@ -49,13 +49,13 @@ class Tracking:
             else:
                 earlier = (folder / f"metrics-{n}.jsonl" for n in count(1))
                 self.path.rename(next(path for path in earlier if not path.exists()))
-        makers: dict[str, Callable[[], Sink]] = {
+        makers: dict[str, Callable[[], Tracker]] = {
             "wandb": lambda: WandB(dict(settings or {})),
             "tensorboard": lambda: TensorBoard(output_dir),
             "trackio": Trackio,
             "mlflow": MLflow,
         }
-        self.sinks: list[Sink] = [make() for name, make in makers.items() if name in report_to]
+        self.trackers: list[Tracker] = [make() for name, make in makers.items() if name in report_to]
 
     def log(self, metrics: Mapping[str, float], step: int, details: Mapping[str, Any] | None = None) -> None:
         """One row: scalars to every tracker, `details` (lists, tables) to `metrics.jsonl` alone.
@@ -68,9 +68,9 @@ class Tracking:
             torn = end > 0 and (file.seek(end - 1), file.read(1))[1] != b"\n"
             row = json.dumps({"step": step, **scalars, **(details or {})})
             file.write((("\n" if torn else "") + row + "\n").encode())
-        for sink in self.sinks:
-            sink.scalars(scalars, step)
-        if any(key.endswith("_grid") for key in details or {}) and any(sink.visual for sink in self.sinks):
+        for tracker in self.trackers:
+            tracker.scalars(scalars, step)
+        if any(key.endswith("_grid") for key in details or {}) and any(tracker.visual for tracker in self.trackers):
             self._show(step)
 
     def _show(self, step: int) -> None:
@@ -85,14 +85,14 @@ class Tracking:
             for p in run.probes
             for c in p.cells
         ]
-        for sink in self.sinks:
-            if sink.visual:
-                sink.show(pictures, table, step)
+        for tracker in self.trackers:
+            if tracker.visual:
+                tracker.show(pictures, table, step)
 
     def summarise(self, values: Mapping[str, float]) -> None:
         """Final numbers to the trackers' summaries."""
-        for sink in self.sinks:
-            sink.summary(values)
+        for tracker in self.trackers:
+            tracker.summary(values)
 
     def write_page(self) -> Path:
         """The page of the run as it is now; returns its path."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import IntervalStrategy, TrainerControl, TrainerState, TrainingArguments
 
 from qkguard.checkpoint.files import write_json
-from qkguard.distributed import ranks, sharding
+from qkguard.distributed import collectives, ranks, sharding
 from qkguard.probe.lengths import check_lengths, default_lengths
 from qkguard.probe.prober import Prober
 from qkguard.probe.results import Drop, ProbeResult
@@ -30,14 +30,14 @@ from qkguard.training.probe_setup import training_prose, why_not
 logger = logging.getLogger(__name__)
 
 STATE = "probe.json"
-PATIENCE = 1800.0  # seconds that ranks wait for one another in a probe
+TIMEOUT = 1800.0  # seconds that ranks wait for one another in a probe
 ADVICE = "change the probe_* settings or set probe_steps=0, and see `qkguard probe` for finished checkpoints"
 T = TypeVar("T")
 Swap = Callable[[], AbstractContextManager[None]]
 Publish = Callable[[dict[str, float], int, dict[str, Any]], None]
 
 
-class Probing:
+class RecallMonitor:
     """Probes one training's recall by schedule and compares it with the probe before the first step.
 
     Args:
@@ -103,7 +103,7 @@ class Probing:
             return prober
 
         made: list[Prober] = []
-        ranks.together("making the probe's samples", lambda: made.append(make()), patience=PATIENCE)
+        ranks.agree("making the probe's samples", lambda: made.append(make()), timeout=TIMEOUT)
         return made[0]
 
     def begin(self, state: TrainerState) -> None:
@@ -187,14 +187,14 @@ class Probing:
         def agree(work: Callable[[], None] = lambda: None) -> None:
             nonlocal failed_together
             try:
-                ranks.together(what, work, patience=PATIENCE)
+                ranks.agree(what, work, timeout=TIMEOUT)
             except BaseException:
                 failed_together = True
                 raise
 
         def reduce(vector: Tensor) -> Tensor:
             agree()
-            return ranks.all_reduce_sum(vector)
+            return collectives.all_reduce_sum(vector)
 
         swap = self.swap() if swapped and self.swap else nullcontext()
         try:
@@ -207,7 +207,7 @@ class Probing:
                 except Exception as error:
                     if failed_together:
                         raise
-                    ranks.together(what, lambda error=error: _raise(error), patience=PATIENCE)  # type: ignore[misc]
+                    ranks.agree(what, lambda error=error: _raise(error), timeout=TIMEOUT)  # type: ignore[misc]
                     raise
         finally:
             sharding.settle(self.model)

@@ -23,7 +23,7 @@ from qkguard.checkpoint.restored import RestoredWrite
 from qkguard.checkpoint.weights import open_weights
 from qkguard.choice.heldout import keep_rows
 from qkguard.choice.swap import restored
-from qkguard.distributed import ranks, sharding
+from qkguard.distributed import collectives, ranks, sharding
 from qkguard.errors import QKGuardError
 from qkguard.layout import disk_names, find_attention, select
 from qkguard.layout.selection import show_layers, unselected_norms
@@ -31,10 +31,10 @@ from qkguard.report.run import METRICS, RUN_FOLDER
 from qkguard.restore import check_per_layer, get_method
 from qkguard.training.attempt import attempt
 from qkguard.training.config import QKGuardConfig, pace
-from qkguard.training.drift_monitor import DriftTracker, Tracker
+from qkguard.training.drift_monitor import DriftMonitor, Tracker
 from qkguard.training.export import export_model, holds_weights, link_checkpoint
-from qkguard.training.metrics_log import Tracking
-from qkguard.training.recall_monitor import Probing, Swap
+from qkguard.training.metrics_log import MetricsLog
+from qkguard.training.recall_monitor import RecallMonitor, Swap
 from qkguard.training.start import establish_reference, retire_later_checkpoints, warnings_at_start
 
 logger = logging.getLogger(__name__)
@@ -55,25 +55,25 @@ class Session:
         self.folder = run_folder(config, args)
         self.model: Any = sharding.unwrap(model)
         self.writes, self.each_node = bool(args.should_save), bool(args.save_on_each_node)
-        flags = ranks.all_gather_table(torch.tensor([int(self.writes)])).flatten().tolist()
+        flags = collectives.all_gather_table(torch.tensor([int(self.writes)])).flatten().tolist()
         writers = [rank for rank, flag in enumerate(flags) if flag] or [0]
         if not any(flags):
             self.writes = ranks.rank() == 0
 
-        self.specs = ranks.together(
-            "finding the attention layers", lambda: find_attention(self.model, spec=config.spec)
-        )[ranks.rank()]
+        self.specs = ranks.agree("finding the attention layers", lambda: find_attention(self.model, spec=config.spec))[
+            ranks.rank()
+        ]
         self.selection = select(self.specs, config.rows)
         if not self.selection:
             raise QKGuardError(
                 "no query or key rows are selected; check layers, projections and include_sliding_window"
             )
         check_per_layer(vars(config), self.selection)
-        self.tracker = self._establish(state, writers)
+        self.drift_monitor = self._establish(state, writers)
         self.drift: dict[str, float] = {}
         self._shared_disk: bool | None = None
-        self.tracking: Tracking | None = None
-        self.probing: Probing | None = None
+        self.metrics_log: MetricsLog | None = None
+        self.recall_monitor: RecallMonitor | None = None
         self._heldout = False
         self.begin(args, state)
         if ranks.rank() == 0:
@@ -86,7 +86,7 @@ class Session:
         self.reference, self.origin = establish_reference(
             self.model, self.selection, self.folder, self.config, resumed=state.global_step > 0, writers=writers
         )
-        return DriftTracker(self.reference, self.selection)
+        return DriftMonitor(self.reference, self.selection)
 
     def begin(self, args: TrainingArguments, state: TrainerState) -> None:
         """(Re)open the run folder's metrics; on resume, set restored folders of a branch that was left aside."""
@@ -94,7 +94,7 @@ class Session:
         def work() -> None:
             trackers = list(args.report_to or [])
             settings = asdict(self.config)
-            self.tracking = Tracking(self.folder, trackers, self.output_dir, state.global_step, settings)
+            self.metrics_log = MetricsLog(self.folder, trackers, self.output_dir, state.global_step, settings)
             if state.global_step:
                 for moved in retire_later_checkpoints(self.output_dir, self.folder, state.global_step):
                     logger.warning("a restored checkpoint of a later step than the resumed one was moved to %s", moved)
@@ -103,12 +103,12 @@ class Session:
 
     def start_probes(self, args: TrainingArguments, state: TrainerState, tokenizer: Any, dataset: Any) -> None:
         """Recall before the first step; what to probe with is made once."""
-        if self.probing is None:
+        if self.recall_monitor is None:
             parts = (self.config, self.folder, self.model, self.restored_weights(), self.publish)
-            self.probing = Probing(*parts, args, state, tokenizer, dataset)
+            self.recall_monitor = RecallMonitor(*parts, args, state, tokenizer, dataset)
         else:
-            self.probing.begin(state)
-        self.probing.at_start(state)
+            self.recall_monitor.begin(state)
+        self.recall_monitor.at_start(state)
 
     def restored_weights(self) -> Swap | None:
         """What opens a context with restored queries and keys in the live model; None where nothing is restored."""
@@ -117,7 +117,7 @@ class Session:
 
     def probe_record(self) -> dict[str, Any]:
         """The last probes, for a manifest."""
-        return {"probe": self.probing.summary} if self.probing and self.probing.summary else {}
+        return {"probe": self.recall_monitor.summary} if self.recall_monitor and self.recall_monitor.summary else {}
 
     def keep_heldout(self, dataset: Any) -> None:
         """Rows of the evaluation set into the run folder, once; rank 0's work."""
@@ -134,9 +134,9 @@ class Session:
         """Drift now, to every tracker."""
         started = time.perf_counter()
         details: dict[str, Any] = {}
-        metrics = self.tracker.measure(self.model)
+        metrics = self.drift_monitor.measure(self.model)
         if routing:
-            extra, heads = self.tracker.measure_routing(self.model)
+            extra, heads = self.drift_monitor.measure_routing(self.model)
             metrics |= extra
             details["routing_rel_per_head"] = heads
         if any(value != value for value in metrics.values()) and ranks.rank() == 0:
@@ -155,7 +155,7 @@ class Session:
 
     def finish(self) -> None:
         """Training is over: the run's page, and its final numbers to the trackers."""
-        probes = self.probing.summary if self.probing else {}
+        probes = self.recall_monitor.summary if self.recall_monitor else {}
         summary = {
             f"recall_{which}": probes[which]["recall"] for which in ("before", "raw", "restored") if which in probes
         }
@@ -171,12 +171,12 @@ class Session:
             advice="they are on the run's page",
         )
 
-    def _track(self, what: str, work: Callable[[Tracking], None], *, advice: str) -> None:
+    def _track(self, what: str, work: Callable[[MetricsLog], None], *, advice: str) -> None:
         """Rank 0's work for people to look at: a failure stops training, on all ranks, only if `strict`."""
 
         def on_rank_zero() -> None:
-            if self.tracking is not None:
-                work(self.tracking)
+            if self.metrics_log is not None:
+                work(self.metrics_log)
 
         if self.config.strict:
             ranks.on_rank_zero(what, on_rank_zero)
@@ -209,7 +209,7 @@ class Session:
                 link_checkpoint(source, final / "raw")
             return True
 
-        linked = ranks.together("linking the final checkpoint", lambda: link() if self.writes else True)
+        linked = ranks.agree("linking the final checkpoint", lambda: link() if self.writes else True)
         if not all(linked):
             export_model(self.model, final / "raw", processing_class)
         self._write_restored(final / "raw", final / RESTORED, state.global_step)
@@ -219,7 +219,7 @@ class Session:
 
     def _raw_of(self, checkpoint: Path, processing_class: Any) -> Path:
         """Where a checkpoint's raw weights are, after every rank has finished writing it."""
-        held = ranks.together("waiting for the checkpoint", lambda: holds_weights(checkpoint) if self.writes else True)
+        held = ranks.agree("waiting for the checkpoint", lambda: holds_weights(checkpoint) if self.writes else True)
         if all(held):
             return checkpoint
         export_model(self.model, checkpoint / "raw", processing_class)
@@ -248,7 +248,7 @@ class Session:
         extra: dict[str, Any] = {"step": step, "drift": self.drift, **self.probe_record()}
         what = f"writing {out}"
         if self.each_node:  # every node has its own disk and its own copy of the raw files
-            ranks.together(what, lambda: _alone(build(), extra) if self.writes else None)
+            ranks.agree(what, lambda: _alone(build(), extra) if self.writes else None)
             return
 
         def prepared() -> RestoredWrite:
@@ -259,7 +259,7 @@ class Session:
         write = ranks.held_by(0, what, prepared)
         try:
             size, me = (ranks.world_size() if self._disk_is_shared() else 1), ranks.rank()
-            results = ranks.together(what, lambda: (write or build()).run(me, size) if me < size else [])
+            results = ranks.agree(what, lambda: (write or build()).run(me, size) if me < size else [])
             records = [record for part in results for record in part]
             ranks.on_rank_zero(what, lambda: bool(write and write.commit(records, extra)))
         except BaseException:
@@ -277,7 +277,7 @@ class Session:
                 return token
 
             token = ranks.on_rank_zero("looking for a shared disk", leave_token)
-            self._shared_disk = all(ranks.together("looking for a shared disk", token.exists))
+            self._shared_disk = all(ranks.agree("looking for a shared disk", token.exists))
             ranks.on_rank_zero("looking for a shared disk", token.unlink)
         return self._shared_disk
 
@@ -285,7 +285,7 @@ class Session:
         layers = [spec.layer for spec, _ in self.selection]
         total = getattr(self.model.config, "num_hidden_layers", None)
         maps = self.reference.maps.values()
-        kept = sum(m.numel * self.reference.pieces[m.name].element_size() for m in maps)
+        kept = sum(m.numel * self.reference.slices[m.name].element_size() for m in maps)
         share = "" if ranks.world_size() == 1 else f", {_megabytes(self.reference.nbytes)} of it on this rank"
         config = self.config
         return (

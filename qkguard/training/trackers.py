@@ -12,7 +12,7 @@ STEP = "train/global_step"
 COLUMNS: list[str | int] = ["step", "weights", "task", "length", "depth", "recall", "samples"]
 
 
-class Sink:
+class Tracker:
     """One tracker; `visual` ones also get pictures (name -> PNG bytes) and the table of all probes."""
 
     visual = False
@@ -27,7 +27,7 @@ class Sink:
         """Final numbers of the run."""
 
 
-class WandB(Sink):
+class WandB(Tracker):
     """Rows in the run that Trainer's own callback opened; it defines the step metric, ours are bound to it."""
 
     visual = True
@@ -63,7 +63,7 @@ class WandB(Sink):
             run.summary.update({f"qkguard/final/{name}": value for name, value in values.items()})
 
 
-class TensorBoard(Sink):
+class TensorBoard(Tracker):
     """A second event file beside the one of Trainer's callback, so that both show as one run."""
 
     visual = True
@@ -100,7 +100,7 @@ class TensorBoard(Sink):
         return events[-1].parent if events else runs / "qkguard"
 
 
-class Trackio(Sink):
+class Trackio(Tracker):
     """Scalars in the run that Trainer's own callback opened, until that callback ends it with training."""
 
     def scalars(self, metrics: Mapping[str, float], step: int) -> None:
@@ -111,7 +111,7 @@ class Trackio(Sink):
             trackio.log({**metrics, STEP: step})
 
 
-class MLflow(Sink):
+class MLflow(Tracker):
     """Scalars in the run that Trainer's own callback opened, also after that callback has ended it."""
 
     def __init__(self) -> None:

@@ -85,7 +85,7 @@ def test_drift_is_that_of_the_dense_weights(case, adapters, monkeypatch):
     monkeypatch.setattr(lora_drift, "_CHUNK", 5 * 64)  # several chunks, not a divisor of the rows
     model = adapted(name, adapters, **config)
     selection = select(find_attention(model))
-    tracker = lora_drift.AdapterTracker(model, selection, adapted_weights(model, selection))
+    tracker = lora_drift.AdapterDriftMonitor(model, selection, adapted_weights(model, selection))
     for _ in range(2):  # the second time from the products kept
         metrics = tracker.measure(model)
         routing, heads = tracker.measure_routing(model)
@@ -120,7 +120,7 @@ def test_drift_is_that_of_the_dense_weights(case, adapters, monkeypatch):
 def test_disabled_and_inactive_adapters_do_not_count():
     model = adapted("llama", target_modules=LINEAR)
     selection = select(find_attention(model))
-    tracker = lora_drift.AdapterTracker(model, selection, adapted_weights(model, selection))
+    tracker = lora_drift.AdapterDriftMonitor(model, selection, adapted_weights(model, selection))
     assert tracker.measure(model)["qkguard/drift/q_rel"] > 1e-3
     with model.disable_adapter():
         assert tracker.measure(model)["qkguard/drift/q_rel"] == 0.0

@@ -68,7 +68,7 @@ def probes(guard: QKGuardCallback, run: Path, steps: int) -> dict[str, object]:
     """What ran of the probes and what they took, by the guard's own account; the first and last come regardless."""
     rows = judge.metrics_rows(run)
     keys = {"raw": "qkguard/overhead/probe_seconds", "restored": "qkguard/overhead/probe_restored_seconds"}
-    probing = guard.session.probing
+    probing = guard.session.recall_monitor
     return {
         "seconds": {name: [r[key] for r in rows if key in r] for name, key in keys.items()},
         "scheduled_between": sum(step % probing.every == 0 for step in range(1, steps)),
@@ -118,7 +118,7 @@ def train(name: str, folder: Path, steps: int) -> dict[str, object]:
     found = {"rows": recorder.rows, "seconds": clock.seconds(began), "gpu_gb": torch.cuda.max_memory_allocated() / 1e9}
     if guard:
         found["reference_mb"] = guard.session.reference.nbytes / 1e6
-        if guard.session.probing.prober is not None:
+        if guard.session.recall_monitor.prober is not None:
             found["probes"] = probes(guard, folder / name, steps)
     found |= {"device": torch.cuda.get_device_name(), "ranks": dist.get_world_size()}
     dist.barrier()

@@ -122,7 +122,7 @@ def check_share(guard: QKGuardCallback) -> None:
     sizes = torch.zeros(dist.get_world_size())
     sizes[rank()] = reference.nbytes
     dist.all_reduce(sizes)
-    total = sum(m.numel * reference.pieces[m.name].element_size() for m in reference.maps.values())
+    total = sum(m.numel * reference.slices[m.name].element_size() for m in reference.maps.values())
     assert sizes.sum() == total, (sizes, total)
     assert sizes.max() <= 1.2 * total / len(sizes) + 64 * len(reference.maps)
 
@@ -296,20 +296,20 @@ def failing_write(folder: Path) -> None:
 
 def failing_page(folder: Path) -> None:
     """A page that rank 0 cannot write: the run is done all the same, and with `strict` it ends on all ranks alike."""
-    from qkguard.training.metrics_log import Tracking
+    from qkguard.training.metrics_log import MetricsLog
 
     base = base_model(folder)
-    original = Tracking.write_page
+    original = MetricsLog.write_page
 
     def broken(self):
         raise OSError(28, "No space left on device")
 
-    Tracking.write_page = broken
+    MetricsLog.write_page = broken
     try:
         train(base, arguments(folder), QKGuardCallback())
         stops_if_strict(base, folder, "writing the run's page failed on rank 0: ")
     finally:
-        Tracking.write_page = original
+        MetricsLog.write_page = original
 
 
 def stops_if_strict(base: Path, folder: Path, where: str) -> None:
@@ -360,14 +360,14 @@ def together_agrees(folder: Path) -> None:
     from qkguard.errors import WrongReferenceError
 
     last = dist.get_world_size() - 1
-    assert ranks.together("counting", lambda: rank() * 10) == [10 * r for r in range(last + 1)]
+    assert ranks.agree("counting", lambda: rank() * 10) == [10 * r for r in range(last + 1)]
 
     def fail() -> None:
         if rank() == last:
             raise WrongReferenceError("gone")
 
     try:
-        ranks.together("failing", fail)
+        ranks.agree("failing", fail)
     except WrongReferenceError as error:
         assert str(error) == f"failing failed on rank {last}: gone"
     else:
@@ -377,11 +377,11 @@ def together_agrees(folder: Path) -> None:
 
     beat = ranks.HEARTBEAT_SECONDS
     ranks.HEARTBEAT_SECONDS = 0.2
-    try:  # a long job with a heartbeat outlives the patience of the others
-        assert ranks.together("copying", lambda: time.sleep(1.5) if rank() == 0 else None, patience=0.7)
+    try:  # a long job with a heartbeat outlives the timeout of the others
+        assert ranks.agree("copying", lambda: time.sleep(1.5) if rank() == 0 else None, timeout=0.7)
         ranks.HEARTBEAT_SECONDS = 60.0
         try:
-            ranks.together("hanging", lambda: time.sleep(2.0) if rank() == last else None, patience=0.5)
+            ranks.agree("hanging", lambda: time.sleep(2.0) if rank() == last else None, timeout=0.5)
         except QKGuardError as error:
             assert rank() != last and "no sign of life" in str(error), error
         else:

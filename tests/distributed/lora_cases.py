@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from qkguard import QKGuardCallback, verify
-from qkguard.adapters.drift import AdapterTracker
+from qkguard.adapters.drift import AdapterDriftMonitor
 from qkguard.adapters.live import adapted_weights
 from qkguard.adapters.restored import export_adapter
 from qkguard.distributed import sharding
@@ -123,7 +123,7 @@ def lora_fsdp2(folder: Path, *flags: str) -> None:
                 fully_shard(layer)
             fully_shard(model)
         assert sharding.backend(model) == ("fsdp2" if step else "replicated")
-        tracker = AdapterTracker(model, selection, adapted_weights(model, selection))
+        tracker = AdapterDriftMonitor(model, selection, adapted_weights(model, selection))
         outcomes.append(tracker.measure(model) | tracker.measure_routing(model)[0])
         export_adapter(model, "default", folder / str(step))
     whole, sharded = outcomes

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import qkguard.demo
-from qkguard.distributed import ranks
+from qkguard.distributed import collectives, ranks
 from qkguard.probe import Prober, ProbeResult
 from tests.support.probing import damage_until_some_are_wrong
 
@@ -31,7 +31,7 @@ def probed(folder: Path, backend: str, *flags: str) -> None:
         together = probe(sharded, ranks.rank(), ranks.world_size())
         assert all(m.training is training for m in sharded.modules())
         check(together, alone)
-    everyone = ranks.together("comparing", lambda: together.to_json() | {"seconds": 0})
+    everyone = ranks.agree("comparing", lambda: together.to_json() | {"seconds": 0})
     assert all(result == everyone[0] for result in everyone)
 
 
@@ -53,7 +53,7 @@ def new_prober() -> Prober:
 def probe(model: nn.Module, rank: int, world: int) -> ProbeResult:
     prober = new_prober()
     prober.prepare(rank, world)
-    all_reduce: Any = ranks.all_reduce_sum if world > 1 else (lambda vector: vector)
+    all_reduce: Any = collectives.all_reduce_sum if world > 1 else (lambda vector: vector)
     prober.find_forms(model, rank=rank, world=world, all_reduce=all_reduce)
     return prober.run(model, rank=rank, world=world, all_reduce=all_reduce)
 

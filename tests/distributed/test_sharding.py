@@ -52,7 +52,7 @@ def test_tiles_cover_every_element_once(world, kind, size):
     for rank in range(size):
         world(size, rank)
         param = nn.Parameter(full) if kind == "replicated" else zero3_param(full, size, rank)
-        span = sharding.tile(param)
+        span = sharding.shard_span(param)
         piece = sharding.read(param, span)
         assert sharding.full_shape(param) == (7, 3) and piece.numel() == span[1] - span[0]
         assert torch.equal(piece, full.flatten()[slice(*span)])
@@ -64,7 +64,7 @@ def test_a_gathered_zero3_parameter_is_still_read_from_its_partition(world):
     world(2, 1)
     param = zero3_param(torch.arange(6.0), 2, 1)
     param.data = torch.full((6,), -1.0)  # left gathered by a forward pass, stale after the optimizer step
-    assert torch.equal(sharding.read(param, sharding.tile(param)), torch.tensor([3.0, 4.0, 5.0]))
+    assert torch.equal(sharding.read(param, sharding.shard_span(param)), torch.tensor([3.0, 4.0, 5.0]))
 
 
 class One(nn.Module):
@@ -104,7 +104,7 @@ def test_dtensor_placements(one_rank_group, world):
     for placement in (Shard(0), Replicate()):
         param = placed(placement)
         sharding.check_supported(One(param), ["weight"])
-        assert sharding.tile(param) == (0, 12)
+        assert sharding.shard_span(param) == (0, 12)
         assert torch.equal(sharding.read(param, (3, 7)), torch.arange(3.0, 7.0))
     assert "Shard(dim=1)" in refusal(placed(Shard(1)))
     assert "tensor parallel (mesh ('tp',))" in refusal(placed(Shard(0), "tp"))
@@ -123,7 +123,7 @@ def test_hsdp_replicas_share_a_shard_without_overlap(monkeypatch):
                 device_mesh=mesh, placements=(Replicate(), Shard(0)), shape=torch.Size((5, 3)), ndim=2
             )
             monkeypatch.setattr(sharding, "DTensor", SimpleNamespace)
-            spans.append(sharding.tile(param))
+            spans.append(sharding.shard_span(param))
     assert sorted(spans) == [(0, 5), (5, 9), (9, 12), (12, 15)]
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from qkguard.layout import cache as remembered
 from qkguard.layout import find_attention
-from qkguard.layout.cache import remembered as ask
+from qkguard.layout.cache import cached as ask
 from qkguard.layout.spec_file import dump_specs, parse_specs
 from qkguard.offline.pair import folder_attention
 from tests.support.models import tiny_model

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qkguard
 from qkguard.choice.candidates import Point, control_points, layer_points, method_points
-from qkguard.choice.carried import find_carried
 from qkguard.choice.task import TaskResult, encode_rows, read_rows, score_rows
+from qkguard.choice.value_output import find_value_output
 from qkguard.choice.verdict import Interval, Measured, compare, rank_layers, recommend, words
 from qkguard.demo import MODEL
 from qkguard.demo.arithmetic import problems
@@ -188,7 +188,7 @@ def test_values_and_outputs_are_found_by_what_they_do(name: str) -> None:
     model = tiny_model(name)
     before, wanted = bits(model), [p.requires_grad for p in model.parameters()]
     spec = find_attention(model)[-1]
-    values, outputs = ([param for _, param in find_carried(model, [spec], which)] for which in "vo")
+    values, outputs = ([param for _, param in find_value_output(model, [spec], which)] for which in "vo")
     own = {p.name.removeprefix(f"{spec.module}."): p for p in values}
     rows, names = CARRIED[name]
     assert own.keys() == rows.keys()
@@ -204,7 +204,7 @@ def test_values_that_cannot_be_told_are_refused() -> None:
     for name, message in (("bloom", "AttentionInterface"), ("deepseek_v4", "no parameter of its own for V")):
         model = zoo.tiny_model(name)
         with pytest.raises(QKGuardError, match=message):
-            find_carried(model, find_attention(model), "v")
+            find_value_output(model, find_attention(model), "v")
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 

@@ -16,7 +16,7 @@ from qkguard import QKGuardCallback, QKGuardError
 from qkguard.report.build import write_comparison, write_report
 from qkguard.report.run import load_run
 from qkguard.report.words import tell
-from qkguard.training.metrics_log import Tracking
+from qkguard.training.metrics_log import MetricsLog
 from tests.support import judge
 from tests.support.probing import bpe_tokenizer
 from tests.support.training import arguments, save_base, train
@@ -191,11 +191,11 @@ def test_a_line_cut_short_is_left_out_and_stops_nothing(run: Path, tmp_path: Pat
     whole = (run / "_qkguard/metrics.jsonl").read_text().splitlines()
     (folder / "metrics.jsonl").write_text("\n".join([*whole[:3], whole[3][:20]]))
     assert len(load_run(tmp_path).rows) == 3
-    tracking = Tracking(folder, [], tmp_path)
+    tracking = MetricsLog(folder, [], tmp_path)
     (folder / "metrics.jsonl").write_text("\n".join([*whole[:3], whole[3][:20]]))
     tracking.log({"qkguard/a": 1.0}, 9)
     assert [row["step"] for row in load_run(tmp_path).rows] == [*(json.loads(w)["step"] for w in whole[:3]), 9]
-    Tracking(folder, [], tmp_path, resumed_at=100)
+    MetricsLog(folder, [], tmp_path, resumed_at=100)
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 4
 
 

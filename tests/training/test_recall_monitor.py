@@ -23,7 +23,7 @@ from qkguard.choice.heldout import find_rows, sampled
 from qkguard.probe.prober import Prober
 from qkguard.probe.results import ProbeResult
 from qkguard.probe.samples import plan
-from qkguard.training.metrics_log import Tracking
+from qkguard.training.metrics_log import MetricsLog
 from qkguard.training.probe_schedule import Budget, interval
 from qkguard.training.probe_setup import training_prose, why_not
 from qkguard.training.recall_monitor import alarm
@@ -190,9 +190,9 @@ def test_a_budget_that_is_used_up_leaves_out_probes_and_says_so_once(base, tmp_p
 
 
 def test_the_first_probe_costs_its_pictures_too_and_makes_its_samples_in_the_form_found(base, tmp_path, monkeypatch):
-    log, prepare, forms = Tracking.log, Prober.prepare, []
+    log, prepare, forms = MetricsLog.log, Prober.prepare, []
 
-    def slow(self: Tracking, metrics: Any, step: int, details: Any = None) -> None:
+    def slow(self: MetricsLog, metrics: Any, step: int, details: Any = None) -> None:
         time.sleep(0.5 if details and "niah_grid" in details else 0)
         log(self, metrics, step, details)
 
@@ -200,10 +200,10 @@ def test_the_first_probe_costs_its_pictures_too_and_makes_its_samples_in_the_for
         forms.append(dict(self.maker.forms))
         prepare(self, *args)
 
-    monkeypatch.setattr(Tracking, "log", slow)
+    monkeypatch.setattr(MetricsLog, "log", slow)
     monkeypatch.setattr(Prober, "prepare", watched)
     probed(base, tmp_path, guard := QKGuardCallback(strict=True, probe_restored=False, **PROBES), max_steps=1)
-    probing = guard.session.probing
+    probing = guard.session.recall_monitor
     assert min(probing.budget.first, probing.budget.last) > probing.baseline.seconds + 0.5
     assert forms[0] == {} and len(forms) == 3 and all(found.keys() == {"single_1"} for found in forms[1:])
 
@@ -267,7 +267,7 @@ def test_a_resumed_run_takes_its_baseline_from_the_file(base, tmp_path):
         (tmp_path / f"run/checkpoint-{step}").rename(tmp_path / "aside")
     guard = QKGuardCallback(strict=True, probe_steps=2, **PROBES)
     probed(base, tmp_path, guard, resume=True, **options)
-    probing = guard.session.probing
+    probing = guard.session.recall_monitor
     assert probing.baseline == ProbeResult.from_json(json.loads(first)["baseline"])
     assert (tmp_path / "run/_qkguard/probe.json").read_text() == first
     assert [step for step, _ in recalls(tmp_path)] == [0, 2, 4]
@@ -281,7 +281,7 @@ def test_a_resumed_run_without_its_file_has_no_baseline_and_says_so(base, tmp_pa
     logging.getLogger("qkguard").propagate = True
     guard = QKGuardCallback(strict=True, probe_steps=2, **PROBES)
     probed(base, tmp_path, guard, resume=True, max_steps=4, **options)
-    assert guard.session.probing.baseline is None and recalls(tmp_path)[-1][0] == 4
+    assert guard.session.recall_monitor.baseline is None and recalls(tmp_path)[-1][0] == 4
     assert any("nothing to compare it with" in r.getMessage() for r in caplog.records)
 
 

@@ -161,17 +161,17 @@ def test_trackio_and_mlflow_get_scalars_in_the_open_run_only(monkeypatch: pytest
     mlflow.MlflowClient = lambda: client  # type: ignore[attr-defined]
     for module in (trackio, variables, mlflow):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    sinks = (Trackio(), MLflow())
-    for sink in sinks:
-        sink.scalars({"qkguard/a": 1.0}, 3)
+    trackers = (Trackio(), MLflow())
+    for tracker in trackers:
+        tracker.scalars({"qkguard/a": 1.0}, 3)
     assert calls == []
     current.get = lambda: object()
     mlflow.active_run = lambda: SimpleNamespace(info=SimpleNamespace(run_id="r"))  # type: ignore[attr-defined]
-    for sink in sinks:
-        sink.scalars({"qkguard/a": 1.0}, 3)
+    for tracker in trackers:
+        tracker.scalars({"qkguard/a": 1.0}, 3)
     assert calls == [{"qkguard/a": 1.0, "train/global_step": 3}, ("r", "qkguard/a", 1.0, 3)]
     current.get = lambda: None
     mlflow.active_run = lambda: None  # type: ignore[attr-defined]  # ended by Trainer's callback, before ours
-    for sink in sinks:
-        sink.scalars({"qkguard/a": 2.0}, 4)
+    for tracker in trackers:
+        tracker.scalars({"qkguard/a": 2.0}, 4)
     assert calls[2:] == [("r", "qkguard/a", 2.0, 4)]

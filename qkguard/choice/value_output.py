@@ -19,7 +19,9 @@ from qkguard.probe.undisturbed import undisturbed
 TOKENS = 8
 
 
-def find_carried(model: nn.Module, specs: Sequence[AttentionSpec], which: str) -> list[tuple[AttentionSpec, ParamMap]]:
+def find_value_output(
+    model: nn.Module, specs: Sequence[AttentionSpec], which: str
+) -> list[tuple[AttentionSpec, ParamMap]]:
     """The parameters (or rows of fused ones) that make nothing but values ("v"), or the output projection ("o").
 
     One forward pass of a few tokens with gradients: rows of a layer's own parameters on which its values depend, but
