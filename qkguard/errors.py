@@ -60,3 +60,9 @@ def current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
         logger.warning("The setting %s has no effect any more: %s.", old, DROPPED[old])
         del out[old]
     return out
+
+
+def first_line(error: BaseException) -> str:
+    """Another library's exception in one line: its type and the first line of its text, cut at 200 characters."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

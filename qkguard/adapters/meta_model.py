@@ -23,8 +23,8 @@ from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
 from qkguard.adapters.files import Adapter
-from qkguard.errors import QKGuardError
-from qkguard.layout import build
+from qkguard.errors import QKGuardError, first_line
+from qkguard.layout.architecture import build_meta, find_architecture, plain_torch
 
 NAME = "default"
 DORA = (variants.DoraLinearVariant, variants.DoraEmbeddingVariant)
@@ -69,9 +69,9 @@ class MetaPeftModel:
     """
 
     def __init__(self, base: Path, adapter: Adapter, *, trust_remote_code: bool = False) -> None:
-        source = build.resolve(base, trust_remote_code=trust_remote_code)
-        with build.undisturbed(), quiet():
-            bare: Any = build.build_meta(source)
+        architecture = find_architecture(base, trust_remote_code=trust_remote_code)
+        with plain_torch(), quiet():
+            bare: Any = build_meta(architecture)
             self.config = bare.config
             self._names: dict[int, list[str]] = {}
             for name, param in bare.named_parameters(remove_duplicate=False):
@@ -84,7 +84,7 @@ class MetaPeftModel:
                 self.model: Any = get_peft_model(bare, settings, adapter_name=NAME, low_cpu_mem_usage=True)
             except (ValueError, KeyError, TypeError, RuntimeError) as error:
                 raise QKGuardError(
-                    f"PEFT cannot put the adapter {adapter.folder} on {base}: {build.first_line(error)}; expected the "
+                    f"PEFT cannot put the adapter {adapter.folder} on {base}: {first_line(error)}; expected the "
                     "base model it was trained on"
                 ) from error
             self._tied_tokens: list[str] = []
@@ -146,7 +146,7 @@ class MetaPeftModel:
                 result: Any = set_peft_model_state_dict(self.model, state, adapter_name=NAME)
         except (KeyError, RuntimeError, ValueError) as error:
             raise QKGuardError(
-                f"{adapter.folder} does not fit {base}: {build.first_line(error)}; expected the base model it was "
+                f"{adapter.folder} does not fit {base}: {first_line(error)}; expected the base model it was "
                 "trained on (and its vocabulary size)"
             ) from error
         missing = [

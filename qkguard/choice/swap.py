@@ -79,6 +79,6 @@ def _with_rows(reference: Reference, name: str, live: Tensor, piece: Tensor) -> 
     """The flat tile of a live weight with this rank's piece of new rows in it, as a new tensor."""
     start, stop = reference.spans[name]
     tile, piece = live.clone(), piece.to(live)
-    for run in reference.maps[name].row_ranges(start, stop):
-        tile[run.flat] = piece[run.compact]
+    for part in reference.maps[name].role_slices(start, stop):
+        tile[part.flat] = piece[part.compact]
     return tile

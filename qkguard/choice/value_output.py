@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkguard.errors import QKGuardError
-from qkguard.layout.build import first_line
+from qkguard.errors import QKGuardError, first_line
 from qkguard.layout.spec import AttentionSpec, Block, ParamMap, true_ranges
 from qkguard.probe.attention import AttentionRecorder
 from qkguard.probe.forward import input_device

@@ -1,6 +1,6 @@
 """Which rows of which tensors are queries and keys, layer by layer, found by what a model does.
 
-May import nothing but `errors`. Public: `find_attention`, `verify_layout`, `disk_names`, `select` and what they speak
+May import nothing but `errors`. Public: `find_attention`, `prove_layout`, `disk_names`, `select` and what they speak
 of, `AttentionSpec`, `ParamMap`, `Block` and `RowSelection`.
 """
 
@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qkguard.layout.discover import find_attention
     from qkguard.layout.names import disk_names
+    from qkguard.layout.proof import prove_layout
     from qkguard.layout.rows import RowSelection
     from qkguard.layout.selection import select
     from qkguard.layout.spec import AttentionSpec, Block, ParamMap
-    from qkguard.layout.verify import verify_layout
 
 # Imported on first use: the command line checks settings (`rows`) before torch is there.
 _HOME = {
@@ -25,8 +25,8 @@ _HOME = {
     "RowSelection": "rows",
     "disk_names": "names",
     "find_attention": "discover",
+    "prove_layout": "proof",
     "select": "selection",
-    "verify_layout": "verify",
 }
 
 __all__ = [
@@ -36,8 +36,8 @@ __all__ = [
     "RowSelection",
     "disk_names",
     "find_attention",
+    "prove_layout",
     "select",
-    "verify_layout",
 ]
 
 

@@ -5,23 +5,24 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from qkguard.layout.trace import BETWEEN, PRODUCT, SOFTMAX, Call, Node, Trace
+from qkguard.layout.trace import BETWEEN, PRODUCT, SOFTMAX, Call, Operation, Trace, walk
 
 ATTENTION_NAME = "qkguard_discovery"  # no mask is registered under it, so transformers builds none
 
 
-class StopReplay(BaseException):
-    """Ends a replay once everything asked for has been seen; not an Exception, so that no model code swallows it."""
+class StopForward(BaseException):
+    """Ends a forward pass once everything asked for was seen; not an Exception, so that no model code swallows it."""
 
 
 @dataclass(eq=False)
-class Seen:
-    """One attention: the keys (in the trace) of its query-side, key-side and value operand.
+class Attention:
+    """One attention, by the numbers that its query, key and value have in the trace.
 
     Through the attention function these are (1, heads, tokens, channels). Behind a softmax they are the operands of
     batched products, (heads, tokens, channels) in some order; `scores` and `dim` are the softmax's input and axis.
@@ -36,6 +37,11 @@ class Seen:
     scores: int | None = None
     dim: int = -1
 
+    @property
+    def direct(self) -> bool:
+        """Whether it went through the attention function."""
+        return self.scores is None
+
 
 @contextlib.contextmanager
 def attention_function(function: Callable) -> Iterator[None]:
@@ -46,11 +52,16 @@ def attention_function(function: Callable) -> Iterator[None]:
     try:
         yield
     finally:
+        # transformers (5.17 to 5.23) can register a function but not take one back.
         AttentionInterface._global_mapping.pop(ATTENTION_NAME, None)
 
 
 def attend_with(model: nn.Module, name: str) -> None:
-    """Point every config inside a private copy at the attention function registered as `name`."""
+    """Point every config inside a private copy at the attention function registered as `name`.
+
+    Through the private field: the public `set_attn_implementation` (transformers 5.17 to 5.23) leaves out classes that
+    do not declare the attention registry, and some of those use it in a submodule.
+    """
     for module in model.modules():
         config = getattr(module, "config", None)
         if config is not None and hasattr(config, "_attn_implementation_internal"):
@@ -58,76 +69,69 @@ def attend_with(model: nn.Module, name: str) -> None:
 
 
 @contextlib.contextmanager
-def watching(trace: Trace, *, enough: int | None = None) -> Iterator[list[Seen]]:
-    """Record what runs inside the block and list its attentions, in order, once the block is left.
+def watching(trace: Trace, *, enough: int | None = None) -> Iterator[list[Attention]]:
+    """Record what runs inside the block; the yielded list holds its attentions, in order, once the block is left.
 
-    With `enough`, the block ends (quietly) at that many calls of the attention function.
+    With `enough`, the block ends quietly at that many calls of the attention function.
     """
-    direct: list[Seen] = []
-    seen: list[Seen] = []
+    direct: list[Attention] = []
+    found: list[Attention] = []
 
     def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> tuple:
         assert trace.call is not None
-        q, k, v = (trace.key(tensor) for tensor in (query, key, value))
-        direct.append(Seen(trace.call, len(trace.nodes), q, k, v, options))
+        q, k, v = (trace.number(tensor) for tensor in (query, key, value))
+        direct.append(Attention(trace.call, len(trace.operations), q, k, v, options))
         if len(direct) == enough:
-            raise StopReplay
+            raise StopForward
         return value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
 
-    plain = sdpa_kernel(SDPBackend.MATH)  # so that PyTorch's own attention shows its softmax too
-    with plain, contextlib.suppress(StopReplay), attention_function(attend), trace.recording():
-        yield seen
-    seen.extend(sorted([*direct, *_softmaxes(trace)], key=lambda found: found.at))
+    visible = sdpa_kernel(SDPBackend.MATH)  # PyTorch's other kernels would hide the softmax inside one operation
+    with visible, contextlib.suppress(StopForward), attention_function(attend), trace.recording():
+        yield found
+    found.extend(sorted([*direct, *_softmaxes(trace)], key=attrgetter("at")))
 
 
-def _softmaxes(trace: Trace) -> list[Seen]:
+def _softmaxes(trace: Trace) -> list[Attention]:
     """Attentions that the model's own code computes: softmax of a product of two activations, times a third."""
     out = []
-    for at, node in enumerate(trace.nodes):
-        if node.op not in SOFTMAX:
+    for at, operation in enumerate(trace.operations):
+        if operation.name not in SOFTMAX or operation.call is None:
             continue
-        scores = _product_before(trace, node.inputs[0])
-        if scores is None or node.call is None:
+        product = _product_before(trace, operation.inputs[0])
+        value = None if product is None else _product_after(trace, operation.outputs[0])
+        if product is None or value is None:
             continue
-        after = _product_after(trace, node.outputs[0])
-        if after is None:
-            continue
-        lhs, rhs = scores.inputs[-2:]
-        dim = next(c for c in node.constants[1:] if isinstance(c, int))
-        out.append(Seen(node.call, at, lhs, rhs, after, scores=node.inputs[0], dim=dim))
+        lhs, rhs = product.inputs[-2:]
+        dim = next(c for c in operation.constants[1:] if isinstance(c, int))
+        out.append(Attention(operation.call, at, lhs, rhs, value, scores=operation.inputs[0], dim=dim))
     return out
 
 
-def _product_before(trace: Trace, key: int) -> Node | None:
+def _product_before(trace: Trace, scores: int) -> Operation | None:
     """The product of two activations that a softmax's input is made from, by nothing but masks, scales and views."""
-    todo, seen = [key], {key}
-    while todo:
-        key = todo.pop(0)
-        node = trace.nodes[trace.made_by[key]] if key in trace.made_by else None
-        if node is None or key not in trace.active:
-            continue
-        if node.op in PRODUCT:
-            if all(operand in trace.active for operand in node.inputs[-2:]):
-                return node
-        elif node.op in BETWEEN:
-            fresh = [i for i in node.inputs if i not in seen]
-            seen.update(fresh)
-            todo.extend(fresh)
+
+    def made_from(number: int) -> tuple[int, ...]:
+        maker = trace.maker(number) if number in trace.activations else None
+        return maker.inputs if maker is not None and maker.name in BETWEEN else ()
+
+    for number in walk([scores], made_from):
+        maker = trace.maker(number)
+        if maker is not None and maker.name in PRODUCT and trace.activations.issuperset(maker.inputs[-2:]):
+            return maker
     return None
 
 
-def _product_after(trace: Trace, key: int) -> int | None:
-    """Key of the activation that the probabilities are multiplied with."""
-    todo, seen = [key], {key}
-    while todo:
-        key = todo.pop(0)
-        for node in trace.readers.get(key, []):
-            if node.op in PRODUCT:
-                other = [operand for operand in node.inputs[-2:] if operand != key]
-                if other and other[0] in trace.active:
-                    return other[0]
-            elif node.op in BETWEEN:
-                fresh = [o for o in node.outputs if o not in seen]
-                seen.update(fresh)
-                todo.extend(fresh)
+def _product_after(trace: Trace, probabilities: int) -> int | None:
+    """The activation that the probabilities are multiplied with."""
+
+    def made_of(number: int) -> Iterator[int]:
+        for operation in trace.readers.get(number, []):
+            if operation.name in BETWEEN:
+                yield from operation.outputs
+
+    for number in walk([probabilities], made_of):
+        for operation in trace.readers.get(number, []):
+            others = [operand for operand in operation.inputs[-2:] if operand != number]
+            if operation.name in PRODUCT and others and others[0] in trace.activations:
+                return others[0]
     return None

@@ -1,13 +1,88 @@
-"""Which tensor of a checkpoint file a parameter is loaded from: transformers' own renaming, asked, never guessed."""
+"""A parameter's three names: in a bare copy of its class, in a wrapped live model, and in the checkpoint's files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
-from qkguard.errors import QKGuardError, RearrangedError
-from qkguard.layout import build
+from torch import Tensor, nn
+
+from qkguard.errors import QKGuardError, RearrangedError, UnknownLayoutError
+from qkguard.layout.architecture import Architecture, bare_model, build_meta, find_architecture, plain_torch
 from qkguard.layout.spec import AttentionSpec, ParamMap
+from qkguard.layout.spec_file import BY_HAND
+
+# Wrappers that add a level to parameter names and change nothing: torch.compile, activation checkpointing, FSDP1.
+TRANSPARENT = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+WAY_OUT = "restore it on a model loaded with from_pretrained, and save that"
+
+
+class DiskTensor(NamedTuple):
+    """A tensor on disk that a parameter is loaded from, and whether transformers rearranges it on the way."""
+
+    key: str
+    rearranged: bool
+
+
+def bare_name(name: str) -> str:
+    """A parameter's name without what wrappers put in: torch.compile, DDP, checkpointing, FSDP1, PEFT."""
+    name = ".".join(part for part in name.split(".") if part not in TRANSPARENT and part != "base_layer")
+    return name.removeprefix("module.").removeprefix("base_model.model.")
+
+
+def live_names(model: nn.Module) -> dict[str, str]:
+    """Name as a bare copy of the class has it -> name in `model.named_parameters()`.
+
+    Under PEFT the base layers count, or the trained copies in `modules_to_save`.
+    """
+    by_id = {id(param): name for name, param in model.named_parameters()}
+    names = {}
+    for name, param in bare_model(model).named_parameters():
+        parts = name.split(".")
+        if "original_module" in parts:  # PEFT trains a copy of it
+            continue
+        if "modules_to_save" in parts:
+            at = parts.index("modules_to_save")
+            del parts[at : at + 2]  # with the adapter's name
+        names[bare_name(".".join(parts))] = by_id.get(id(param), name)
+    return names
+
+
+def with_live_names(specs: Iterable[AttentionSpec], live: nn.Module) -> list[AttentionSpec]:
+    """The same layout under the live model's parameter names.
+
+    Raises:
+        UnknownLayoutError: a parameter is missing, or has another shape.
+    """
+    params = dict(live.named_parameters())
+    names = {name: name for name in params} | live_names(live)
+    out = []
+    for spec in specs:
+        maps = []
+        for param in spec.params:
+            if param.name not in names:
+                raise UnknownLayoutError(
+                    f"the layout names {param.name}, which the model does not have; where the model's structure was "
+                    f"changed after it was built, {BY_HAND}"
+                )
+            shape = _unsharded_shape(params[names[param.name]])
+            if shape != param.shape:
+                raise UnknownLayoutError(
+                    f"{param.name}: the layout says shape {param.shape}, the model has {shape}; its config (or the "
+                    "spec file) belongs to another model"
+                )
+            maps.append(replace(param, name=names[param.name]))
+        out.append(replace(spec, params=tuple(maps)))
+    return out
+
+
+def _unsharded_shape(param: Tensor) -> tuple[int, ...]:
+    """ZeRO-3 keeps the whole shape in `ds_shape`, bitsandbytes' 4-bit packing in `quant_state`; a DTensor has it."""
+    if hasattr(param, "ds_shape"):
+        return tuple(param.ds_shape)
+    packed = getattr(param, "quant_state", None)
+    return tuple(getattr(packed, "shape", param.shape))
 
 
 def disk_names(
@@ -19,6 +94,8 @@ def disk_names(
 ) -> dict[str, str]:
     """Parameter name -> name of the tensor in the checkpoint files that holds exactly this parameter.
 
+    Which tensor a parameter is loaded from is asked of transformers' own loading code, never guessed.
+
     Args:
         specs_or_params: what to look up.
         keys: names and shapes of all tensors in the files.
@@ -26,67 +103,84 @@ def disk_names(
         trust_remote_code: allow a config's own code to be imported.
 
     Raises:
-        RearrangedError: where transformers cuts or joins a parameter's tensors while loading. Such a checkpoint has
-            to go through `from_pretrained` and `save_pretrained`.
-        QKGuardError: where a parameter has no tensor, or one of another shape.
+        RearrangedError: transformers cuts or joins a parameter's tensors while loading. Such a checkpoint has to go
+            through `from_pretrained` and `save_pretrained`.
+        QKGuardError: a parameter has no tensor, or one of another shape.
     """
-    wanted = {
-        p.name: p for item in specs_or_params for p in (item.params if isinstance(item, AttentionSpec) else (item,))
-    }
-    source = build.resolve(config, trust_remote_code=trust_remote_code)
-    if source.model_class is None:  # known by rule, under the names on disk
-        loads = {build.bare_name(key): [(key, False)] for key in keys}
+    wanted: dict[str, ParamMap] = {}
+    for item in specs_or_params:
+        params = item.params if isinstance(item, AttentionSpec) else (item,)
+        wanted.update({param.name: param for param in params})
+    architecture = find_architecture(config, trust_remote_code=trust_remote_code)
+    if architecture.model_class is None:  # known by rule, under the names on disk
+        loaded = {bare_name(key): [DiskTensor(key, False)] for key in keys}
     else:
-        with build.undisturbed():
-            loads = _loaded_from(build.build_meta(source), keys)
-    return {name: _certain(param, build.bare_name(name), loads, keys) for name, param in wanted.items()}
+        loaded = _disk_tensors(architecture, keys)
+    return {name: _single_tensor(param, loaded, keys) for name, param in wanted.items()}
 
 
-def _loaded_from(model: Any, keys: Iterable[str]) -> dict[str, list[tuple[str, bool]]]:
-    """Parameter -> [(file key, whether it is rearranged)], by transformers' own steps; tied names together."""
+def rearranged_sources(
+    params: Iterable[ParamMap], keys: Iterable[str], config: Any, *, trust_remote_code: bool = False
+) -> dict[str, list[str]]:
+    """Parameter name -> all keys whose tensors may hold its rows, for a checkpoint that `disk_names` refuses."""
+    loaded = _disk_tensors(find_architecture(config, trust_remote_code=trust_remote_code), keys)
+    out = {}
+    for param in params:
+        name = bare_name(param.name)
+        own = {tensor.key for tensor in loaded.get(name, ())}
+        out[param.name] = sorted(own.union(_cut_in_block(name, loaded)))
+    return out
+
+
+def _disk_tensors(architecture: Architecture, keys: Iterable[str]) -> dict[str, list[DiskTensor]]:
+    """Bare parameter name -> the tensors it is loaded from, by transformers' own steps; tied names together."""
+    # Not public, but what `from_pretrained` itself renames with (transformers 5.17 to 5.23).
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+    with plain_torch():
+        model: Any = build_meta(architecture)
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     state, prefix = model.state_dict(), model.base_model_prefix
-    first: dict[int, str] = {}
+    first: dict[int, str] = {}  # a tied parameter goes by the first of its names
+    names: dict[str, str] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
-        first.setdefault(id(param), name)
-    names = {name: first[id(param)] for name, param in model.named_parameters(remove_duplicate=False)}
-    loads: dict[str, list[tuple[str, bool]]] = {}
+        names[name] = first.setdefault(id(param), name)
+    loaded: dict[str, list[DiskTensor]] = {}
     for key in keys:
-        bare = build.bare_name(key)
-        target, rearranged = rename_source_key(bare, renamings, converters, prefix, state)
+        bare = bare_name(key)
+        target, pattern = rename_source_key(bare, renamings, converters, prefix, state)
         if target not in state and bare in state:
-            target, rearranged = rename_source_key(bare, [], [], prefix, state)
+            target, pattern = rename_source_key(bare, [], [], prefix, state)
         if target in names:
-            loads.setdefault(names[target], []).append((key, rearranged is not None))
-    return loads
+            loaded.setdefault(names[target], []).append(DiskTensor(key, pattern is not None))
+    return loaded
 
 
-def _certain(
-    param: ParamMap, bare: str, loads: dict[str, list[tuple[str, bool]]], keys: Mapping[str, tuple[int, ...]]
+def _single_tensor(
+    param: ParamMap, loaded: Mapping[str, Sequence[DiskTensor]], keys: Mapping[str, tuple[int, ...]]
 ) -> str:
-    found = loads.get(bare, [])
-    way_out = "restore it on a model loaded with from_pretrained, and save that"
+    """The one tensor that is loaded as this parameter, as it is."""
+    name = bare_name(param.name)
+    found = loaded.get(name, [])
     if not found:
-        if beside := cut_beside(bare, loads):
+        cut = _cut_in_block(name, loaded)
+        if cut:
             raise RearrangedError(
-                f"{param.name} has no tensor of its own on disk; transformers cuts it out of {beside[0]} while "
-                f"loading; {way_out}"
+                f"{param.name} has no tensor of its own on disk; transformers cuts it out of {cut[0]} while loading; "
+                f"{WAY_OUT}"
             )
         raise QKGuardError(
-            f"none of the checkpoint's {len(keys)} tensors loads as {bare}; is this checkpoint of the same model?"
+            f"none of the checkpoint's {len(keys)} tensors loads as {name}; is this checkpoint of the same model?"
         )
     if len(found) > 1:
-        raise RearrangedError(
-            f"{param.name} is loaded from several tensors ({', '.join(key for key, _ in found)}); {way_out}"
-        )
+        several = ", ".join(tensor.key for tensor in found)
+        raise RearrangedError(f"{param.name} is loaded from several tensors ({several}); {WAY_OUT}")
     key, rearranged = found[0]
     if rearranged:
-        raise RearrangedError(f"{param.name}: transformers rearranges {key} while loading it; {way_out}")
+        raise RearrangedError(f"{param.name}: transformers rearranges {key} while loading it; {WAY_OUT}")
     if tuple(keys[key]) != param.shape:
         raise QKGuardError(
             f"{key}: the file has shape {tuple(keys[key])}, the model {param.shape}; the checkpoint is another model's"
@@ -94,21 +188,11 @@ def _certain(
     return key
 
 
-def cut_beside(bare: str, loads: Mapping[str, list[tuple[str, bool]]]) -> list[str]:
-    """Keys that transformers rearranges into parameters of the same block as `bare`."""
-    block = bare.rpartition(".")[0].rpartition(".")[0]
-    return sorted({key for name, sources in loads.items() if name.startswith(block) for key, cut in sources if cut})
-
-
-def rearranged_sources(
-    params: Iterable[ParamMap], keys: Iterable[str], config: Any, *, trust_remote_code: bool = False
-) -> dict[str, list[str]]:
-    """Parameter name -> all keys whose tensors may hold its rows, for a checkpoint that `disk_names` refuses."""
-    source = build.resolve(config, trust_remote_code=trust_remote_code)
-    with build.undisturbed():
-        loads = _loaded_from(build.build_meta(source), keys)
-    out = {}
-    for name in (param.name for param in params):
-        bare = build.bare_name(name)
-        out[name] = sorted({*(key for key, _ in loads.get(bare, ())), *cut_beside(bare, loads)})
-    return out
+def _cut_in_block(name: str, loaded: Mapping[str, Sequence[DiskTensor]]) -> list[str]:
+    """Keys that transformers rearranges into parameters of the same block as parameter `name`."""
+    block = name.rpartition(".")[0].rpartition(".")[0]
+    cut: set[str] = set()
+    for other, found in loaded.items():
+        if other.startswith(block):
+            cut.update(tensor.key for tensor in found if tensor.rearranged)
+    return sorted(cut)

@@ -1,22 +1,25 @@
-"""Run one attention module with random weights and inputs, and see by gradients which rows make q, k and v."""
+"""Run one attention module again on the CPU, with random weights and inputs, to see which rows make q, k and v."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from qkguard.errors import UnknownLayoutError
-from qkguard.layout.capture import Seen, watching
-from qkguard.layout.geometry import output_dims
-from qkguard.layout.materialise import Fill, inputs_like, materialised
-from qkguard.layout.modes import FixedStatistics, StraightThrough
-from qkguard.layout.rotary import pairing
+from qkguard.layout import gradients
+from qkguard.layout.capture import Attention, watching
 from qkguard.layout.trace import Call, Trace
+from qkguard.layout.weightless import Fill, inputs_like, map_tensors, materialised
+
+Operands = tuple[Tensor, Tensor, Tensor]
+"""q, k and v of one attention, each (1, heads, tokens, channels), float32, with their graphs."""
 
 
 @dataclass(frozen=True)
@@ -45,73 +48,77 @@ class Replay:
     rotary_start: int
 
 
-Operands = tuple[Tensor, Tensor, Tensor]  # q, k, v, each (1, heads, tokens, channels)
-
-
-def replay(call: Call, feeding: set[str], attentions: int, direct: bool) -> Replay:
+def replay(call: Call, names: set[str], attentions: list[Attention]) -> Replay:
     """Replay one call of a module on the CPU; its own tensors are back in place afterwards.
 
     Args:
         call: the call, with the arguments it had.
-        feeding: the module's parameters that lead to q, k or v; no others get memory.
-        attentions: how many times it attends.
-        direct: whether all of them go through the attention function, so that the replay can stop at the last.
+        names: the module's parameters that lead to q, k or v; no others get memory.
+        attentions: where it attends.
+
+    Raises:
+        UnknownLayoutError: alone, the module attends more or less often.
     """
-    with materialised(call.module, feeding, Fill()) as params:
-
-        def attend(mode: StraightThrough) -> list[Operands]:
-            args, kwargs = inputs_like((call.args, call.kwargs), Fill(1))  # afresh: caches are written to
-            with mode:
-                return operands(call.module, args, kwargs, enough=attentions if direct else None)
-
-        found = attend(StraightThrough())
-        if len(found) != attentions:
-            raise UnknownLayoutError(f"{call.name} attends {attentions} times in the model, {len(found)} times alone")
-        reached = [_union([_reach(heads[i], params) for heads in found]) for i in range(3)]
-        owners = {name: call.module.get_submodule(name.rpartition(".")[0]) for name in params}
-        masks = {
-            name: [by_name.get(name) or _none(param) for by_name in reached]
-            for name, param in params.items()
-            if name in reached[0] or name in reached[1]
-        }
-        dims = {name: output_dims(owners[name], by_role) for name, by_role in masks.items()}
-        with _outputs(call.module) as outputs:
-            q, k, _ = attend(FixedStatistics())[0]
-        kv_of = distinct_heads(found[0][1])
-        q_heads = _heads(q, list(range(q.shape[1])), params, {name: dims[name] for name in reached[0]})
-        k_heads = _heads(k, kv_of, params, {name: dims[name] for name in reached[1]})
-        rotary, rotary_dim, rotary_start = pairing(q, {name: head for name, (_, head) in q_heads.items()}, outputs)
+    enough = stop_after(attentions)
+    with materialised(call.module, names, Fill()) as params:
+        with StraightThrough():
+            found = operands(call, enough)
+        if len(found) != len(attentions):
+            raise UnknownLayoutError(
+                f"{call.name} attends {len(attentions)} times in the model, {len(found)} times alone"
+            )
+        with FixedStatistics(), _outputs(call.module) as outputs:
+            q, k, _ = operands(call, enough)[0]
+        masks = _masks(found, params)
+        dims = {}
+        for name, by_role in masks.items():
+            dims[name] = gradients.output_dims(call.module.get_submodule(name.rpartition(".")[0]), by_role)
+        kv_of = gradients.distinct_heads(found[0][1])
+        q_dims = {name: dims[name] for name, (to_q, _, _) in masks.items() if to_q[0].any()}
+        k_dims = {name: dims[name] for name, (_, to_k, _) in masks.items() if to_k[0].any()}
+        q_heads = gradients.single_heads(q, list(range(q.shape[1])), params, q_dims)
+        k_heads = gradients.single_heads(k, kv_of, params, k_dims)
+        by_head = {name: head for name, (_, head) in q_heads.items()}
+        rotary, rotary_dim, rotary_start = gradients.rotary_pairing(q, by_head, outputs)
         rows = {}
-        for name, (usual, *_) in dims.items():
+        for name, by_role in masks.items():
+            known = q_heads.get(name) or k_heads.get(name)
+            dim = known[0] if known else dims[name][0]
             shape = tuple(params[name].shape)
-            dim = next((heads[name][0] for heads in (q_heads, k_heads) if name in heads), usual)
-            none = (dim, torch.full((shape[dim],), -1))
-            alike = (heads.get(name, none) for heads in (q_heads, k_heads))
-            heads = (head if of == dim else none[1] for of, head in alike)
-            rows[name] = Rows(shape, dim, *(by_dim[dim] for by_dim in masks[name]), *heads)
+            q_head, k_head = (_heads_along(dim, shape[dim], heads.get(name)) for heads in (q_heads, k_heads))
+            q_rows, k_rows, v_rows = (by_dim[dim] for by_dim in by_role)
+            rows[name] = Rows(shape, dim, q_rows, k_rows, v_rows, q_head, k_head)
     return Replay(rows, q.shape[1], max(kv_of) + 1, q.shape[-1], rotary, rotary_dim, rotary_start)
 
 
-def operands(module: nn.Module, args: tuple, kwargs: dict, *, enough: int | None) -> list[Operands]:
-    """Run a module on the CPU and return q, k and v of its attentions, with their graphs."""
-    trace = Trace(module)
-    trace.activate((args, kwargs))
-    with watching(trace, enough=enough) as seen:
-        module(*args, **kwargs)
-    return [_normal_form(trace, found) for found in seen]
+def stop_after(attentions: list[Attention]) -> int | None:
+    """After how many attentions a replay may stop: all, if each is seen while it runs; None to run to the end."""
+    return len(attentions) if all(attention.direct for attention in attentions) else None
 
 
-def _normal_form(trace: Trace, found: Seen) -> Operands:
+def operands(call: Call, enough: int | None) -> list[Operands]:
+    """Run a call's module on the CPU and return q, k and v of its attentions, with their graphs."""
+    args, kwargs = inputs_like((call.args, call.kwargs), Fill(1))  # made afresh: caches among them are written to
+    trace = Trace(call.module)
+    trace.add_inputs((args, kwargs))
+    with watching(trace, enough=enough) as attentions:
+        call.module(*args, **kwargs)
+    return [_normal_form(trace, attention) for attention in attentions]
+
+
+def _normal_form(trace: Trace, attention: Attention) -> Operands:
     """Operands as (1, heads, tokens, channels), whichever way round the model multiplies them.
 
     One slice of the scores along the softmax's axis belongs to one query and to all keys: its gradient says which
     operand is which.
     """
-    q, k, v = (trace.tensors[key] for key in (found.query, found.key, found.value))
-    if found.scores is None:
+    q, k, v = (trace.tensors[number] for number in (attention.query, attention.key, attention.value))
+    if attention.scores is None:
         return q, k, v
-    scores = trace.tensors[found.scores]
-    one_query = scores[tuple(slice(None) if d == found.dim % scores.dim() else -1 for d in range(scores.dim()))]
+    scores = trace.tensors[attention.scores]
+    place: list[Any] = [-1] * scores.dim()
+    place[attention.dim] = slice(None)
+    one_query = scores[tuple(place)]
     lhs, rhs = torch.autograd.grad(one_query, (q, k), Fill(4).normal(one_query.shape), retain_graph=True)
     rows, columns = int((lhs != 0).any(-1).sum()), int((rhs != 0).any(-2).sum())
     if rows == 1 and columns > 1:
@@ -121,99 +128,22 @@ def _normal_form(trace: Trace, found: Seen) -> Operands:
     raise UnknownLayoutError(f"a softmax over {tuple(scores.shape)} belongs to {rows} and {columns} tokens at once")
 
 
-def _none(param: Tensor) -> tuple[Tensor, ...]:
-    return tuple(torch.zeros(n, dtype=torch.bool) for n in param.shape)
+def _masks(found: list[Operands], params: gradients.Params) -> dict[str, tuple[gradients.Masks, ...]]:
+    """Slices that reach q, k and v in any of the attentions, of the parameters that reach q or k."""
+    q, k, v = (gradients.union([gradients.reach(one[i], params) for one in found]) for i in range(3))
+    masks = {}
+    for name, param in params.items():
+        if name in q or name in k:
+            nothing = tuple(torch.zeros(size, dtype=torch.bool) for size in param.shape)
+            masks[name] = tuple(reached.get(name, nothing) for reached in (q, k, v))
+    return masks
 
 
-def distinct_heads(key: Tensor) -> list[int]:
-    """Key-value head of every key head as attended: equal heads, bit for bit, are copies of one (grouped queries)."""
-    firsts: list[int] = []
-    of: list[int] = []
-    for head in range(key.shape[1]):
-        same = next((i for i, first in enumerate(firsts) if torch.equal(key[:, first], key[:, head])), None)
-        if same is None:
-            firsts.append(head)
-            same = len(firsts) - 1
-        of.append(same)
-    return of
-
-
-def _reach(target: Tensor, params: dict[str, nn.Parameter]) -> dict[str, tuple[Tensor, ...]]:
-    """Per parameter and dimension, the slices with a non-zero gradient of a random projection of `target`."""
-    out: dict[str, tuple[Tensor, ...]] = {}
-    for name, grad in _gradients(target, Fill(2).normal(target.shape), params).items():
-        if not bool(grad.sum().isfinite()):
-            raise UnknownLayoutError(f"{name}: the gradient of a replay is not finite")
-        hit = grad != 0
-        if bool(hit.any()):
-            out[name] = tuple(
-                hit.movedim(dim, 0).flatten(1).any(1) if hit.dim() > 1 else hit for dim in range(hit.dim())
-            )
-    return out
-
-
-def _union(found: list[dict[str, tuple[Tensor, ...]]]) -> dict[str, tuple[Tensor, ...]]:
-    out: dict[str, tuple[Tensor, ...]] = {}
-    for masks in found:
-        for name, by_dim in masks.items():
-            out[name] = tuple(a | b for a, b in zip(out.get(name, by_dim), by_dim, strict=True))
-    return out
-
-
-def _heads(
-    target: Tensor, head_of: list[int], params: dict[str, nn.Parameter], dims: dict[str, list[int]]
-) -> dict[str, tuple[int, Tensor]]:
-    """Per parameter in `dims`: a dimension, and the one head that each slice along it feeds, or -1.
-
-    Of the possible dimensions, the first along which slices feed single heads, else the first.
-
-    The gradient is linear in what is fed back. Fed back once as it is and once with head h multiplied by h + 1, a
-    slice that feeds one head alone comes out multiplied by exactly that number, in all its elements.
-    """
-    first_copies = torch.tensor([head not in head_of[:i] for i, head in enumerate(head_of)]).view(1, -1, 1, 1)
-    code = torch.tensor(head_of, dtype=torch.float32).view(1, -1, 1, 1) + 1
-    fill = Fill(3)
-    out: dict[str, tuple[int, Tensor]] = {}
-    # A slice of a matrix has many elements to compare; a vector's one element needs several random tries.
-    for matrices, tries in ((True, 1), (False, 4)):
-        only = {name: params[name] for name in dims if (params[name].dim() > 1) == matrices}
-        samples: dict[tuple[str, int], tuple[list[Tensor], list[Tensor]]] = {}
-        for _ in range(tries):
-            back = fill.normal(target.shape) * first_copies
-            for side, fed in enumerate((back, back * code)):
-                for name, grad in _gradients(target, fed, only).items():
-                    for dim in dims[name]:
-                        samples.setdefault((name, dim), ([], []))[side].append(_sample(grad, dim))
-        for (name, dim), (plain, coded) in samples.items():
-            head = _decode(torch.cat(plain, 1), torch.cat(coded, 1), max(head_of) + 1)
-            if name not in out or (bool((head >= 0).any()) and not bool((out[name][1] >= 0).any())):
-                out[name] = dim, head
-    return out
-
-
-def _sample(grad: Tensor, dim: int) -> Tensor:
-    """(slices along `dim`, some of their elements), in float64: enough to tell a common factor."""
-    if grad.dim() == 1:
-        return grad[:, None].double()
-    slices = grad.movedim(dim, 0).flatten(1)
-    return slices[:, :: max(1, slices.shape[1] // 128)].double()
-
-
-def _decode(plain: Tensor, coded: Tensor, heads: int) -> Tensor:
-    """Head whose code every row of `plain` was multiplied by to give `coded`; -1 where no one number explains it."""
-    aa, ab, bb = (plain * plain).sum(1), (plain * coded).sum(1), (coded * coded).sum(1)
-    ratio = ab / aa
-    head = ratio.round()
-    single = (aa > 0) & (ab * ab >= (1 - 1e-5) * aa * bb) & ((ratio - head).abs() < 1e-3)
-    single &= (head >= 1) & (head <= heads)
-    return torch.where(single, head - 1, torch.full_like(head, -1)).long()
-
-
-def _gradients(target: Tensor, back: Tensor, params: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    if not target.requires_grad or not params:
-        return {}
-    grads = torch.autograd.grad(target, list(params.values()), back, retain_graph=True, allow_unused=True)
-    return {name: grad for name, grad in zip(params, grads, strict=True) if grad is not None}
+def _heads_along(dim: int, size: int, found: tuple[int, Tensor] | None) -> Tensor:
+    """The heads of the `size` slices along `dim`; -1 throughout where another dimension, or none, has heads."""
+    if found is not None and found[0] == dim:
+        return found[1]
+    return torch.full((size,), -1)
 
 
 @contextlib.contextmanager
@@ -221,16 +151,75 @@ def _outputs(module: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Outputs of the submodules while the block runs, by parameter: what each projection's rows came out as."""
     outputs: dict[str, Tensor] = {}
 
-    def keep(prefix: str) -> Any:
-        def hook(owner: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                outputs.update({f"{prefix}.{key}": output for key in owner._parameters})
+    def keep(prefix: str, owner: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            outputs.update({f"{prefix}.{key}": output for key in owner._parameters})
 
-        return hook
-
-    handles = [sub.register_forward_hook(keep(name)) for name, sub in module.named_modules() if name]
+    handles = []
+    for name, submodule in module.named_modules():
+        if name:
+            handles.append(submodule.register_forward_hook(functools.partial(keep, name)))
     try:
         yield outputs
     finally:
         for handle in handles:
             handle.remove()
+
+
+class StraightThrough(TorchFunctionMode):
+    """Lets gradients pass clipping, rectifying and rounding.
+
+    Rows whose outputs happen to be clipped for every token (OLMo's and DBRX's `clip_qkv`) would else look unused.
+    """
+
+    CUTS = frozenset({"clamp", "clip", "clamp_min", "clamp_max", "hardtanh", "relu", "round", "floor", "ceil"})
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        x = args[0] if args else None
+        if name.removesuffix("_") not in self.CUTS or not isinstance(x, Tensor) or not x.is_floating_point():
+            return func(*args, **kwargs)
+        if not name.endswith("_"):
+            return x + (func(*args, **kwargs) - x).detach()
+        return x.copy_(x + (func(x.detach().clone(), *args[1:], **kwargs) - x).detach())
+
+
+class FixedStatistics(StraightThrough):
+    """Also treats means, variances and norms as constants of the graph.
+
+    q/k normalisation ties every row to every other one of its group through the statistics; with them held fixed, a
+    row reaches only the channels that it is multiplied into.
+    """
+
+    STATISTICS = frozenset(
+        {
+            "mean", "var", "std", "rsqrt", "sqrt", "norm", "vector_norm", "linalg_norm", "linalg_vector_norm", "max",
+            "amax",
+        }
+    )  # fmt: skip
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in self.STATISTICS:
+            return map_tensors(func(*args, **kwargs), Tensor.detach)
+        if name in ("rms_norm", "layer_norm"):
+            return _fixed_norm(name, *args, **kwargs)
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def _fixed_norm(
+    name: str,
+    x: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    dims = tuple(range(-len(normalized_shape), 0))
+    if name == "layer_norm":
+        x = x - x.detach().mean(dims, keepdim=True)
+    x = x * (x.detach().pow(2).mean(dims, keepdim=True) + (eps or 1e-6)).rsqrt()
+    x = x if weight is None else x * weight
+    return x if bias is None else x + bias

@@ -21,13 +21,11 @@ def select(
         QKGuardError: `rows.layers` names one without softmax attention, or shared rows are there and refused.
     """
     rows = rows or RowSelection()
-    if rows.layers is not None and (unknown := sorted(set(rows.layers) - {spec.layer for spec in specs})):
-        known = ", ".join(str(spec.layer) for spec in specs)
-        raise QKGuardError(f"layers {unknown} have no softmax attention; those that have it: {known}")
+    _check_layers(specs, rows)
     wanted = set(rows.projections) | ({"v"} if rows.shared == "restore" else set())
 
-    def keep(block: Block) -> bool:
-        return set(block.role) <= wanted and block.role != "v"
+    def is_wanted(block: Block) -> bool:
+        return wanted.issuperset(block.role)
 
     out, seen = [], set()
     for spec in specs:
@@ -35,34 +33,49 @@ def select(
             continue
         if spec.sliding and not rows.include_sliding_window:
             continue
-        if rows.shared == "refuse" and (names := [p.name for p in spec.params if any(b.shared for b in p.blocks)]):
-            raise QKGuardError(
-                f"{', '.join(names)}: rows feed keys and values alike, so they cannot be restored alone; "
-                'set shared to "keep" (leave them tuned) or "restore" (take them back with the values)'
-            )
+        if rows.shared == "refuse":
+            _refuse_shared(spec)
         maps = []
         for param in spec.params:
             if param.name in seen or (param.kind == "norm" and not rows.include_norms):
                 continue
-            param = param.only(keep)
-            if param.blocks:
+            chosen = param.only(is_wanted)
+            if chosen.blocks:
                 seen.add(param.name)
-                maps.append(param)
+                maps.append(chosen)
         if maps:
             out.append((spec, tuple(maps)))
     return out
 
 
+def _check_layers(specs: Sequence[AttentionSpec], rows: RowSelection) -> None:
+    unknown = set(rows.layers or ()) - {spec.layer for spec in specs}
+    if unknown:
+        known = show_layers(spec.layer for spec in specs)
+        raise QKGuardError(f"layers {sorted(unknown)} have no softmax attention; those that have it: {known}")
+
+
+def _refuse_shared(spec: AttentionSpec) -> None:
+    names = [param.name for param in spec.params if any(block.shared for block in param.blocks)]
+    if names:
+        raise QKGuardError(
+            f"{', '.join(names)}: rows feed keys and values alike, so they cannot be restored alone; set shared to "
+            '"keep" (leave them tuned) or "restore" (take them back with the values)'
+        )
+
+
 def unselected_norms(selection: Selection) -> list[ParamMap]:
     """The q/k norms of selected layers that are not selected themselves: they stay as tuned."""
     chosen = {param.name for _, maps in selection for param in maps}
-    norms = {p.name: p for spec, _ in selection for p in spec.params if p.kind == "norm" and p.name not in chosen}
+    norms: dict[str, ParamMap] = {}
+    for spec, _ in selection:
+        norms.update({param.name: param for param in spec.params if param.kind == "norm" and param.name not in chosen})
     return list(norms.values())
 
 
-def show_layers(numbers: Iterable[int | None], most: int | None = None) -> str:
-    """Layer numbers for people: [0, 1, 2, 3, 7] -> "0-3, 7"; at most `most` of these pieces, where it is given."""
-    known = [number for number in numbers if number is not None]
-    runs = join_ranges((number, number + 1) for number in known)
-    shown = ", ".join(str(lo) if hi - lo == 1 else f"{lo}-{hi - 1}" for lo, hi in runs[:most])
-    return shown if most is None or len(runs) <= most else f"{shown}, ... ({len(known)} layers)"
+def show_layers(layers: Iterable[int | None], most: int | None = None) -> str:
+    """Layer numbers for people: [0, 1, 2, 3, 7] -> "0-3, 7"; at most `most` of these ranges, where it is given."""
+    known = [layer for layer in layers if layer is not None]
+    ranges = join_ranges((layer, layer + 1) for layer in known)
+    shown = ", ".join(str(lo) if hi - lo == 1 else f"{lo}-{hi - 1}" for lo, hi in ranges[:most])
+    return shown if most is None or len(ranges) <= most else f"{shown}, ... ({len(known)} layers)"

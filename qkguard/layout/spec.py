@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ class Block:
         return "v" in self.role
 
 
-class RowRange(NamedTuple):
+class RoleSlice(NamedTuple):
     """Elements of one role in a flat shard: `shard[flat]` are `piece[compact]` of the shard's compact piece."""
 
     role: str
@@ -118,51 +118,55 @@ class ParamMap:
             offset += size
         return out
 
-    def row_ranges(self, start: int, stop: int) -> list[RowRange]:
+    def role_slices(self, start: int, stop: int) -> list[RoleSlice]:
         """The selected elements within `start:stop` of the flattened parameter, role by role.
 
         Taken in order, their compact positions are exactly `compact_offset(start):compact_offset(stop)`: a flat shard
         of the parameter holds one contiguous piece of the flattened compact tensor.
         """
+        if prod(self.shape[: self.dim]) > 1:
+            return self._role_positions(start, stop)
         inner = prod(self.shape[self.dim + 1 :])
         origin = self.compact_offset(start)
-        if prod(self.shape[: self.dim]) > 1:  # transposed Conv1D: the rows are columns, one short run per line
-            flat = torch.arange(start, stop)
-            row = flat // inner % self.shape[self.dim]
-            chosen = torch.zeros(len(flat), dtype=torch.bool)
-            inside = {}
-            for block in self.blocks:
-                inside[block] = (row >= block.start) & (row < block.stop)
-                chosen |= inside[block]
-            position = chosen.cumsum(0) - 1
-            by_role: dict[str, Tensor] = {}
-            for block, mask in inside.items():
-                by_role[block.role] = by_role.get(block.role, torch.zeros_like(mask)) | mask
-            return [
-                RowRange(role, mask.nonzero()[:, 0], position[mask]) for role, mask in by_role.items() if mask.any()
-            ]
-        joined: list[list[Any]] = []  # [role, flat start, flat stop, compact start, compact stop]
-        for block, lo, _ in self.compact_blocks():
-            a, b = max(block.start * inner, start), min(block.stop * inner, stop)
-            if a >= b:
+        found: list[tuple[str, int, int, int]] = []  # role, first and last flat position, what leads to compact ones
+        for block, first, _ in self.compact_blocks():
+            lo, hi = max(block.start * inner, start), min(block.stop * inner, stop)
+            if lo >= hi:
                 continue
-            shift = (lo - block.start) * inner - origin  # flat position -> position in this shard's compact piece
-            if joined and joined[-1][0] == block.role and joined[-1][2] == a - start:
-                joined[-1][2], joined[-1][4] = b - start, b + shift
-            else:
-                joined.append([block.role, a - start, b - start, a + shift, b + shift])
-        return [RowRange(role, slice(a, b), slice(c, d)) for role, a, b, c, d in joined]
+            if found and found[-1][0] == block.role and found[-1][2] == lo:  # heads that lie side by side
+                lo = found.pop()[1]
+            found.append((block.role, lo, hi, (first - block.start) * inner - origin))
+        return [
+            RoleSlice(role, slice(lo - start, hi - start), slice(lo + shift, hi + shift))
+            for role, lo, hi, shift in found
+        ]
+
+    def _role_positions(self, start: int, stop: int) -> list[RoleSlice]:
+        """`role_slices` of a transposed Conv1D, by positions: its rows are columns, one short run on every line."""
+        inner = prod(self.shape[self.dim + 1 :])
+        roles = list(dict.fromkeys(block.role for block in self.blocks))
+        role_at = torch.full((self.shape[self.dim],), -1)
+        for block in self.blocks:
+            role_at[block.start : block.stop] = roles.index(block.role)
+        role = role_at[torch.arange(start, stop) // inner % self.shape[self.dim]]
+        position = (role >= 0).cumsum(0) - 1
+        out = []
+        for number, name in enumerate(roles):
+            flat = (role == number).nonzero()[:, 0]
+            if len(flat):
+                out.append(RoleSlice(name, flat, position[flat]))
+        return out
 
     def flat_ranges(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """`row_ranges` without roles, as half-open runs relative to `start` in the order of the compact tensor."""
+        """`role_slices` without roles, as half-open ranges from `start` on, in the order of the compact tensor."""
         inner = prod(self.shape[self.dim + 1 :])
-        period = self.shape[self.dim] * inner
+        period = self.shape[self.dim] * inner  # one line of a transposed Conv1D, else the whole parameter
         out = []
-        for outer in range(start // period, -(-stop // period)):
+        for line in range(start // period, -(-stop // period)):
             for lo, hi in self.ranges:
-                a, b = max(outer * period + lo * inner, start), min(outer * period + hi * inner, stop)
-                if a < b:
-                    out.append((a - start, b - start))
+                first, last = max(line * period + lo * inner, start), min(line * period + hi * inner, stop)
+                if first < last:
+                    out.append((first - start, last - start))
         return out
 
     def take_flat(self, flat: Tensor, start: int) -> Tensor:
@@ -171,16 +175,17 @@ class ParamMap:
             return flat
         stop = start + flat.numel()
         piece = flat.new_empty(self.compact_offset(stop) - self.compact_offset(start))
-        for run in self.row_ranges(start, stop):
-            piece[run.compact] = flat[run.flat]
+        for part in self.role_slices(start, stop):
+            piece[part.compact] = flat[part.flat]
         return piece
 
     def compact_offset(self, position: int) -> int:
         """How many selected elements lie before flat element `position` of the full parameter."""
         inner = prod(self.shape[self.dim + 1 :])
-        outer, rest = divmod(position, self.shape[self.dim] * inner)
+        lines, rest = divmod(position, self.shape[self.dim] * inner)
         selected = sum(hi - lo for lo, hi in self.ranges) * inner
-        return outer * selected + sum(max(0, min(rest, hi * inner) - lo * inner) for lo, hi in self.ranges)
+        before = sum(max(0, min(rest, hi * inner) - lo * inner) for lo, hi in self.ranges)
+        return lines * selected + before
 
     def _check(self, full: Tensor) -> None:
         if tuple(full.shape) != self.shape:

@@ -38,6 +38,8 @@ import yaml
 from qkguard.errors import QKGuardError
 from qkguard.layout.spec import AttentionSpec, Block, ParamMap
 
+BY_HAND = "describe its layout by hand (spec=FILE.yaml, --spec FILE.yaml)"
+"""The way out that every refusal of a layout names."""
 VERSION = 1
 ROLES = ("q", "k", "qk", "qv", "kv", "qkv")
 REQUIRED = ("module", "kind", "num_heads", "num_kv_heads", "head_dim", "params")

@@ -1,8 +1,8 @@
 """Everything a forward pass does, as a graph of tensor operations: who made what, inside which module's call.
 
-The graph is taken below autograd, where every model speaks the same few dozen operations, and serves three questions:
-which softmax is attention (its input leads back to a product of two activations), which parameters lead to a tensor,
-and whether two calls of two modules are the same program.
+The graph is recorded below autograd (TorchDispatchMode), where every model speaks the same few dozen operations. It
+answers three questions: which softmax is attention (its input leads back to a product of two activations), which
+parameters lead to a tensor, and whether two calls of two modules are the same program.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+# A private module: torch (checked with 2.11 to 2.13) has no public way to watch operations below autograd.
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qkguard.layout.materialise import map_tensors
-from qkguard.layout.weightless import STAND_INS
+from qkguard.layout.weightless import STAND_INS, map_tensors
 
 SOFTMAX = frozenset({"_softmax", "_safe_softmax"})
 PRODUCT = frozenset({"bmm", "baddbmm", "mm", "addmm", "convolution", "_grouped_mm"})
-# What may lie between scores and their softmax, or between probabilities and their product with the values.
 BETWEEN = frozenset(
     {
         "view", "_unsafe_view", "reshape", "_reshape_alias", "as_strided", "expand", "permute", "transpose",
@@ -34,11 +34,12 @@ BETWEEN = frozenset(
         "select_scatter", "native_dropout", "lift_fresh",
     }
 )  # fmt: skip
+"""What may lie between scores and their softmax, or between probabilities and their product with the values."""
 
 
 @dataclass(eq=False)
 class Call:
-    """One call of one module. `start` is the number of operations before it."""
+    """One call of one module. Its operations are `start:end` of the trace."""
 
     module: nn.Module
     name: str
@@ -58,57 +59,66 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
-class Node:
-    """One operation: name, keys of the tensors it read and made, its other arguments, and the call it ran in."""
+class Operation:
+    """Its name, the numbers of the tensors it read and made, its other arguments, and the call it ran in."""
 
-    op: str
+    name: str
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     constants: tuple[Any, ...]
     call: Call | None
 
 
-class Trace(TorchDispatchMode):
-    """Records operations while active. Tensors get integer keys; writing in place makes a new key.
+def walk(start: Iterable[int], neighbours: Callable[[int], Iterable[int]]) -> Iterator[int]:
+    """Tensor numbers that `neighbours` leads to, nearest first, `start` included, each once."""
+    todo = deque(start)
+    seen = set(todo)
+    while todo:
+        number = todo.popleft()
+        yield number
+        for other in neighbours(number):
+            if other not in seen:
+                seen.add(other)
+                todo.append(other)
 
-    On meta, operations that ask for values run their stand-ins (`weightless`).
-    """
+
+class Trace(TorchDispatchMode):
+    """Records operations while active. Tensors are numbered; writing into one gives it a new number."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.nodes: list[Node] = []
-        self.tensors: list[Tensor] = []  # by key; keeps them alive, so that ids stay unique
-        self.calls: list[Call] = []
-        self.active: set[int] = set()  # keys that depend on the model's input
-        self.made_by: dict[int, int] = {}
-        self._keys: dict[int, int] = {}
-        self._shapes: dict[Any, Any] = {}
+        self.operations: list[Operation] = []
+        self.tensors: list[Tensor] = []  # by number; kept alive, so that no id is used twice
+        self.activations: set[int] = set()  # tensors that depend on the model's input
+        self.made_by: dict[int, int] = {}  # tensor -> index of the operation that made it
+        self._numbers: dict[int, int] = {}  # id of a tensor -> its latest number
+        self._calls: list[Call] = []  # in progress, outermost first
         self._model = model
-        self.parameters = {self.key(param): name for name, param in model.named_parameters()}
+        self.parameters = {self.number(param): name for name, param in model.named_parameters()}
 
-    def key(self, tensor: Tensor) -> int:
-        found = self._keys.get(id(tensor))
-        return self._new_key(tensor) if found is None else found
+    def number(self, tensor: Tensor) -> int:
+        found = self._numbers.get(id(tensor))
+        return self._new_number(tensor) if found is None else found
 
-    def _new_key(self, tensor: Tensor) -> int:
-        self._keys[id(tensor)] = len(self.tensors)
+    def _new_number(self, tensor: Tensor) -> int:
+        self._numbers[id(tensor)] = len(self.tensors)
         self.tensors.append(tensor)
         return len(self.tensors) - 1
 
-    def activate(self, inputs: Any) -> None:
-        """Count every tensor in a structure of lists, tuples and dicts as an input of the model."""
+    def add_inputs(self, inputs: Any) -> None:
+        """Every tensor in a structure of lists, tuples and dicts counts as an input of the model."""
         if isinstance(inputs, Tensor):
-            self.active.add(self.key(inputs))
+            self.activations.add(self.number(inputs))
         elif isinstance(inputs, dict):
-            self.activate(list(inputs.values()))
+            self.add_inputs(list(inputs.values()))
         elif isinstance(inputs, list | tuple):
             for item in inputs:
-                self.activate(item)
+                self.add_inputs(item)
 
     @property
     def call(self) -> Call | None:
-        """The call in progress."""
-        return self.calls[-1] if self.calls else None
+        """The innermost call in progress."""
+        return self._calls[-1] if self._calls else None
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[Trace]:
@@ -116,127 +126,112 @@ class Trace(TorchDispatchMode):
         handles = []
         try:
             for name, module in self._model.named_modules():
-                handles.append(module.register_forward_pre_hook(self._enter(name), with_kwargs=True))
+                enter = functools.partial(self._enter, name)
+                handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
                 handles.append(module.register_forward_hook(self._leave))
             with self:
                 yield self
         finally:
             for handle in handles:
                 handle.remove()
-            self.calls.clear()
+            self._calls.clear()
 
-    def _enter(self, name: str) -> Callable:
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            # A snapshot: caches and shared key-value stores are written to later on.
-            args, kwargs = map_tensors((args, kwargs), lambda tensor: tensor)
-            self.calls.append(Call(module, name, self.call, args, kwargs, len(self.nodes)))
-
-        return hook
+    def _enter(self, name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        # The containers are copied: caches and shared key-value stores are written to later on.
+        args, kwargs = map_tensors((args, kwargs), _itself)
+        self._calls.append(Call(module, name, self.call, args, kwargs, len(self.operations)))
 
     def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self.calls.pop().end = len(self.nodes)
+        self._calls.pop().end = len(self.operations)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        op = _name(func)
-        read: list[Tensor] = []
-        constants: list[Any] = []
-        _sort(args, read, constants)
-        _sort(tuple(kwargs.items()), read, constants)
-        inputs = tuple(self.key(tensor) for tensor in read)
-        if read and read[0].is_meta and op in STAND_INS:
-            out = STAND_INS[op](*args, **kwargs)
+        name = _name(func)
+        leaves = [*_leaves(args), *_leaves(tuple(kwargs.items()))]
+        read = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        inputs = tuple(map(self.number, read))  # before it runs: it may write into them
+        if read and read[0].is_meta and name in STAND_INS:
+            out = STAND_INS[name](*args, **kwargs)
         else:
-            out = self._run(func, read, constants, args, kwargs)
-        made: list[Tensor] = []
-        _sort(out if isinstance(out, list | tuple) else (out,), made, [])
-        self._record(op, inputs, made, tuple(constants))
+            out = func(*args, **kwargs)
+        made = [leaf for leaf in _leaves((out,)) if isinstance(leaf, Tensor)]
+        self._record(name, inputs, made, tuple(map(_constant, leaves)))
         if read and any(tensor is read[0] for tensor in made) and read[0]._is_view() and read[0]._base is not None:
-            base = read[0]._base  # a view was written to: so was what it looks into
-            self._record("write_view", (self.key(base), self.key(read[0])), [base], ())
+            base = read[0]._base  # a view was written into, and so was the tensor that it views
+            self._record("write_view", (self.number(base), self.number(read[0])), [base], ())
         return out
 
-    def _run(self, func: Any, read: list[Tensor], constants: list[Any], args: tuple, kwargs: dict) -> Any:
-        """The operation itself; on meta, where only shapes come out, from what the same shapes gave before."""
-        if not read or not _makes_new_tensor(func) or not all(tensor.is_meta for tensor in read):
-            return func(*args, **kwargs)
-        key = (func, *((t.dtype, t.shape, t.stride()) for t in read), *constants)
-        known = self._shapes.get(key)
-        if known is None:
-            out = func(*args, **kwargs)
-            self._shapes[key] = (out.shape, out.stride(), out.dtype)
-            return out
-        return torch.empty_strided(known[0], known[1], dtype=known[2], device="meta")
-
-    def _record(self, op: str, inputs: tuple[int, ...], made: list[Tensor], constants: tuple) -> None:
-        outputs = tuple(self._new_key(tensor) for tensor in made)
-        for key in outputs:
-            self.made_by[key] = len(self.nodes)
-        if any(key in self.active for key in inputs):
-            self.active.update(outputs)
-        self.nodes.append(Node(op, inputs, outputs, constants, self.call))
-
-    def reaching(self, key: int, start: int) -> set[str]:
-        """Names of the parameters that lead to a tensor through operations from number `start` on."""
-        found, todo, seen = set(), [key], {key}
-        while todo:
-            key = todo.pop()
-            if key in self.parameters:
-                found.add(self.parameters[key])
-            made_by = self.made_by.get(key, -1)
-            if made_by >= start:
-                fresh = [i for i in self.nodes[made_by].inputs if i not in seen]
-                seen.update(fresh)
-                todo.extend(fresh)
-        return found
-
-    def use(self, name: str) -> str:
-        """How a parameter meets the activations: "weight" (in a product), "bias" (added) or "norm" (scaling)."""
-        todo = [key for key, known in self.parameters.items() if known == name]
-        seen, uses = set(todo), set()
-        while todo:
-            key = todo.pop()
-            for node in self.readers.get(key, []):
-                if not any(i in self.active for i in node.inputs):  # parameters among themselves: views, 1 + gain
-                    todo += [o for o in node.outputs if o not in seen]
-                    seen.update(node.outputs)
-                elif node.op in PRODUCT:
-                    added = node.op in ("addmm", "baddbmm") and node.inputs[0] == key
-                    uses.add("bias" if added or (node.inputs[2:] == (key,) and node.op == "convolution") else "weight")
-                else:
-                    uses.add("bias" if node.op in ("add", "add_", "sub") else "norm")
-        return next((use for use in ("weight", "bias", "norm") if use in uses), "norm")
+    def _record(self, name: str, inputs: tuple[int, ...], made: list[Tensor], constants: tuple) -> None:
+        outputs = tuple(map(self._new_number, made))
+        self.made_by.update(dict.fromkeys(outputs, len(self.operations)))
+        if not self.activations.isdisjoint(inputs):
+            self.activations.update(outputs)
+        self.operations.append(Operation(name, inputs, outputs, constants, self.call))
 
     @functools.cached_property
-    def readers(self) -> dict[int, list[Node]]:
+    def readers(self) -> dict[int, list[Operation]]:
         """Operations by the tensors they read, in order; to be asked for once the recording is over."""
-        readers: dict[int, list[Node]] = {}
-        for node in self.nodes:
-            for key in dict.fromkeys(node.inputs):
-                readers.setdefault(key, []).append(node)
+        readers: dict[int, list[Operation]] = {}
+        for operation in self.operations:
+            for number in dict.fromkeys(operation.inputs):
+                readers.setdefault(number, []).append(operation)
         return readers
+
+    def maker(self, number: int) -> Operation | None:
+        """The operation that made a tensor; None for inputs, parameters and buffers."""
+        return self.operations[self.made_by[number]] if number in self.made_by else None
+
+    def reaching(self, number: int, start: int) -> set[str]:
+        """Names of the parameters that lead to a tensor through the operations from index `start` on."""
+
+        def inputs(number: int) -> tuple[int, ...]:
+            index = self.made_by.get(number, -1)
+            return self.operations[index].inputs if index >= start else ()
+
+        return {self.parameters[found] for found in walk([number], inputs) if found in self.parameters}
+
+    def kind(self, name: str) -> str:
+        """How a parameter meets the activations: "weight" (in a product), "bias" (added) or "norm" (scaling)."""
+        uses: set[str] = set()
+
+        def derived(number: int) -> Iterator[int]:
+            """What is made from a parameter and other parameters alone: views, 1 + gain."""
+            for operation in self.readers.get(number, []):
+                if self.activations.isdisjoint(operation.inputs):
+                    yield from operation.outputs
+                else:
+                    uses.add(_use(operation, number))
+
+        own = [number for number, known in self.parameters.items() if known == name]
+        deque(walk(own, derived), maxlen=0)
+        return next((use for use in ("weight", "bias", "norm") if use in uses), "norm")
 
     def program(self, call: Call) -> tuple:
         """Operations of a call in a form that is equal for calls that do the same thing."""
         prefix = f"{call.name}." if call.name else ""
-        numbers: dict[int, Any] = {}
+        forms: dict[int, Any] = {}
 
-        def number(key: int) -> Any:
-            if key not in numbers:
-                tensor = self.tensors[key]
-                name = self.parameters.get(key)
-                numbers[key] = (
-                    len(numbers),
-                    None if name is None else name.removeprefix(prefix),
-                    tuple(tensor.shape),
-                    str(tensor.dtype),
-                )
-            return numbers[key]
+        def form(number: int) -> Any:
+            """A tensor by the order in which the call meets it, its name in the module, its shape and dtype."""
+            if number not in forms:
+                tensor, name = self.tensors[number], self.parameters.get(number)
+                local = None if name is None else name.removeprefix(prefix)
+                forms[number] = len(forms), local, tuple(tensor.shape), str(tensor.dtype)
+            return forms[number]
 
         return tuple(
-            (node.op, tuple(map(number, node.inputs)), tuple(map(number, node.outputs)), node.constants)
-            for node in self.nodes[call.start : call.end]
+            (op.name, tuple(map(form, op.inputs)), tuple(map(form, op.outputs)), op.constants)
+            for op in self.operations[call.start : call.end]
         )
+
+
+def _use(operation: Operation, number: int) -> str:
+    """What an operation that reads activations does with another tensor that it reads."""
+    if operation.name not in PRODUCT:
+        return "bias" if operation.name in ("add", "add_", "sub") else "norm"
+    added_first = operation.name in ("addmm", "baddbmm") and operation.inputs[0] == number
+    convolution_bias = operation.name == "convolution" and operation.inputs[2:] == (number,)
+    return "bias" if added_first or convolution_bias else "weight"
 
 
 @functools.cache
@@ -244,27 +239,24 @@ def _name(func: Any) -> str:
     return func._schema.name.removeprefix("aten::")
 
 
-@functools.cache
-def _makes_new_tensor(func: Any) -> bool:
-    """Whether an operation returns one tensor that shares no memory with its arguments."""
-    returns = func._schema.returns
-    return (
-        len(returns) == 1
-        and str(returns[0].type) == "Tensor"
-        and not any(a.alias_info for a in func._schema.arguments)
-    )
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
-def _sort(values: Any, tensors: list[Tensor], constants: list[Any]) -> None:
-    """Tensors of a flat or once-nested argument list to the one side, hashable forms of the rest to the other."""
+def _leaves(values: Any) -> Iterator[Any]:
+    """The values of nested lists and tuples in order, each list's length before its own."""
     for value in values:
-        if isinstance(value, Tensor):
-            tensors.append(value)
-            constants.append("tensor")
-        elif isinstance(value, list | tuple):
-            constants.append(len(value))
-            _sort(value, tensors, constants)
-        elif isinstance(value, float) and value and math.isfinite(value):
-            constants.append("number")  # a scale changes no map
+        if isinstance(value, list | tuple):
+            yield len(value)
+            yield from _leaves(value)
         else:
-            constants.append(value)
+            yield value
+
+
+def _constant(leaf: Any) -> Any:
+    """An argument as programs are compared: without which tensor it is, and without scales, which change no map."""
+    if isinstance(leaf, Tensor):
+        return "tensor"
+    if isinstance(leaf, float) and leaf and math.isfinite(leaf):
+        return "number"
+    return leaf

@@ -10,7 +10,9 @@ from typing import Any
 
 from qkguard.checkpoint.weights import open_weights
 from qkguard.errors import QKGuardError
-from qkguard.layout import AttentionSpec, ParamMap, build, find_attention, geometry, verify_layout
+from qkguard.layout import AttentionSpec, ParamMap, find_attention, prove_layout
+from qkguard.layout.architecture import Architecture, build_meta, find_architecture, plain_torch
+from qkguard.layout.layers import layer_types
 from qkguard.layout.spec import join_ranges
 
 
@@ -22,7 +24,7 @@ def layout_report(
     Args:
         model: whatever `find_attention` takes: a folder, a hub id, the path of a config.json, a config, a live model.
         spec: a layout by hand.
-        verify: prove the layout by replay (`verify_layout`).
+        verify: prove the layout by replay (`prove_layout`).
         trust_remote_code: allow the model's own code to be imported.
 
     Returns:
@@ -34,21 +36,21 @@ def layout_report(
         QKGuardError: the layout cannot be established; the message says what was seen.
     """
     specs = find_attention(model, spec=spec, trust_remote_code=trust_remote_code)
-    source: build.Source | None = None
+    architecture: Architecture | None = None
     try:
-        source = build.resolve(model, trust_remote_code=trust_remote_code)
+        architecture = find_architecture(model, trust_remote_code=trust_remote_code)
     except QKGuardError:
         if spec is None:
             raise
-    types = geometry.layer_types(source.config) if source else None
+    types = layer_types(architecture.config) if architecture else None
     counts = Counter(types if types else [s.kind for s in specs])
-    total, itemsize, dtype = _size(model, source)
+    total, itemsize, dtype = _size(model, architecture)
     seen: set[str] = set()
     layers = [_layer(s, seen, itemsize) for s in specs]
     pure = sum(layer["query_key_parameters"] for layer in layers)
     return {
         "model": os.fspath(model) if isinstance(model, str | os.PathLike) else type(model).__name__,
-        "model_type": source.config.model_type if source else None,
+        "model_type": architecture.config.model_type if architecture else None,
         "layer_kinds": dict(counts),
         "softmax_layers": len({s.layer for s in specs}),
         "layers": layers,
@@ -64,7 +66,7 @@ def _verified(model: Any, specs: Sequence[AttentionSpec], trust_remote_code: boo
     return [
         {"layers": list(v.layers), "module": v.module, "ok": v.ok}
         | {"problems": list(v.problems), "partial": list(v.partial)}
-        for v in verify_layout(model, specs, trust_remote_code=trust_remote_code)
+        for v in prove_layout(model, specs, trust_remote_code=trust_remote_code)
     ]
 
 
@@ -110,7 +112,7 @@ def _rows(param: ParamMap, role: str) -> list[list[int]]:
     return [list(r) for r in join_ranges((b.start, b.stop) for b in param.blocks if b.role == role)]
 
 
-def _size(model: Any, source: build.Source | None) -> tuple[int | None, int, str]:
+def _size(model: Any, architecture: Architecture | None) -> tuple[int | None, int, str]:
     """(parameters of the model, bytes of a query/key element, dtype): from the files where there are some."""
     if isinstance(model, str | os.PathLike) and Path(model).is_dir():
         try:
@@ -128,18 +130,19 @@ def _size(model: Any, source: build.Source | None) -> tuple[int | None, int, str
             except QKGuardError:
                 pass  # quantised: the size below is that of the unquantised model
     total = None
-    if source is not None and source.model_class is not None:
-        with build.undisturbed():
-            total = sum(p.numel() for p in build.build_meta(source).parameters())
-    return total, *_dtype(source)
+    if architecture is not None and architecture.model_class is not None:
+        with plain_torch():
+            total = sum(p.numel() for p in build_meta(architecture).parameters())
+    return total, *_dtype(architecture)
 
 
-def _dtype(source: build.Source | None) -> tuple[int, str]:
+def _dtype(architecture: Architecture | None) -> tuple[int, str]:
     """Bytes of an element and name of the config's dtype; bfloat16 where it does not say."""
     import torch
 
     said = next(
-        (d for key in ("dtype", "torch_dtype") if source and (d := getattr(source.config, key, None))), "bfloat16"
+        (d for key in ("dtype", "torch_dtype") if architecture and (d := getattr(architecture.config, key, None))),
+        "bfloat16",
     )
     name = str(said).removeprefix("torch.")
     return getattr(torch, name, torch.bfloat16).itemsize, name

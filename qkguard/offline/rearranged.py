@@ -72,10 +72,10 @@ def selection_on_disk(
 
 def _load(folder: Path, like: Path, trust_remote_code: bool) -> Any:
     """A model in its file's dtype, through the class of the tuned one."""
-    from qkguard.layout import build
+    from qkguard.layout.architecture import find_architecture
 
-    source = build.resolve(like, trust_remote_code=trust_remote_code)
-    loader: Any = source.model_class
+    architecture = find_architecture(like, trust_remote_code=trust_remote_code)
+    loader: Any = architecture.model_class
     return loader.from_pretrained(folder, dtype="auto", trust_remote_code=trust_remote_code)
 
 

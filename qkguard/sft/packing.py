@@ -15,7 +15,7 @@ from typing import Any
 from packaging.version import Version
 
 from qkguard.errors import QKGuardError
-from qkguard.layout.geometry import OTHER_TYPES, layer_types
+from qkguard.layout.layers import OTHER_TYPES, layer_types
 
 CHECKED = {"transformers": "5.23", "trl": "1.16"}
 

@@ -10,9 +10,9 @@ import torch
 
 from qkguard.checkpoint.manifest import MANIFEST
 from qkguard.checkpoint.reference_file import TENSORS
-from qkguard.errors import QKGuardError
-from qkguard.layout import build
-from qkguard.layout.geometry import layer_types
+from qkguard.errors import QKGuardError, first_line
+from qkguard.layout.architecture import build_meta, find_architecture, plain_torch
+from qkguard.layout.layers import layer_types
 from qkguard.probe.lengths import default_lengths
 from qkguard.report.run import METRICS
 from qkguard.sft.arguments import Settings
@@ -53,11 +53,11 @@ def parameters(settings: Settings, found: Preflight) -> tuple[int | None, int | 
     Raises:
         QKGuardError: the adapter's target modules are not in the model.
     """
-    source = build.resolve(found.config, trust_remote_code=settings.trusts_remote_code)
-    if source.model_class is None:
+    architecture = find_architecture(found.config, trust_remote_code=settings.trusts_remote_code)
+    if architecture.model_class is None:
         return None, None
-    with build.undisturbed():
-        model: Any = build.build_meta(source)
+    with plain_torch():
+        model: Any = build_meta(architecture)
         total = sum(p.numel() for p in model.parameters())
         if not settings.model.use_peft:
             return total, total
@@ -69,7 +69,7 @@ def parameters(settings: Settings, found: Preflight) -> tuple[int | None, int | 
             with torch.device("meta"):
                 adapted = get_peft_model(model, adapter)
         except ValueError as error:
-            raise QKGuardError(f"the adapter does not fit {settings.model_name}: {build.first_line(error)}") from error
+            raise QKGuardError(f"the adapter does not fit {settings.model_name}: {first_line(error)}") from error
         return total, sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qkguard.errors import QKGuardError
+from qkguard.errors import QKGuardError, first_line
 from qkguard.layout import AttentionSpec, find_attention, select
-from qkguard.layout.build import first_line, load_config
+from qkguard.layout.architecture import load_config
 from qkguard.layout.selection import Selection
 from qkguard.probe.lengths import default_lengths
 from qkguard.probe.prober import Prober

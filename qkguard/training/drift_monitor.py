@@ -30,10 +30,10 @@ class DriftMonitor:
 
     def __init__(self, reference: Reference, selection: Selection) -> None:
         self.reference, self.selection = reference, selection
-        self._runs = {name: pmap.row_ranges(*reference.spans[name]) for name, pmap in reference.maps.items()}
+        self._slices = {name: pmap.role_slices(*reference.spans[name]) for name, pmap in reference.maps.items()}
         self._keys = [(n, role) for n, m in reference.maps.items() for role in sorted({b.role for b in m.blocks})]
         self._base = {
-            key: sum(square_sum(reference.slices[key[0]][r.compact]) for r in self._runs[key[0]] if r.role == key[1])
+            key: sum(square_sum(reference.slices[key[0]][r.compact]) for r in self._slices[key[0]] if r.role == key[1])
             for key in self._keys
         }
 
@@ -46,9 +46,9 @@ class DriftMonitor:
         for i, (name, role) in enumerate(self._keys):
             live = self.reference.live(params, name)
             local[i, 2] = self._base[name, role]
-            for run in self._runs[name]:
-                if run.role == role:
-                    parts.append((i, difference_sums(live[run.flat], self.reference.slices[name][run.compact])))
+            for part in self._slices[name]:
+                if part.role == role:
+                    parts.append((i, difference_sums(live[part.flat], self.reference.slices[name][part.compact])))
         for i, pair in parts:
             local[i, :2] += pair.cpu()
         table = collectives.all_reduce_sum(local).tolist()

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from qkguard.errors import QKGuardError, UnknownLayoutError
-from qkguard.layout import AttentionSpec, Block, ParamMap, disk_names, find_attention, verify_layout
+from qkguard.layout import AttentionSpec, Block, ParamMap, disk_names, find_attention, prove_layout
 from tests.support import zoo
 
 HEAD, QUERY_HEADS, KEY_HEADS, HIDDEN = 16, 4, 2, 64
@@ -130,7 +130,7 @@ def test_each_block_moves_its_own_head(model_type: str) -> None:
 def find(model_type: str, **overrides: Any) -> list[AttentionSpec]:
     config = zoo.tiny_config(model_type, **overrides)
     specs = find_attention(config)
-    assert all(verdict.ok for verdict in verify_layout(config, specs))
+    assert all(verdict.ok for verdict in prove_layout(config, specs))
     return specs
 
 
@@ -336,8 +336,8 @@ class TestWrappedModels:
 
 class TestVerify:
     def test_right(self) -> None:
-        verdicts = verify_layout(zoo.tiny_config("deepseek_v3"))
-        assert [(v.ok, v.layers) for v in verdicts] == [(True, (0, 1, 2, 3))]
+        verdicts = prove_layout(zoo.tiny_config("deepseek_v3"))
+        assert [(v.ok, v.layers) for v in verdicts] == [(True, [0, 1, 2, 3])]
         assert "keys and values alike" in verdicts[0].partial[0]
 
     @pytest.mark.parametrize(
@@ -354,14 +354,14 @@ class TestVerify:
         config = zoo.tiny_config(model_type)
         name = "kv_a_proj_with_mqa.weight" if model_type == "deepseek_v3" else "q_proj.weight"
         specs = [replaced(spec, name, blocks) for spec in find_attention(config)]
-        verdicts = verify_layout(config, specs)
+        verdicts = prove_layout(config, specs)
         assert any(says in problem for verdict in verdicts for problem in verdict.problems), verdicts
 
     def test_a_module_that_does_not_attend(self) -> None:
         config = zoo.tiny_config("qwen3_next")
         spec = replace(find_attention(config)[0], module="model.layers.0.linear_attn", layer=0)
         with pytest.raises(UnknownLayoutError, match=r"model\.layers\.0\.linear_attn .* does not attend"):
-            verify_layout(config, [spec])
+            prove_layout(config, [spec])
 
 
 def replaced(spec: AttentionSpec, name: str, blocks: list[Block]) -> AttentionSpec:

@@ -46,7 +46,7 @@ def test_flat_shards_hold_contiguous_compact_pieces(name, ranks):
         assert torch.equal(piece, compact[pmap.compact_offset(start) : pmap.compact_offset(stop)])
         shard = flat[start:stop]
         assert torch.equal(torch.cat([shard[:0], *(shard[a:b] for a, b in pmap.flat_ranges(start, stop))]), piece)
-        for run in pmap.row_ranges(start, stop):
+        for run in pmap.role_slices(start, stop):
             assert torch.equal(flat[start:stop][run.flat], piece[run.compact])
             by_role.setdefault(run.role, []).append(piece[run.compact])
         pieces.append(piece)

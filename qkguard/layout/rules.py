@@ -12,6 +12,7 @@ from typing import Any
 
 from qkguard.errors import UnknownLayoutError
 from qkguard.layout.spec import AttentionSpec, Block, ParamMap
+from qkguard.layout.spec_file import BY_HAND
 
 
 @dataclass(frozen=True)
@@ -50,26 +51,25 @@ RULES = {
 }
 
 
-def static_specs(config: Mapping[str, Any]) -> list[AttentionSpec]:
+def specs_by_rule(config: Mapping[str, Any]) -> list[AttentionSpec]:
     """The layout of a model whose `model_type` is in RULES, from the values of its config.json.
 
-    Raises UnknownLayoutError where the config lacks a size or lists a layer type that the rule does not know.
+    Raises:
+        UnknownLayoutError: the config lacks a size, or lists a layer type that the rule does not know.
     """
-    rule = RULES[config["model_type"]]
+    name, rule = config["model_type"], RULES[config["model_type"]]
     values = {**rule.defaults, **config}
-    sizes = ("hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
-    if missing := [name for name in sizes if name not in values]:
-        raise UnknownLayoutError(
-            f"the {config['model_type']} config has no {missing[0]}; save the model's config again"
-        )
-    types = values.get(rule.types) or ["attn"] * values["num_hidden_layers"]
+    for size in ("hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers"):
+        if size not in values:
+            raise UnknownLayoutError(f"the {name} config has no {size}; save the model's config again")
+    types, layers = values.get(rule.types), values["num_hidden_layers"]
+    if not types:
+        types = ["attn"] * layers
+    if len(types) != layers:
+        raise UnknownLayoutError(f"{name}: {rule.types} has {len(types)} entries for {layers} layers; {BY_HAND}")
     unknown = sorted({str(kind) for kind in types} - set(rule.softmax) - rule.other)
-    if unknown or len(types) != values["num_hidden_layers"]:
-        raise UnknownLayoutError(
-            f"{config['model_type']}: {rule.types} has {len(types)} entries for {values['num_hidden_layers']} layers"
-            + (f", among them {unknown[0]!r}, which no rule covers" if unknown else "")
-            + "; pass the layout by hand: spec=FILE.yaml"
-        )
+    if unknown:
+        raise UnknownLayoutError(f"{name}: {rule.types} has {unknown[0]!r}, which no rule covers; {BY_HAND}")
     return [_layer(rule, values, i, rule.softmax[kind]) for i, kind in enumerate(types) if kind in rule.softmax]
 
 

@@ -1,4 +1,7 @@
-"""From whatever the caller holds to a copy of its class on the meta device: no weights, no live model touched."""
+"""From whatever the caller holds to a model class and its config, and a copy of the class on the meta device.
+
+No weights are read and no live model is touched.
+"""
 
 from __future__ import annotations
 
@@ -8,33 +11,27 @@ import json
 import os
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.distributions import Distribution
 
-from qkguard.errors import QKGuardError, UnknownLayoutError
-from qkguard.layout.static import RULES
-
-BY_HAND = "describe its layout by hand (spec=FILE.yaml, --spec FILE.yaml)"
-# Wrappers that add a level to parameter names and change nothing: torch.compile, activation checkpointing, FSDP1.
-TRANSPARENT = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+from qkguard.errors import QKGuardError, UnknownLayoutError, first_line
+from qkguard.layout.rules import RULES
+from qkguard.layout.spec_file import BY_HAND
 
 
-@dataclass(frozen=True)
-class Source:
-    """What there is to look at: a model class with its config, and the live model where one was given.
+class Architecture(NamedTuple):
+    """A model class and its config.
 
-    No class stands for a model that is known by rule (`static`) and whose code is not imported.
+    The class is None for models that are known by rule (`rules`): their code is not imported.
     """
 
     model_class: type[nn.Module] | None
     config: Any
-    live: nn.Module | None = None
 
 
 class RuleConfig(SimpleNamespace):
@@ -44,30 +41,35 @@ class RuleConfig(SimpleNamespace):
         return self
 
 
-def resolve(model_or_config: Any, *, trust_remote_code: bool = False) -> Source:
-    """Model, config, folder, hub id or config.json path -> class, a private copy of its config, the live model if any.
+def find_architecture(model_or_config: Any, *, trust_remote_code: bool = False) -> Architecture:
+    """Model, config, folder, hub id or config.json path -> class and a private copy of its config.
 
-    Raises UnknownLayoutError where no model class is known for the config.
+    Raises:
+        QKGuardError: no such file, or not JSON.
+        UnknownLayoutError: no model class is known for the config.
     """
     if isinstance(model_or_config, nn.Module):
-        model: Any = unwrap(model_or_config)
+        model: Any = bare_model(model_or_config)
         config = getattr(model, "config", None)
         if config is None or not hasattr(type(model), "config_class"):
             raise UnknownLayoutError(
                 f"{type(model).__name__} is no transformers model (no config to build a second copy from); {BY_HAND}"
             )
         if config.model_type in RULES:
-            return Source(None, RuleConfig(**config.to_dict()), model_or_config)
-        return Source(type(model), copy.deepcopy(config), model_or_config)
+            return Architecture(None, RuleConfig(**config.to_dict()))
+        return Architecture(type(model), copy.deepcopy(config))
     config = load_config(model_or_config, trust_remote_code=trust_remote_code)
     if isinstance(config, RuleConfig):
-        return Source(None, config)
-    model_class = model_class_of(config, trust_remote_code=trust_remote_code)
-    return Source(model_class, copy.deepcopy(own_config(model_class, config)))
+        return Architecture(None, config)
+    model_class = _model_class(config, trust_remote_code)
+    return Architecture(model_class, copy.deepcopy(_own_config(model_class, config)))
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The transformers model inside DDP, torch.compile, a DeepSpeed engine or PEFT."""
+def bare_model(model: nn.Module) -> nn.Module:
+    """The transformers model inside DDP, torch.compile, a DeepSpeed engine and PEFT.
+
+    `distributed.sharding.unwrap` stops at PEFT, whose adapters are part of what is trained.
+    """
     inner: Any = model
     while True:
         if hasattr(inner, "_orig_mod"):
@@ -104,7 +106,12 @@ def load_config(source: Any, *, trust_remote_code: bool = False) -> Any:
             return RuleConfig(**values)
         return AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise UnknownLayoutError(_unknown_config(source, error)) from error
+        if "trust_remote_code" not in str(error):
+            raise UnknownLayoutError(f"no model config could be read from {source}: {first_line(error)}") from error
+        raise UnknownLayoutError(
+            f"{source} runs code of its own, which is not part of transformers; if you trust it, allow it with "
+            f"trust_remote_code (--trust-remote-code), else {BY_HAND}"
+        ) from error
 
 
 def _check_json(file: Path) -> None:
@@ -116,16 +123,7 @@ def _check_json(file: Path) -> None:
         raise QKGuardError(f"{file} is not valid JSON ({error}); save the model's config again") from None
 
 
-def _unknown_config(source: Any, error: Exception) -> str:
-    if "trust_remote_code" in str(error):
-        return (
-            f"{source} runs code of its own, which is not part of transformers; if you trust it, allow it with "
-            f"trust_remote_code (--trust-remote-code), else {BY_HAND}"
-        )
-    return f"no model config could be read from {source}: {first_line(error)}"
-
-
-def model_class_of(config: Any, *, trust_remote_code: bool = False) -> type[nn.Module]:
+def _model_class(config: Any, trust_remote_code: bool) -> type[nn.Module]:
     """The class a checkpoint with this config is trained as: what `architectures` names, else its causal LM."""
     import transformers
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -138,7 +136,7 @@ def model_class_of(config: Any, *, trust_remote_code: bool = False) -> type[nn.M
         named = getattr(transformers, name, None)
         if not isinstance(named, type) or not issubclass(named, transformers.PreTrainedModel):
             continue
-        if named.can_generate() and type(own_config(named, config)) is named.config_class:
+        if named.can_generate() and type(_own_config(named, config)) is named.config_class:
             return named
     for mapping in (auto.MODEL_FOR_CAUSAL_LM_MAPPING, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
         if type(config) in mapping:
@@ -149,26 +147,27 @@ def model_class_of(config: Any, *, trust_remote_code: bool = False) -> type[nn.M
     )
 
 
-def own_config(model_class: Any, config: Any) -> Any:
+def _own_config(model_class: Any, config: Any) -> Any:
     """The part of a composite config (the text of a vision-language model, say) that a class is built from."""
-    if not isinstance(config, model_class.config_class):
-        for name in getattr(config, "sub_configs", None) or {}:
-            if isinstance(part := getattr(config, name, None), model_class.config_class):
-                return part
-    return config
+    if isinstance(config, model_class.config_class):
+        return config
+    parts = [getattr(config, name, None) for name in getattr(config, "sub_configs", None) or {}]
+    return next((part for part in parts if isinstance(part, model_class.config_class)), config)
 
 
 @contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """A plain PyTorch inside (float32, on the CPU, gradients, no autocast), and everything as it was afterwards.
+def plain_torch() -> Iterator[None]:
+    """PyTorch as it starts (float32, CPU, gradients, no autocast) inside, and as the caller had it afterwards.
 
-    Random states (Python, CPU and CUDA), default dtype and device, grad and inference mode, autocast, log level.
+    Kept: random states (Python, CPU and CUDA), default dtype and device, grad and inference mode, autocast, the log
+    level of transformers.
     """
     from transformers.utils import logging
 
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     python_state, dtype, level = random.getstate(), torch.get_default_dtype(), logging.get_verbosity()
-    validates = Distribution._validate_args  # a check of values, which a weightless copy does not have
+    # Distributions check their values, which tensors on meta do not have. torch has a setter for this, but no getter.
+    validates = Distribution._validate_args
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices))
         stack.enter_context(torch.inference_mode(False))
@@ -187,58 +186,26 @@ def undisturbed() -> Iterator[None]:
             Distribution.set_default_validate_args(validates)
 
 
-def build_meta(source: Source) -> nn.Module:
-    """An eval-mode copy of the class on the meta device, built for eager attention. Call inside `undisturbed()`.
+def build_meta(architecture: Architecture) -> nn.Module:
+    """An eval-mode copy of the class on the meta device, built for eager attention. Call inside `plain_torch()`.
 
-    Raises UnknownLayoutError where the class cannot be built from its config here.
+    Raises:
+        UnknownLayoutError: the class cannot be built from its config here.
     """
-    if source.model_class is None:
-        raise UnknownLayoutError(f"the code of {source.config.model_type} is not part of transformers; {BY_HAND}")
-    config = copy.deepcopy(source.config)
+    model_class, config = architecture
+    if model_class is None:
+        raise UnknownLayoutError(f"the code of {config.model_type} is not part of transformers; {BY_HAND}")
+    config = copy.deepcopy(config)
+    # A config that exists takes both under private names only (transformers 5.17 to 5.23).
     config._attn_implementation = "eager"
-    config._experts_implementation = None  # a chosen "eager" loops over the experts hit
+    config._experts_implementation = None  # the grouped product; "eager" loops over the experts that were chosen
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         if part is not None:
             part.dtype = torch.float32  # read from a file it is a word, which some classes do not take
     try:
         with torch.device("meta"):
-            return source.model_class(config).eval()
+            return model_class(config).eval()
     except Exception as error:
         raise UnknownLayoutError(
-            f"{source.model_class.__name__} cannot be built from its config: {first_line(error)}"
+            f"{model_class.__name__} cannot be built from its config: {first_line(error)}"
         ) from error
-
-
-def bare_name(name: str) -> str:
-    """A parameter's name without what wrappers put in: torch.compile, DDP, checkpointing, FSDP1, PEFT."""
-    name = ".".join(part for part in name.split(".") if part not in TRANSPARENT and part != "base_layer")
-    return name.removeprefix("module.").removeprefix("base_model.model.")
-
-
-def live_names(model: nn.Module) -> dict[str, str]:
-    """Name as a bare copy of the class has it -> name in `model.named_parameters()`.
-
-    Strips what wrappers put in between: torch.compile, DDP, activation checkpointing, PEFT's `base_model.model.` and
-    `base_layer`. Under PEFT the base layers count, or the trained copies in `modules_to_save`.
-    """
-    by_id = {id(p): name for name, p in model.named_parameters()}
-    names = {}
-    for name, param in unwrap(model).named_parameters():
-        parts = name.split(".")
-        if "original_module" in parts:  # PEFT trains a copy of it
-            continue
-        if "modules_to_save" in parts:
-            at = parts.index("modules_to_save")
-            del parts[at : at + 2]
-        names[bare_name(".".join(parts))] = by_id.get(id(param), name)
-    return names
-
-
-def full_shape(param: torch.Tensor) -> tuple[int, ...]:
-    """The unsharded shape: ZeRO-3 keeps it in `ds_shape`, 4-bit packing in `quant_state`; a DTensor has it."""
-    return tuple(getattr(param, "ds_shape", getattr(getattr(param, "quant_state", None), "shape", param.shape)))
-
-
-def first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
