@@ -26,7 +26,7 @@ CONTROLS: dict[str, tuple[str, ...]] = {"q": ("q",), "k": ("k",), "v": ("v",), "
 
 
 @dataclass(frozen=True)
-class Point:
+class Candidate:
     """One model to measure.
 
     `kind` is "base", "raw", "method", "control" or "layer". `tensors` are the projections that change, of q, k, v, o;
@@ -46,7 +46,7 @@ class Point:
         return self.kind == "method"
 
 
-def method_points(methods: Sequence[str] | str | None = None) -> list[Point]:
+def method_candidates(methods: Sequence[str] | str | None = None) -> list[Candidate]:
     """The points of a grid.
 
     Args:
@@ -59,7 +59,7 @@ def method_points(methods: Sequence[str] | str | None = None) -> list[Point]:
     if methods is None:
         methods = GRID
     entries = methods.replace(",", " ").split() if isinstance(methods, str) else list(methods)
-    points: dict[str, Point] = {}
+    points: dict[str, Candidate] = {}
     for entry in entries:
         name, *settings = entry.split(":")
         get_method(name)
@@ -71,29 +71,29 @@ def method_points(methods: Sequence[str] | str | None = None) -> list[Point]:
     return list(points.values())
 
 
-def control_points(controls: Iterable[str] | str) -> list[Point]:
+def control_candidates(controls: Iterable[str] | str) -> list[Candidate]:
     """The controls asked for: some of q, k, v, o, vo, or "all"."""
     asked = controls.replace(",", " ").split() if isinstance(controls, str) else list(controls)
     if asked == ["all"]:
         asked = list(CONTROLS)
     if unknown := [name for name in asked if name not in CONTROLS]:
         raise QKGuardError(f"control {unknown[0]!r} is not known; expected some of {', '.join(CONTROLS)}, or all")
-    return [Point(f"{'+'.join(CONTROLS[name]).upper()} only", "control", CONTROLS[name]) for name in asked]
+    return [Candidate(f"{'+'.join(CONTROLS[name]).upper()} only", "control", CONTROLS[name]) for name in asked]
 
 
-def layer_points(layers: Iterable[int | None]) -> list[Point]:
+def layer_candidates(layers: Iterable[int | None]) -> list[Candidate]:
     """`restore` of one layer at a time."""
-    return [Point(f"layer {n}", "layer", ("q", "k"), layers=(n,)) for n in layers if n is not None]
+    return [Candidate(f"layer {n}", "layer", ("q", "k"), layers=(n,)) for n in layers if n is not None]
 
 
-def _point(method: str, options: dict[str, Any]) -> Point:
+def _point(method: str, options: dict[str, Any]) -> Candidate:
     projections = tuple(sorted(options.pop("projections", ("q", "k")), reverse=True))
     chosen = check_options(method, options, projections)
     said = [f"{key} {value:g}" for key, value in chosen.items() if key in ("ridge", "alpha")]
     said += ["aligned"] if chosen.get("align") else []
     said += ["" if len(projections) == 2 else f"{projections[0].upper()} only"]
     chosen = {key: value for key, value in chosen.items() if value is not None}
-    return Point(" ".join([method, *filter(None, said)]), "method", projections, method, chosen)
+    return Candidate(" ".join([method, *filter(None, said)]), "method", projections, method, chosen)
 
 
 def _combinations(entry: str, settings: Sequence[str]) -> list[dict[str, Any]]:

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qkguard.errors import QKGuardError
-from qkguard.probe.forward import LastLogits, input_device
-from qkguard.probe.prober import Progress
-from qkguard.probe.undisturbed import undisturbed
+from qkguard.probe.passes import LastLogits, input_device, undisturbed
 
-FORMS = 'rows with "prompt" and "completion" or "answer", "messages", or "text"'
+ROW_FORMATS = 'rows with "prompt" and "completion" or "answer", "messages", or "text"'
 
 
 @dataclass(frozen=True)
-class Row:
+class TaskRow:
     """One row as token ids: the loss is that of `ids[start:]`, the answer is `ids[answer[0]:answer[1]]`."""
 
     ids: tuple[int, ...]
@@ -47,30 +43,7 @@ class TaskResult:
         return None if self.exact is None else sum(self.exact) / len(self.exact)
 
 
-def read_rows(data: Any, limit: int | None = None) -> list[Mapping[str, Any]]:
-    """Rows of a JSON-lines file, or of any iterable of mappings (a `datasets.Dataset`), the first `limit` of them.
-
-    Raises:
-        QKGuardError: no such file, a line that is no JSON object, or no rows.
-    """
-    if not isinstance(data, str | Path):
-        rows = list(data)
-    else:
-        path = Path(data)
-        if not path.is_file():
-            raise QKGuardError(f"no such file: {path}; expected JSON lines, {FORMS}")
-        try:
-            text = path.read_text(encoding="utf-8")
-            whole = text.lstrip().startswith("[")
-            rows = json.loads(text) if whole else [json.loads(line) for line in text.splitlines() if line.strip()]
-        except ValueError as error:
-            raise QKGuardError(f"{path} is not JSON lines ({error}); expected {FORMS}") from None
-    if not rows or not all(isinstance(row, Mapping) for row in rows):
-        raise QKGuardError(f"{data if isinstance(data, str | Path) else 'data'} holds no rows; expected {FORMS}")
-    return rows[:limit]
-
-
-def encode_rows(tokenizer: Any, rows: Iterable[Mapping[str, Any]], max_length: int) -> tuple[list[Row], int]:
+def encode_rows(tokenizer: Any, rows: Iterable[Mapping[str, Any]], max_length: int) -> tuple[list[TaskRow], int]:
     """Token ids of the rows, as TRL's SFTTrainer makes them, and how many rows were left out as too long.
 
     "prompt" and "completion" (texts, or lists of messages) train on the completion and the end-of-text token;
@@ -79,7 +52,7 @@ def encode_rows(tokenizer: Any, rows: Iterable[Mapping[str, Any]], max_length: i
     have "input_ids" and "labels" (-100 where nothing is to be predicted).
 
     Raises:
-        QKGuardError: rows of another form, or all too long.
+        QKGuardError: rows of another format, or all too long.
     """
     found = [_encode(tokenizer, row, number) for number, row in enumerate(rows, 1)]
     kept = [row for row in found if len(row.ids) <= max_length]
@@ -91,7 +64,7 @@ def encode_rows(tokenizer: Any, rows: Iterable[Mapping[str, Any]], max_length: i
     return kept, len(found) - len(kept)
 
 
-def _encode(tokenizer: Any, row: Mapping[str, Any], number: int) -> Row:
+def _encode(tokenizer: Any, row: Mapping[str, Any], number: int) -> TaskRow:
     if "input_ids" in row and "labels" in row:
         begin = next((i for i, label in enumerate(row["labels"]) if label != -100 and i), None)
         if begin is None:
@@ -100,7 +73,7 @@ def _encode(tokenizer: Any, row: Mapping[str, Any], number: int) -> Row:
             raise QKGuardError(
                 f"row {number} is scored in several places; expected labels of -100 before one end alone"
             )
-        return Row(tuple(row["input_ids"]), begin, None)
+        return TaskRow(tuple(row["input_ids"]), begin, None)
     before, after, answer = _texts(tokenizer, row, number)
     prompt, special = [], True
     if before is not None:
@@ -115,7 +88,7 @@ def _encode(tokenizer: Any, row: Mapping[str, Any], number: int) -> Row:
         start += 1
     start = max(1, start)  # the first token has nothing before it that could predict it
     if start >= len(full):
-        raise QKGuardError(f"row {number} has nothing to score after its prompt; expected {FORMS}")
+        raise QKGuardError(f"row {number} has nothing to score after its prompt; expected {ROW_FORMATS}")
     span = None
     if answer is not None:
         at = len(before or "") + after.rfind(answer)
@@ -123,7 +96,7 @@ def _encode(tokenizer: Any, row: Mapping[str, Any], number: int) -> Row:
         if not answer.strip() or after.rfind(answer) < 0 or not inside:
             raise QKGuardError(f"row {number}: its answer {answer!r} is not in its completion")
         span = (inside[0], inside[-1] + 1)
-    return Row(tuple(full), start, span)
+    return TaskRow(tuple(full), start, span)
 
 
 def _texts(tokenizer: Any, row: Mapping[str, Any], number: int) -> tuple[str | None, str, str | None]:
@@ -151,7 +124,7 @@ def _texts(tokenizer: Any, row: Mapping[str, Any], number: int) -> tuple[str | N
     if isinstance(row.get("text"), str):
         text = row["text"]
         return None, text if text.endswith(end) else text + end, answer
-    raise QKGuardError(f"row {number} has the keys {', '.join(row) or 'none'}; expected {FORMS}")
+    raise QKGuardError(f"row {number} has the keys {', '.join(row) or 'none'}; expected {ROW_FORMATS}")
 
 
 def _ids(tokenizer: Any, text: str, special: bool) -> list[int]:
@@ -166,9 +139,7 @@ def _ids_with_offsets(tokenizer: Any, text: str, special: bool) -> tuple[list[in
     return list(out["input_ids"]), [tuple(pair) for pair in out["offset_mapping"]]
 
 
-def score_rows(
-    model: nn.Module, rows: Sequence[Row], batch_tokens: int = 16384, progress: Progress | None = None
-) -> TaskResult:
+def score_rows(model: nn.Module, rows: Sequence[TaskRow], batch_tokens: int = 16384) -> TaskResult:
     """Loss and answers of all rows, in batches of up to `batch_tokens` tokens, padding included.
 
     Rows are padded at their ends, which a causal model's earlier positions do not see. The model is left as it was.
@@ -183,7 +154,7 @@ def score_rows(
     nll, exact = [0.0] * len(rows), [False] * len(rows)
     forward, device = LastLogits(model, None), input_device(model)
     with undisturbed(model):
-        for done, batch in enumerate(batches, 1):
+        for batch in batches:
             chosen = [rows[i] for i in batch]
             width = max(len(row.ids) for row in chosen)
             ids = torch.zeros(len(batch), width, dtype=torch.long)
@@ -193,13 +164,11 @@ def score_rows(
             logits = forward(ids.to(device), width - first)
             for i, row, line in zip(batch, chosen, logits, strict=True):
                 nll[i], exact[i] = _score(row, line, first)
-            if progress is not None:
-                progress(done, len(batches))
     answered = rows[0].answer is not None
     return TaskResult(tuple(nll), tuple(len(row.ids) - row.start for row in rows), tuple(exact) if answered else None)
 
 
-def _score(row: Row, logits: Tensor, first: int) -> tuple[float, bool]:
+def _score(row: TaskRow, logits: Tensor, first: int) -> tuple[float, bool]:
     """Summed negative log-likelihood of a row's scored tokens, and whether all of its answer's were first choices."""
     target = torch.tensor(row.ids[row.start :], device=logits.device)
     said = logits[row.start - 1 - first : len(row.ids) - 1 - first].float()

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from qkguard.errors import QKGuardError, first_line
 from qkguard.layout.spec import AttentionSpec, Block, ParamMap, true_ranges
 from qkguard.probe.attention import AttentionRecorder
-from qkguard.probe.forward import input_device
-from qkguard.probe.undisturbed import undisturbed
+from qkguard.probe.passes import input_device, undisturbed
 
 TOKENS = 8
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from qkguard.choice.candidates import Point
+from qkguard.choice.candidates import Candidate
 from qkguard.choice.task import TaskResult
 from qkguard.probe.results import ProbeResult, wilson
 
@@ -29,7 +29,7 @@ class Interval:
 
 
 @dataclass
-class Measured:
+class Measurement:
     """What came of one point.
 
     `recall` and `quality` (accuracy, or minus the loss in nats per token) with intervals; `gain` and `change` are
@@ -37,7 +37,7 @@ class Measured:
     weights, whose numbers these are.
     """
 
-    point: Point
+    candidate: Candidate
     probe: ProbeResult
     task: TaskResult | None
     layers: list[dict[str, Any]] = field(default_factory=list)
@@ -50,14 +50,14 @@ class Measured:
 
     @property
     def name(self) -> str:
-        return self.point.name
+        return self.candidate.name
 
 
-def compare(points: Sequence[Measured], seed: int) -> None:
+def compare(points: Sequence[Measurement], seed: int) -> None:
     """Fill in intervals, differences from raw, and which points no other one beats; the same draws for all."""
-    raw = next(p for p in points if p.point.kind == "raw")
+    raw = next(p for p in points if p.candidate.kind == "raw")
     random = np.random.default_rng(seed)
-    draws = random.integers(len(raw.probe.cells), size=(RESAMPLES, len(raw.probe.cells)))
+    draws = random.integers(len(raw.probe.sample_keys), size=(RESAMPLES, len(raw.probe.sample_keys)))
     rows = random.integers(len(raw.task.nll), size=(RESAMPLES, len(raw.task.nll))) if raw.task else None
     for point in points:
         hits, theirs = (np.array(p.probe.correct, dtype=float) for p in (point, raw))
@@ -70,8 +70,8 @@ def compare(points: Sequence[Measured], seed: int) -> None:
             point.quality = _interval(value, mine)
             point.change = _interval(value - quality_of(raw.task), mine - other)
     for point in points:
-        point.pareto = point.point.kind in ("raw", "method") and not any(
-            _beats(other, point) for other in points if other.point.kind in ("raw", "method")
+        point.pareto = point.candidate.kind in ("raw", "method") and not any(
+            _beats(other, point) for other in points if other.candidate.kind in ("raw", "method")
         )
 
 
@@ -80,19 +80,19 @@ def quality_of(task: TaskResult) -> float:
     return -task.loss if task.accuracy is None else task.accuracy
 
 
-def recommend(points: Sequence[Measured], tolerance: float) -> Measured:
-    """The point that `rule` describes."""
-    raw = next(p for p in points if p.point.kind == "raw")
-    allowed = [p for p in points if p.point.recommendable and p.gain.low > 0 and within(p, tolerance)]
+def recommend(points: Sequence[Measurement], tolerance: float) -> Measurement:
+    """The candidate that `describe_rule` describes."""
+    raw = next(p for p in points if p.candidate.kind == "raw")
+    allowed = [p for p in points if p.candidate.recommendable and p.gain.low > 0 and within(p, tolerance)]
     return max(allowed, key=lambda p: (p.recall.value, p.change.value if p.change else 0.0), default=raw)
 
 
-def within(point: Measured, tolerance: float) -> bool:
+def within(point: Measurement, tolerance: float) -> bool:
     """Whether a point's task quality is at most `tolerance` below raw's; True where no task was measured."""
     return point.change is None or point.change.value >= -tolerance
 
 
-def rule(tolerance: float, metric: str | None) -> str:
+def describe_rule(tolerance: float, metric: str | None) -> str:
     """How `recommend` chooses, as a sentence."""
     kept = {
         None: "",
@@ -105,11 +105,11 @@ def rule(tolerance: float, metric: str | None) -> str:
     )
 
 
-def words(points: Sequence[Measured], chosen: Measured, tolerance: float) -> list[str]:
+def explain(points: Sequence[Measurement], chosen: Measurement, tolerance: float) -> list[str]:
     """What the numbers say, in sentences, also where they speak against restoring."""
-    raw = next(p for p in points if p.point.kind == "raw")
-    base = next((p for p in points if p.point.kind == "base"), None)
-    methods = [p for p in points if p.point.recommendable]
+    raw = next(p for p in points if p.candidate.kind == "raw")
+    base = next((p for p in points if p.candidate.kind == "base"), None)
+    methods = [p for p in points if p.candidate.recommendable]
     out = []
     lost = None
     if base is not None:
@@ -121,13 +121,13 @@ def words(points: Sequence[Measured], chosen: Measured, tolerance: float) -> lis
                 f"SFT cost no recall beyond noise on these samples ({base.recall.value:.3f} before, "
                 f"{raw.recall.value:.3f} after): there is nothing for a restore to bring back."
             )
-    whole = next((p for p in methods if p.point.method == "restore" and len(p.point.tensors) == 2), None)
+    whole = next((p for p in methods if p.candidate.method == "restore" and len(p.candidate.tensors) == 2), None)
     if whole is not None:
         out.append(_whole(whole, base, raw, lost))
     elif methods:
         best = max(methods, key=lambda p: p.recall.value)
         out.append(f"The highest recall is {best.recall.value:.3f}, with {best.name} ({raw.recall.value:.3f} raw).")
-    carried = [p for p in points if p.point.kind == "control" and set(p.point.tensors) & {"v", "o"}]
+    carried = [p for p in points if p.candidate.kind == "control" and set(p.candidate.tensors) & {"v", "o"}]
     if carried and methods:
         most = max(carried, key=lambda p: p.recall.value)
         best = max(methods, key=lambda p: p.recall.value)
@@ -142,7 +142,7 @@ def words(points: Sequence[Measured], chosen: Measured, tolerance: float) -> lis
     return out
 
 
-def _whole(whole: Measured, base: Measured | None, raw: Measured, lost: Interval | None) -> str:
+def _whole(whole: Measurement, base: Measurement | None, raw: Measurement, lost: Interval | None) -> str:
     numbers = f"{raw.recall.value:.3f} to {whole.recall.value:.3f}"
     price = ""
     if whole.change is not None and whole.task is not None:
@@ -162,7 +162,7 @@ def _whole(whole: Measured, base: Measured | None, raw: Measured, lost: Interval
     return f"Restoring queries and keys whole does not raise recall beyond noise ({numbers}{price})."
 
 
-def _choice(chosen: Measured, raw: Measured, methods: Sequence[Measured], tolerance: float) -> str:
+def _choice(chosen: Measurement, raw: Measurement, methods: Sequence[Measurement], tolerance: float) -> str:
     if chosen is not raw:
         return f"Recommended: {chosen.name}."
     if any(p.gain.low > 0 for p in methods):
@@ -173,15 +173,15 @@ def _choice(chosen: Measured, raw: Measured, methods: Sequence[Measured], tolera
     return "Recommended: raw. No point has more recall than the tuned checkpoint beyond noise."
 
 
-def rank_layers(points: Sequence[Measured]) -> list[dict[str, Any]]:
+def rank_layers(points: Sequence[Measurement]) -> list[dict[str, Any]]:
     """Layers restored alone, by recall gained per task point lost; those that cost nothing first, by their gain."""
     out: list[dict[str, Any]] = []
     for point in points:
-        if point.point.kind == "layer" and point.point.layers:
+        if point.candidate.kind == "layer" and point.candidate.layers:
             lost = None if point.change is None else max(0.0, -point.change.value)
             free = lost is None or lost < FREE
             ratio = None if free or point.gain.value <= 0 else point.gain.value / (lost or FREE)
-            row = {"layer": point.point.layers[0], "gain": point.gain.value, "lost": lost, "ratio": ratio}
+            row = {"layer": point.candidate.layers[0], "gain": point.gain.value, "lost": lost, "ratio": ratio}
             out.append(row | {"gain_low": point.gain.low, "gain_high": point.gain.high})
 
     def order(row: dict[str, Any]) -> tuple[int, float]:
@@ -192,7 +192,7 @@ def rank_layers(points: Sequence[Measured]) -> list[dict[str, Any]]:
     return sorted(out, key=order)
 
 
-def _beats(other: Measured, point: Measured) -> bool:
+def _beats(other: Measurement, point: Measurement) -> bool:
     """At least as good on both axes and better on one."""
     mine = (point.recall.value, point.quality.value if point.quality else 0.0)
     theirs = (other.recall.value, other.quality.value if other.quality else 0.0)

@@ -56,7 +56,9 @@ def probe(
         opt.check_file(file)
     from transformers.utils.logging import disable_progress_bar
 
-    from qkguard.offline.probe import ProbeSettings, answer_file, heatmap_png, html_page, probe_models, to_json
+    from qkguard.offline.models import LoadOptions
+    from qkguard.offline.probe import answer_file, heatmap_png, html_page, probe_models, to_json
+    from qkguard.probe import ProbeSettings
 
     disable_progress_bar()  # transformers draws its own also where stderr is no terminal
     settings = ProbeSettings(
@@ -70,17 +72,13 @@ def probe(
         attention=attention,
         batch_tokens=batch_tokens,
         chunk=chunk,
-        generate=generate,
-        new_tokens=new_tokens,
-        dtype=dtype,
-        device=device,
-        trust_remote_code=trust_remote_code,
     )
+    load = LoadOptions(dtype, device, trust_remote_code)
     if prompts is not None:
-        answers = answer_file(models, prompts, settings, _bar)
+        answers = answer_file(models, prompts, settings.mode, load, new_tokens=new_tokens, bar=_bar)
         _show_answers(answers, as_json)
         return
-    reports = probe_models(models, settings, _bar)
+    reports = probe_models(models, settings, load, new_tokens=new_tokens if generate else None, bar=_bar)
     if png is not None:
         png.write_bytes(heatmap_png(reports))
     if html is not None:

@@ -119,7 +119,7 @@ def sweep(
         bar=lambda label: progress_bar(label, total_is_bytes=False),
         **selected,
     )
-    written = write is not None and report.recommended.point.recommendable
+    written = write is not None and report.recommended.candidate.recommendable
     _write_files(report, files)
     if as_json:
         print_json(report.to_json() | {"written": str(write) if written else None})

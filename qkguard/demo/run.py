@@ -96,17 +96,19 @@ def run_demo(
     from qkguard.demo import show
     from qkguard.demo.scores import Scores, measure
     from qkguard.demo.training import fine_tune
-    from qkguard.probe import Prober
+    from qkguard.probe import Prober, ProbeSettings
     from qkguard.report.run import read_metrics
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     prober = Prober(
         tokenizer,
-        lengths=settings.lengths,
-        depths=settings.depths,
-        samples=settings.samples,
-        tasks=settings.tasks,
-        seed=settings.seed,
+        ProbeSettings(
+            lengths=settings.lengths,
+            depths=settings.depths,
+            samples=settings.samples,
+            tasks=settings.tasks,
+            seed=settings.seed,
+        ),
     )
     # Other problems than those of the training text, which has a seed of its own
     chains = list(islice(problems(seed=settings.seed, lengths=settings.problem_lengths), settings.problems))
@@ -122,7 +124,7 @@ def run_demo(
         began = time.monotonic()
         loaded = _load(folders[name])
         if name == "before":
-            prober.find_forms(loaded)
+            prober.find_formats(loaded)
         with watch(f"probing {show.NAMES[name]}") as progress:
             scores[name] = measure(loaded, tokenizer, prober, chains, progress)
         seconds[name] = time.monotonic() - began

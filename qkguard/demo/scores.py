@@ -13,7 +13,7 @@ from torch import nn
 
 from qkguard.demo.arithmetic import Chain
 from qkguard.probe import Prober, ProbeResult
-from qkguard.probe.prober import Progress
+from qkguard.probe.settings import Progress
 
 
 @dataclass(frozen=True)

@@ -1,53 +1,32 @@
-"""RecallMonitor finished checkpoints, side by side: what `qkguard probe` does."""
+"""Finished checkpoints probed side by side: what `qkguard probe` does."""
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from qkguard.checkpoint.weights import resolve_folder
-from qkguard.errors import QKGuardError
-from qkguard.probe.forward import check_chunks, input_device
+from qkguard.offline.models import (
+    LoadOptions,
+    OpenBar,
+    choose_chunk,
+    free_memory,
+    load_model,
+    load_tokenizer,
+    no_bar,
+    run_within_memory,
+)
 from qkguard.probe.generation import NEW_TOKENS, answer_prompts, generated, read_prompts
-from qkguard.probe.lengths import check_lengths
-from qkguard.probe.prober import TASKS, Prober, Progress
-from qkguard.probe.prompt import Encoder, make_frame
+from qkguard.probe.prober import Prober
+from qkguard.probe.prompt import Encoder, make_template
 from qkguard.probe.results import ProbeResult
-from qkguard.probe.undisturbed import undisturbed
+from qkguard.probe.settings import ProbeSettings, check_lengths
 from qkguard.report import page
 from qkguard.report.heatmaps import attention_heatmap, recall_heatmap, short_length
-
-CHUNK_ABOVE = 32768  # tokens: longer contexts are read in chunks of this size, where the model's cache allows it
-
-Bar = Callable[[str], AbstractContextManager[Progress]]
-
-
-@dataclass(frozen=True)
-class ProbeSettings:
-    """What to probe with, and how to load and run the models."""
-
-    lengths: Sequence[int] = (512, 1024, 2048, 4096)
-    depths: int | Sequence[float] = 5
-    samples: int = 2
-    tasks: Sequence[str] = TASKS
-    haystack: Any = None
-    seed: int = 0
-    mode: str = "auto"
-    attention: bool = True
-    batch_tokens: int = 16384
-    chunk: int | None = None
-    generate: bool = False
-    new_tokens: int = NEW_TOKENS
-    dtype: str = "auto"
-    device: str = "auto"
-    trust_remote_code: bool = False
 
 
 @dataclass
@@ -59,46 +38,50 @@ class ModelReport:
     warnings: list[str] = field(default_factory=list)
 
 
-def probe_models(models: Sequence[str], settings: ProbeSettings, bar: Bar | None = None) -> list[ModelReport]:
-    """Probe models one after the other on the same samples; the first sets the form in which answers are expected.
+def probe_models(
+    models: Sequence[str],
+    settings: ProbeSettings,
+    load: LoadOptions | None = None,
+    *,
+    new_tokens: int | None = None,
+    bar: OpenBar = no_bar,
+) -> list[ModelReport]:
+    """Probe models one after the other on the same samples; the first sets the format in which answers are expected.
 
     Args:
         models: folders or hub ids. A folder without a tokenizer is probed with the first model's.
-        settings: what to ask and how to run it.
-        bar: called with a label, gives a context with a progress function.
+        settings: what to ask and how to run it; contexts are read in chunks only where the model's cache allows it.
+        load: how the models are loaded.
+        new_tokens: also let the models generate so many tokens, and compare with RULER's metric (slower).
+        bar: opens a progress bar with a label.
 
     Raises:
         QKGuardError: a model that cannot be loaded or probed, bad settings.
     """
+    load = load or LoadOptions()
     reports: list[ModelReport] = []
     first: Prober | None = None
     fallback: Any = None
     for path in models:
         folder = resolve_folder(path)
-        tokenizer = load_tokenizer(folder, settings, fallback)
+        tokenizer = load_tokenizer(folder, load, fallback)
         fallback = fallback or tokenizer
-        prober = _prober(tokenizer, settings)
-        model = load_model(folder, settings)
+        prober = Prober(tokenizer, replace(settings, chunk=None))
+        model = load_model(folder, load)
         warnings = check_lengths(model, settings.lengths)
         name = _name(path, [r.name for r in reports])
-        with bar(name) if bar else nullcontext(lambda done, total: None) as progress:
+        with bar(name) as progress:
             if first is None:
-                prober.find_forms(model)
+                prober.find_formats(model)
             else:
-                prober.maker.forms, prober.forms_seen = dict(first.maker.forms), dict(first.forms_seen)
-            warnings += choose_chunk(model, prober, settings)
+                prober.adopt_formats(first)
+            warnings += choose_chunk(model, prober, settings.chunk)
             result = run_within_memory(model, prober, progress)
-            if settings.generate:
-                with bar(f"{name}, generating") if bar else nullcontext(lambda done, total: None) as generating:
-                    told = generated(model, prober, result, new_tokens=settings.new_tokens, progress=generating)
-                result = replace(result, generated=told)
+        if new_tokens is not None:
+            with bar(f"{name}, generating") as progress:
+                result = replace(result, generated=generated(model, prober, result, new_tokens, progress))
         first = first or prober
-        if settings.attention and result.attention is None:
-            warnings.append("no attention mass: its attention does not go through transformers' AttentionInterface")
-        if result.not_finite:
-            warnings.append(f"the output was NaN or infinite on {result.not_finite} samples, counted as wrong")
-        if reports and result.settings["digest"] != reports[0].result.settings["digest"]:
-            warnings.append("its tokenizer or template differs, so its samples are not those of the first model")
+        warnings += _warnings(settings, result, reports[0].result if reports else result)
         result = replace(result, settings=result.settings | {"model": str(path)})
         reports.append(ModelReport(name, result, [f"{name}: {text}" for text in warnings]))
         del model
@@ -106,98 +89,40 @@ def probe_models(models: Sequence[str], settings: ProbeSettings, bar: Bar | None
     return reports
 
 
-def answer_file(models: Sequence[str], path: Path, settings: ProbeSettings, bar: Bar | None = None) -> dict[str, Any]:
+def _warnings(settings: ProbeSettings, result: ProbeResult, first: ProbeResult) -> list[str]:
+    warnings = []
+    if settings.attention and result.attention is None:
+        warnings.append("no attention mass: its attention does not go through transformers' AttentionInterface")
+    if result.not_finite:
+        warnings.append(f"the output was NaN or infinite on {result.not_finite} samples, counted as wrong")
+    if result.settings["digest"] != first.settings["digest"]:
+        warnings.append("its tokenizer or template differs, so its samples are not those of the first model")
+    return warnings
+
+
+def answer_file(
+    models: Sequence[str],
+    path: Path,
+    mode: str = "auto",
+    load: LoadOptions | None = None,
+    *,
+    new_tokens: int = NEW_TOKENS,
+    bar: OpenBar = no_bar,
+) -> dict[str, Any]:
     """RULER's metric of models on prompts from a file (`generation.read_prompts`): {model: rows}."""
+    load = load or LoadOptions()
     prompts = read_prompts(path)
-    out: dict[str, Any] = {}
+    answers: dict[str, Any] = {}
     fallback: Any = None
     for name in models:
         folder = resolve_folder(name)
-        tokenizer = load_tokenizer(folder, settings, fallback)
+        tokenizer = load_tokenizer(folder, load, fallback)
         fallback = fallback or tokenizer
-        encoder = Encoder(tokenizer, make_frame(tokenizer, settings.mode))
-        with bar(name) if bar else nullcontext(lambda done, total: None) as progress:
-            model = load_model(folder, settings)
-            out[name] = answer_prompts(model, encoder, prompts, new_tokens=settings.new_tokens, progress=progress)
-    return out
-
-
-def load_tokenizer(path: Path, settings: ProbeSettings, fallback: Any) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=settings.trust_remote_code)
-    except (OSError, ValueError) as error:
-        if fallback is not None:
-            return fallback
-        raise QKGuardError(f"{path}: no tokenizer could be loaded: {_line(error)}") from error
-
-
-def load_model(path: Path, settings: ProbeSettings) -> nn.Module:
-    """The checkpoint in evaluation mode on the device asked for; "auto" spreads it over all accelerators.
-
-    An adapter comes on top of the base model that it names.
-    """
-    from peft import PeftConfig, PeftModel
-    from transformers import AutoModelForCausalLM
-
-    if settings.dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise QKGuardError(f"dtype {settings.dtype!r}; expected auto, float32, bfloat16 or float16")
-    spread = settings.device == "auto" and torch.accelerator.is_available()
-    adapted = (path / "adapter_config.json").is_file()
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            PeftConfig.from_pretrained(str(path)).base_model_name_or_path if adapted else path,
-            dtype=settings.dtype,
-            device_map="auto" if spread else None,
-            trust_remote_code=settings.trust_remote_code,
-        )
-        if adapted:  # transformers loads adapters too, but leaves DoRA's magnitudes at their starting values
-            model = PeftModel.from_pretrained(model, path)
-        if settings.device != "auto":
-            nn.Module.to(model, settings.device)
-        return model.eval()
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
-        raise QKGuardError(f"{path}: the model could not be loaded: {_line(error)}") from error
-
-
-def choose_chunk(model: nn.Module, prober: Prober, settings: ProbeSettings) -> list[str]:
-    """Let long contexts be read in chunks, if the model's cache gives the same answers that way."""
-    chunk = settings.chunk if settings.chunk is not None else CHUNK_ABOVE
-    if chunk <= 0 or max(settings.lengths) <= chunk:
-        return []
-    shortest = [c for c in prober.cells if c.length == prober.cells[0].length]
-    error = 0.0
-    with undisturbed(model):
-        for cell in shortest[:: -(-len(shortest) // 6)]:
-            sample = prober.maker.make(cell)
-            ids = sample.ids[None].long().to(input_device(model))
-            error = max(error, check_chunks(model, ids, max(16, cell.length // 3), sample.answer_size + 1))
-    exact = next(model.parameters()).dtype == torch.float32
-    if error > (0.05 if exact else 0.3):  # rounding alone moves half-precision outputs somewhat
-        return [f"the model's cache does not allow reading in chunks (outputs differ by {error:.2f}); reading whole"]
-    prober.chunk = chunk
-    return []
-
-
-def run_within_memory(model: nn.Module, prober: Prober, progress: Progress) -> ProbeResult:
-    """Run a probe; where the accelerator's memory ends, again with smaller batches.
-
-    Raises:
-        QKGuardError: one sample at a time is too much.
-    """
-    while True:
-        try:
-            return prober.run(model, progress=progress)
-        except torch.OutOfMemoryError as error:
-            longest = max(c.length for c in prober.cells)
-            if prober.batch_tokens <= longest:
-                raise QKGuardError(
-                    f"out of memory with one context of up to {longest} tokens; give shorter --lengths, --chunk 4096, "
-                    "or --dtype bfloat16"
-                ) from error
-            prober.batch_tokens = max(longest, prober.batch_tokens // 2)
-        free_memory()
+        encoder = Encoder(tokenizer, make_template(tokenizer, mode))
+        with bar(name) as progress:
+            model: nn.Module = load_model(folder, load)
+            answers[name] = answer_prompts(model, encoder, prompts, new_tokens, progress)
+    return answers
 
 
 def to_json(reports: Sequence[ModelReport]) -> dict[str, Any]:
@@ -250,28 +175,6 @@ def html_page(reports: Sequence[ModelReport]) -> str:
     )
 
 
-def _prober(tokenizer: Any, settings: ProbeSettings) -> Prober:
-    return Prober(
-        tokenizer,
-        lengths=settings.lengths,
-        depths=settings.depths,
-        samples=settings.samples,
-        tasks=settings.tasks,
-        haystack=settings.haystack,
-        seed=settings.seed,
-        mode=settings.mode,
-        attention=settings.attention,
-        batch_tokens=settings.batch_tokens,
-    )
-
-
-def free_memory() -> None:
-    """Give back what models let go of, on the accelerator too."""
-    gc.collect()
-    if torch.accelerator.is_available():
-        torch.accelerator.empty_cache()
-
-
 def _name(path: str, taken: Sequence[str]) -> str:
     """The last parts of a path, as few as tell the models apart."""
     parts = Path(path).parts
@@ -284,7 +187,3 @@ def _name(path: str, taken: Sequence[str]) -> str:
 
 def _percent(recall: float, interval: tuple[float, float]) -> str:
     return f"{recall:.1%} ({interval[0]:.0%} to {interval[1]:.0%})"
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -15,31 +15,35 @@ from torch import nn
 
 from qkguard.checkpoint.patched_folder import check_target
 from qkguard.checkpoint.restored import fallbacks
-from qkguard.choice.candidates import Point, control_points, layer_points, method_points
-from qkguard.choice.heldout import find_rows
-from qkguard.choice.task import FORMS, Row, TaskResult, encode_rows, read_rows, score_rows
-from qkguard.choice.verdict import Measured, compare, rank_layers, recommend, rule, within, words
+from qkguard.choice.candidates import Candidate, control_candidates, layer_candidates, method_candidates
+from qkguard.choice.task import ROW_FORMATS, TaskResult, TaskRow, encode_rows, score_rows
+from qkguard.choice.verdict import Measurement, compare, describe_rule, explain, rank_layers, recommend, within
 from qkguard.errors import QKGuardError, current_names
 from qkguard.layout.rows import RowOptions, RowSelection
-from qkguard.offline.pair import find_pair, open_folders, read_config
-from qkguard.offline.probe import (
-    ProbeSettings,
+from qkguard.offline.models import (
+    LoadOptions,
+    OpenBar,
     choose_chunk,
     free_memory,
     load_model,
     load_tokenizer,
+    no_bar,
     run_within_memory,
 )
+from qkguard.offline.pair import Folders, find_pair, open_folders, read_config
 from qkguard.offline.restore import restore_checkpoint
-from qkguard.offline.sweep_swap import Change, Swapper
-from qkguard.probe.lengths import check_lengths, default_lengths
-from qkguard.probe.prober import TASKS, Prober, Progress
+from qkguard.offline.sweep_swap import CandidateRows, CandidateSwap
+from qkguard.offline.task_rows import find_rows, read_rows
+from qkguard.probe.prober import Prober
 from qkguard.probe.results import ProbeResult
+from qkguard.probe.settings import DEFAULT_TASKS, ProbeSettings, check_lengths, default_lengths
 from qkguard.restore import check_device
 
-Bar = Callable[[str], AbstractContextManager[Progress]]
-TASK_TOKENS = 4096  # in one forward pass that scores task rows: their logits are the memory
+TASK_TOKENS = 4096  # in one forward pass that scores task rows: their logits take the memory
 FLOATS = ("float32", "bfloat16", "float16")
+Measure = Callable[[nn.Module, str], tuple[ProbeResult, TaskResult | None]]
+"""Recall and task quality of a model as it is now; the second argument labels the progress bar."""
+
 VERSION = 1
 
 
@@ -49,8 +53,8 @@ class SweepReport:
 
     base: str
     tuned: str
-    points: list[Measured]
-    recommended: Measured
+    points: list[Measurement]
+    recommended: Measurement
     settings: dict[str, Any]
     tolerance: float
     warnings: list[str] = field(default_factory=list)
@@ -64,11 +68,11 @@ class SweepReport:
 
     @property
     def rule(self) -> str:
-        return rule(self.tolerance, self.metric)
+        return describe_rule(self.tolerance, self.metric)
 
     @property
     def words(self) -> list[str]:
-        return words(self.points, self.recommended, self.tolerance)
+        return explain(self.points, self.recommended, self.tolerance)
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts."""
@@ -93,18 +97,18 @@ class SweepReport:
         points = [{k: v for k, v in self._point(p).items() if k in keys} for p in self.points]
         return {"recommended": self.recommended.name, "rule": self.rule, "words": self.words, "points": points}
 
-    def _point(self, point: Measured) -> dict[str, Any]:
+    def _point(self, point: Measurement) -> dict[str, Any]:
         task = None
         if point.task is not None and point.quality is not None and point.change is not None:
             task = {"loss": point.task.loss, "accuracy": point.task.accuracy, "quality": point.quality.to_json()}
             task |= {"change": point.change.to_json(), "within_tolerance": within(point, self.tolerance)}
         return {
             "name": point.name,
-            "kind": point.point.kind,
-            "method": point.point.method if point.point.tensors else None,
-            "options": dict(point.point.options),
-            "tensors": list(point.point.tensors),
-            "layers": None if point.point.layers is None else list(point.point.layers),
+            "kind": point.candidate.kind,
+            "method": point.candidate.method if point.candidate.tensors else None,
+            "options": dict(point.candidate.options),
+            "tensors": list(point.candidate.tensors),
+            "layers": None if point.candidate.layers is None else list(point.candidate.layers),
             "recall": point.recall.to_json(),
             "gain": point.gain.to_json(),
             "recall_by_length": {str(n): g.recall for (n,), g in point.probe.by("length").items()},
@@ -130,7 +134,7 @@ def sweep(
     lengths: Sequence[int] | None = None,
     depths: int | Sequence[float] = 5,
     samples: int = 2,
-    tasks: Sequence[str] = TASKS,
+    tasks: Sequence[str] = DEFAULT_TASKS,
     haystack: Any = None,
     mode: str = "auto",
     seed: int = 0,
@@ -142,7 +146,7 @@ def sweep(
     batch_tokens: int = 16384,
     chunk: int | None = None,
     trust_remote_code: bool = False,
-    bar: Bar | None = None,
+    bar: OpenBar = no_bar,
     **selected: Unpack[RowOptions],
 ) -> SweepReport:
     """Measure which restore keeps recall and skill on a run: raw, base and a grid of methods and strengths.
@@ -155,19 +159,19 @@ def sweep(
         data: rows held out from SFT, for task quality: a JSON-lines file or an iterable of mappings with "prompt" and
             "completion" or "answer", "messages", or "text" (`task.encode_rows`). "none" measures recall alone. By
             default those that the guarded run around `tuned` kept of its evaluation set.
-        methods: the grid (`points.method_points`); default restore, keys only, and qk-pro and interpolate at a few
+        methods: the grid (`points.method_candidates`); default restore, keys only, and qk-pro and interpolate at a few
             strengths.
         controls: some of "q", "k", "v", "o", "vo", or "all": single projections taken back, to see what the cause is.
         each_layer: also restore one layer at a time.
         tolerance: how much task quality a recommended point may lose: a share of accuracy, or nats per token of loss.
         write: write the recommended checkpoint there (`restore_checkpoint`), unless it is raw.
         overwrite: replace an earlier restored folder at `write`.
-        lengths, depths, samples, tasks, haystack, mode, seed: of the probe (`Prober`); lengths default to what fits
-            the model of 512, 1024 and 2048 tokens. `seed` also draws the bootstrap.
+        lengths, depths, samples, tasks, haystack, mode, seed, batch_tokens: of the probe (`ProbeSettings`); lengths
+            default to what fits the model of 512, 1024 and 2048 tokens. `seed` also draws the bootstrap.
         rows, max_length: at most so many rows, of at most so many tokens.
         spec: a layout by hand (`restore_checkpoint`).
-        dtype, device, batch_tokens, chunk: how the models run (`ProbeSettings`).
-        trust_remote_code: allow the checkpoints' own model code to be imported.
+        dtype, device, trust_remote_code: how the models are loaded (`LoadOptions`).
+        chunk: read longer contexts in pieces of this many tokens, where the model's cache allows it (0 for never).
         bar: called with a label, gives a context with a progress function.
         selected: which rows are restored, as the fields of `RowSelection` but `projections`, which the points choose.
 
@@ -175,144 +179,141 @@ def sweep(
         QKGuardError: bad settings, data or checkpoints, found before anything is measured where that is possible.
     """
     began = time.perf_counter()
-    if data is None:
-        data = find_rows(Path(tuned))
-    if data is None:
-        raise QKGuardError(
-            "no data to measure task quality on: the tuned checkpoint lies in no guarded run that kept rows of its "
-            f"evaluation set; give rows held out from SFT (--data FILE.jsonl: {FORMS}), or measure recall alone "
-            "(--data none)"
-        )
     if not tolerance >= 0:
-        raise QKGuardError(f"tolerance={tolerance!r} is not known; expected a number from 0")
+        raise QKGuardError(f"Invalid tolerance={tolerance!r}: expected a number >= 0.")
     given: dict[str, Any] = current_names(selected)
     each_layer = given.pop("per_layer", each_layer)  # under its old name
     if "projections" in given:
-        raise QKGuardError("Projections are chosen point by point in a sweep: methods=restore:projections=k")
-    chosen = RowSelection.of(given)
-    grid = [*method_points(methods), *control_points(controls)]
-    found = None if isinstance(data, str) and data == "none" else read_rows(data, rows)
-    folders = open_folders(base, tuned)
-    base_folder, tuned_folder = folders.base.folder, folders.tuned.folder
-    find_pair(
-        folders, rows=chosen, spec=spec, trust_remote_code=trust_remote_code
-    )  # refuses before hours of measuring
-    if write is not None:
-        check_target([base_folder, tuned_folder], Path(write), overwrite)
+        raise QKGuardError("A sweep chooses projections candidate by candidate: methods=restore:projections=k.")
+    selection = RowSelection.of(given)
+    grid = [*method_candidates(methods), *control_candidates(controls)]
+    task_rows = _task_rows(data, Path(tuned), rows)
+    load = LoadOptions(dtype, device, trust_remote_code)
     settings = ProbeSettings(
-        lengths=lengths or (), dtype=dtype, device=device, chunk=chunk, trust_remote_code=trust_remote_code
+        lengths or (), depths, samples, tasks, haystack, seed, mode, attention=False, batch_tokens=batch_tokens
     )
-    tokenizer = load_tokenizer(tuned_folder, settings, _tokenizer_or_none(base_folder, settings))
-    encoded, dropped = encode_rows(tokenizer, found, max_length) if found is not None else (None, 0)
-    warnings = list(folders.warnings)
-    if dropped:
-        warnings.append(f"{dropped} rows are longer than {max_length} tokens and were left out")
 
-    # in the dtype of the tuned files, as SFT had it: rounding is no difference to measure
-    config = read_config(tuned_folder)
-    stored = config.get("dtype") or config.get("torch_dtype") if dtype == "auto" else None
-    model = load_model(base_folder, replace(settings, dtype=stored if stored in FLOATS else dtype))
+    folders = open_folders(base, tuned)
+    find_pair(
+        folders, rows=selection, spec=spec, trust_remote_code=trust_remote_code
+    )  # refuses what cannot be written
+    if write is not None:
+        check_target([folders.base.folder, folders.tuned.folder], Path(write), overwrite)
+    tokenizer = _tokenizer(folders, load)
+    encoded, warnings = None, list(folders.warnings)
+    if task_rows is not None:
+        encoded, dropped = encode_rows(tokenizer, task_rows, max_length)
+        if dropped:
+            warnings.append(f"{dropped} rows are longer than {max_length} tokens and were left out")
+
+    model = load_model(folders.base.folder, replace(load, dtype=_stored_dtype(folders.tuned.folder, dtype)))
     settings = replace(settings, lengths=tuple(lengths or default_lengths(model)))
     warnings += check_lengths(model, settings.lengths)
-    prober = Prober(
-        tokenizer,
-        lengths=settings.lengths,
-        depths=depths,
-        samples=samples,
-        tasks=tasks,
-        haystack=haystack,
-        seed=seed,
-        mode=mode,
-        attention=False,
-        batch_tokens=batch_tokens,
-    )
-    measure = Measure(prober, encoded, bar)
-    prober.find_forms(model)
-    warnings += choose_chunk(model, prober, settings)
-    measured = [Measured(Point("base", "base"), *measure(model, "base"))]
+    prober = Prober(tokenizer, settings)
+    prober.find_formats(model)
+    warnings += choose_chunk(model, prober, chunk)
+    measure = partial(_measure, prober, encoded, bar)
+    measured = [Measurement(Candidate("base", "base"), *measure(model, "base"))]
     del model
     free_memory()
-    model = load_model(tuned_folder, settings)
-    swapper = Swapper(
-        model,
-        folders,
-        spec=spec,
-        device=check_device("cuda") if torch.cuda.is_available() and device != "cpu" else "cpu",
-        rows=chosen,
-    )
-    wanted = [Point("raw", "raw"), *grid, *(layer_points(swapper.layers) if each_layer else ())]
-    measured += measure_points(model, swapper, measure, wanted)
+
+    model = load_model(folders.tuned.folder, load)
+    arithmetic = check_device("cuda") if torch.cuda.is_available() and device != "cpu" else "cpu"
+    swap = CandidateSwap(model, folders, rows=selection, spec=spec, device=arithmetic)
+    wanted = [Candidate("raw", "raw"), *grid, *(layer_candidates(swap.layers) if each_layer else ())]
+    measured += measure_candidates(model, swap, measure, wanted)
+    del model, swap
+    free_memory()
+
     compare(measured, seed)
-    report = SweepReport(
-        os.fspath(base),
-        os.fspath(tuned),
-        measured,
-        recommend(measured, tolerance),
-        prober.settings() | {"rows": len(encoded or ()), "tolerance": tolerance, "dtype": dtype},
-        tolerance,
-        warnings,
-    )
-    for point in measured:
-        if point.point.kind == "method":
-            report.warnings += fallbacks(point.name, point.layers)
-    if any(point.probe.not_finite for point in measured):
-        report.warnings.append("some points gave NaN or infinite outputs; these samples count as wrong")
-    if write is not None and report.recommended.point.recommendable:
-        del model, swapper
-        free_memory()
-        _write(report, write, overwrite=overwrite, rows=chosen, spec=spec, trust_remote_code=trust_remote_code)
+    asked = prober.record() | {"rows": len(encoded or ()), "tolerance": tolerance, "dtype": dtype}
+    best = recommend(measured, tolerance)
+    warnings += _warnings(measured)
+    report = SweepReport(os.fspath(base), os.fspath(tuned), measured, best, asked, tolerance, warnings)
+    if write is not None and best.candidate.recommendable:
+        _write(report, write, overwrite=overwrite, rows=selection, spec=spec, trust_remote_code=trust_remote_code)
     report.seconds = time.perf_counter() - began
     return report
 
 
-class Measure:
-    """Recall and task quality of whatever the model holds at the moment.
-
-    Args:
-        prober: with its answer forms found.
-        rows: task rows; None measures recall alone.
-    """
-
-    def __init__(self, prober: Prober, rows: Sequence[Row] | None, bar: Bar | None = None) -> None:
-        self.prober, self.rows, self.bar = prober, rows, bar
-
-    def __call__(self, model: nn.Module, name: str) -> tuple[ProbeResult, TaskResult | None]:
-        with self.bar(name) if self.bar else nullcontext(lambda done, total: None) as progress:
-            probe = run_within_memory(model, self.prober, progress)
-            return probe, None if self.rows is None else score_rows(model, self.rows, TASK_TOKENS)
-
-
-def measure_points(model: nn.Module, swapper: Swapper, measure: Measure, points: Sequence[Point]) -> list[Measured]:
-    """Every point in turn; those with the same weights are measured once. The model is afterwards as it was."""
-    out: list[Measured] = []
-    known: dict[str, Measured] = {}
-    for number, point in enumerate(points, 1):
-        change = swapper.change(point) if point.tensors else Change()
-        if (same := known.get(change.digest)) is not None:
-            out.append(Measured(point, same.probe, same.task, change.layers, same.name))
+def measure_candidates(
+    model: nn.Module, swap: CandidateSwap, measure: Measure, candidates: Sequence[Candidate]
+) -> list[Measurement]:
+    """Every candidate in turn; those with the same weights are measured once. The model is afterwards as it was."""
+    measured: list[Measurement] = []
+    known: dict[str, Measurement] = {}
+    for number, candidate in enumerate(candidates, 1):
+        rows = swap.prepare(candidate) if candidate.tensors else CandidateRows()
+        same = known.get(rows.digest)
+        if same is not None:
+            measured.append(Measurement(candidate, same.probe, same.task, rows.layers, same.name))
             continue
-        with swapper.swapped(change):
-            result = measure(model, f"{number}/{len(points)} {point.name}")
-        out.append(known.setdefault(change.digest, Measured(point, *result, change.layers)))
-    return out
+        with swap.swapped(rows):
+            found = measure(model, f"{number}/{len(candidates)} {candidate.name}")
+        known[rows.digest] = Measurement(candidate, *found, rows.layers)
+        measured.append(known[rows.digest])
+    return measured
 
 
-def _write(report: SweepReport, out: str | os.PathLike[str], *, rows: RowSelection, **settings: Any) -> None:
-    point = report.recommended.point
+def _measure(
+    prober: Prober, rows: Sequence[TaskRow] | None, bar: OpenBar, model: nn.Module, label: str
+) -> tuple[ProbeResult, TaskResult | None]:
+    """Recall, and task quality where there are rows, of whatever the model holds at the moment."""
+    with bar(label) as progress:
+        recall = run_within_memory(model, prober, progress)
+        return recall, None if rows is None else score_rows(model, rows, TASK_TOKENS)
+
+
+def _task_rows(data: Any, tuned: Path, limit: int) -> list[Any] | None:
+    """Rows to measure task quality on; None where recall alone is asked for."""
+    if isinstance(data, str) and data == "none":
+        return None
+    if data is None:
+        data = find_rows(tuned)
+    if data is None:
+        raise QKGuardError(
+            "There is no data to measure task quality on: the tuned checkpoint lies in no guarded run that kept rows "
+            f"of its evaluation set. Give rows held out from SFT (--data FILE.jsonl: {ROW_FORMATS}), or measure "
+            "recall alone (--data none)."
+        )
+    return read_rows(data, limit)
+
+
+def _tokenizer(folders: Folders, load: LoadOptions) -> Any:
+    """The tuned checkpoint's, else the base's."""
+    try:
+        return load_tokenizer(folders.tuned.folder, load)
+    except QKGuardError as error:
+        try:
+            return load_tokenizer(folders.base.folder, load)
+        except QKGuardError:
+            raise error from None
+
+
+def _stored_dtype(tuned: Path, dtype: str) -> str:
+    """The base is loaded in the dtype of the tuned files, as SFT had it: rounding is no difference to measure."""
+    config = read_config(tuned)
+    stored = config.get("dtype") or config.get("torch_dtype") if dtype == "auto" else None
+    return stored if stored in FLOATS else dtype
+
+
+def _warnings(measured: Sequence[Measurement]) -> list[str]:
+    methods = [m for m in measured if m.candidate.kind == "method"]
+    warnings = [text for m in methods for text in fallbacks(m.name, m.layers)]
+    if any(m.probe.not_finite for m in measured):
+        warnings.append("some points gave NaN or infinite outputs; these samples count as wrong")
+    return warnings
+
+
+def _write(report: SweepReport, out: str | os.PathLike[str], *, rows: RowSelection, **options: Any) -> None:
+    candidate = report.recommended.candidate
     restore_checkpoint(
         report.base,
         report.tuned,
         out,
-        method=point.method,
+        method=candidate.method,
         extra={"sweep": report.summary()},
-        **dict(point.options),
-        **settings,
-        **(rows.to_json() | {"projections": point.tensors}),
+        **dict(candidate.options),
+        **options,
+        **(rows.to_json() | {"projections": candidate.tensors}),
     )
-
-
-def _tokenizer_or_none(folder: Path, settings: ProbeSettings) -> Any:
-    try:
-        return load_tokenizer(folder, settings, None)
-    except QKGuardError:
-        return None

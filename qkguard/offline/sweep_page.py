@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from qkguard.choice.verdict import Measured, quality_of, rank_layers
+from qkguard.choice.verdict import Measurement, quality_of, rank_layers
 from qkguard.offline.sweep import SweepReport
 from qkguard.report import page
 from qkguard.report.heatmaps import short_length
@@ -16,14 +16,14 @@ _MARKS = {"base": ("#7f8c8d", "s"), "raw": ("#c0392b", "s"), "method": ("#2471a3
 NAMES = {"base": "before SFT", "raw": "after SFT (raw)"}
 
 
-def shown(points: Sequence[Measured]) -> list[Measured]:
+def shown(points: Sequence[Measurement]) -> list[Measurement]:
     """The points of the trade-off, without single layers and repetitions."""
-    return [p for p in points if p.point.kind != "layer" and p.same_as is None]
+    return [p for p in points if p.candidate.kind != "layer" and p.same_as is None]
 
 
 def columns(report: SweepReport) -> tuple[list[str], list[list[str]]]:
     """The table: names, recall with interval, its difference from raw, recall by length, task quality, marks."""
-    lengths = sorted({c.length for c in report.points[0].probe.cells})
+    lengths = sorted({c.length for c in report.points[0].probe.sample_keys})
     head = ["", "recall", "95%", "vs raw", *(short_length(n) for n in lengths)]
     metric = report.metric
     head += [metric, "95%", "vs raw"] if metric else []
@@ -65,14 +65,14 @@ def picture(report: SweepReport) -> Figure:
 def _tradeoff(axis: Any, report: SweepReport) -> None:
     points, loss = shown(report.points), report.metric == "loss"
     sign = -1 if loss else 1
-    left, right = _limits([sign * p.quality.value for p in points if p.quality and p.point.kind != "base"])
+    left, right = _limits([sign * p.quality.value for p in points if p.quality and p.candidate.kind != "base"])
     axis.set_xlim(left, right)
     places: list[tuple[float, float, str]] = []
     for number, point in enumerate(points, 1):
         assert point.quality is not None
         x, y = sign * point.quality.value, point.recall.value
         low, high = sorted((sign * point.quality.low, sign * point.quality.high))
-        color, marker = _MARKS[point.point.kind]
+        color, marker = _MARKS[point.candidate.kind]
         label = f"{number}  {NAMES.get(point.name, point.name)}"
         if not left <= x <= right:  # the base, far from everything else: at the edge, with its number
             label += f" (at {x:.3f}, {'left' if x < left else 'right'} of the picture)"
@@ -85,7 +85,7 @@ def _tradeoff(axis: Any, report: SweepReport) -> None:
             axis.plot(x, y, marker="*", ms=22, mfc="none", mec="#1e8449", mew=1.8)
     front = sorted((sign * p.quality.value, p.recall.value) for p in points if p.pareto and p.quality)
     axis.plot(*zip(*front, strict=True), "-", color="#2471a3", lw=1, alpha=0.4, zorder=0)
-    raw = next(p for p in points if p.point.kind == "raw")
+    raw = next(p for p in points if p.candidate.kind == "raw")
     assert raw.quality is not None
     limit = sign * (raw.quality.value - report.tolerance)
     axis.axvline(limit, color="#c0392b", lw=0.8, ls=":", label=f"tolerance {report.tolerance:g}")
@@ -126,7 +126,7 @@ def _recall_alone(axis: Any, report: SweepReport) -> None:
         [max(0.0, p.recall.value - p.recall.low) for p in points],
         [max(0.0, p.recall.high - p.recall.value) for p in points],
     ]
-    colors = [_MARKS[p.point.kind][0] for p in points]
+    colors = [_MARKS[p.candidate.kind][0] for p in points]
     axis.barh(range(len(points)), values, xerr=spread, color=colors, alpha=0.85)
     axis.set_yticks(range(len(points)), [NAMES.get(p.name, p.name) for p in points])
     axis.set(xlabel="needle recall (95% interval); task quality was not measured")

@@ -1,4 +1,4 @@
-"""Restored tensors in one loaded model: put in for a point, taken out again to the bit."""
+"""Restored tensors in one loaded model: put in for a candidate, taken out again to the bit."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from torch import Tensor, nn
 
 from qkguard.checkpoint.safetensors_io import sha256_of
 from qkguard.checkpoint.sources import FolderSource
-from qkguard.choice.candidates import Point
+from qkguard.choice.candidates import Candidate
 from qkguard.choice.value_output import find_value_output
 from qkguard.distributed.reference import same_bits
 from qkguard.errors import QKGuardError
 from qkguard.layout import disk_names, find_attention
 from qkguard.layout.rows import RowSelection
 from qkguard.layout.selection import select, unselected_norms
-from qkguard.layout.spec import AttentionSpec, ParamMap
+from qkguard.layout.spec import ParamMap
 from qkguard.offline.pair import Folders, tensor_names
 from qkguard.restore import get_method, restore_layer
 
 
 @dataclass
-class Change:
-    """What a point puts into the model: new compact rows by parameter, and per layer what the method did."""
+class CandidateRows:
+    """What a candidate puts into the model: new compact rows by parameter, and per layer what the method did."""
 
     rows: list[tuple[ParamMap, Tensor]] = field(default_factory=list)
     layers: list[dict[str, Any]] = field(default_factory=list)
@@ -39,14 +39,14 @@ class Change:
         return sha256(repr(found).encode()).hexdigest()
 
 
-class Swapper:
+class CandidateSwap:
     """Rows from before SFT, or made from them, for a model loaded from the tuned folder.
 
     Args:
         model: the tuned checkpoint, loaded; its attention layers are found by `find_attention`.
         folders: both checkpoints.
         spec: a layout by hand.
-        rows: which rows; the points choose among the projections.
+        rows: which rows; the candidates choose among the projections.
         device: where the arithmetic of the methods runs.
 
     Raises:
@@ -54,37 +54,50 @@ class Swapper:
     """
 
     def __init__(
-        self, model: nn.Module, folders: Folders, *, rows: RowSelection, spec: Any = None, device: str = "cpu"
+        self,
+        model: nn.Module,
+        folders: Folders,
+        *,
+        rows: RowSelection | None = None,
+        spec: Any = None,
+        device: str = "cpu",
     ) -> None:
+        rows = rows or RowSelection()
         self.model, self.folders, self.spec, self.device = model, folders, spec, device
         self.live = dict(model.named_parameters())
         self.specs = find_attention(model, spec=spec)
         self.rows = rows
         self.selection = select(self.specs, rows)
         if not self.selection:
-            raise QKGuardError("nothing to restore: no layer was selected; check layers")
+            raise QKGuardError("There is nothing to restore: no layer is selected. Check layers.")
         params = [p for _, maps in self.selection for p in maps]
-        if meta := [p.name for p in params if self.live[p.name].is_meta]:
-            raise QKGuardError(f"{meta[0]} is offloaded to disk, so it cannot be swapped; use a larger device, or cpu")
-        self._names = [self._disk_names(folder, params) for folder in (folders.base, folders.tuned)]
+        offloaded = [p.name for p in params if self.live[p.name].is_meta]
+        if offloaded:
+            raise QKGuardError(
+                f"{offloaded[0]} is offloaded to disk, so it cannot be swapped. Use a larger device, or cpu."
+            )
+        self._base_names = self._disk_names(folders.base, params)
+        self._tuned_names = self._disk_names(folders.tuned, params)
         self._source(params)
-        self._carried: dict[str, list[tuple[AttentionSpec, ParamMap]]] = {}
+        self._value_output: dict[str, list[ParamMap]] = {}
 
     @property
     def layers(self) -> list[int]:
         """The selected decoder layers, in order."""
         return sorted({spec.layer for spec, _ in self.selection if spec.layer is not None})
 
-    def change(self, point: Point) -> Change:
-        """The rows of a point that differ from the model's own, in the dtype of the tuned files: those that
-        `restore_checkpoint` would write."""
-        out = Change()
-        projections = [role for role in ("q", "k") if role in point.tensors]
+    def prepare(self, candidate: Candidate) -> CandidateRows:
+        """The rows of a candidate that differ from the model's own, in the dtype of the tuned files.
+
+        They are those that `restore_checkpoint` would write.
+        """
+        out = CandidateRows()
+        projections = [role for role in ("q", "k") if role in candidate.tensors]
         if projections:
-            self._change_attention(point, projections, out)
+            self._prepare_attention(candidate, projections, out)
         for which in ("v", "o"):
-            if which in point.tensors:
-                self._change_carried(which, out)
+            if which in candidate.tensors:
+                self._prepare_value_output(which, out)
         out.rows = [(param, rows) for param, rows in out.rows if not self._holds(param, rows)]
         return out
 
@@ -94,16 +107,16 @@ class Swapper:
         return same_bits(live, rows.to(live))
 
     @contextmanager
-    def swapped(self, change: Change) -> Iterator[None]:
+    def swapped(self, new: CandidateRows) -> Iterator[None]:
         """The model with these rows inside the block; afterwards, also after an exception, it has its own bits again.
 
         Raises:
             QKGuardError: on leaving, if the weights are not the bits they were.
         """
-        kept = [(param, param.take(self.live[param.name].data).clone()) for param, _ in change.rows]
+        kept = [(param, param.take(self.live[param.name].data).clone()) for param, _ in new.rows]
         try:
             with torch.no_grad():
-                for param, rows in change.rows:
+                for param, rows in new.rows:
                     full = self.live[param.name].data
                     param.put(full, rows.to(full))
             yield
@@ -113,38 +126,45 @@ class Swapper:
                     param.put(self.live[param.name].data, rows)
         for param, rows in kept:
             if not same_bits(param.take(self.live[param.name].data), rows):
-                raise QKGuardError(f"{param.name} did not come back to its own bits; report this, and load it again")
+                raise QKGuardError(
+                    f"{param.name} did not return to its own bits. Report this, and load the model again."
+                )
 
-    def _change_attention(self, point: Point, projections: Sequence[str], out: Change) -> None:
-        method = get_method(point.method)
-        layers = self.rows.layers if point.layers is None else point.layers
+    def _prepare_attention(self, candidate: Candidate, projections: Sequence[str], out: CandidateRows) -> None:
+        method = get_method(candidate.method)
+        layers = self.rows.layers if candidate.layers is None else candidate.layers
         selection = select(self.specs, replace(self.rows, projections=tuple(projections), layers=layers))
         source = self._source([p for _, maps in selection for p in maps])
         tuned = self.folders.tuned
         for index, (spec, maps) in enumerate(selection):
             pre = {p.name: source.get(p) for p in maps}
-            post = {p.name: tuned.read(self._names[1][p.name], p) for p in maps}
+            post = {p.name: tuned.read(self._tuned_names[p.name], p) for p in maps}
             gains = {}
-            if method.gains(point.options):
+            if method.gains(candidate.options):
                 norms = unselected_norms([(spec, maps)])
                 names = self._disk_names(tuned, norms)
                 gains = {p.name: tuned.read(names[p.name], p) for p in norms}
-            new = restore_layer(method, point.options, spec, maps, pre, post, gains=gains, device=self.device)
+            new = restore_layer(method, candidate.options, spec, maps, pre, post, gains=gains, device=self.device)
             out.rows += [(p, new.rows[p.name].to(post[p.name].dtype)) for p in maps]
             out.layers.append({"index": index, "layer": spec.layer, **new.report})
 
-    def _change_carried(self, which: str, out: Change) -> None:
-        if which not in self._carried:
-            specs = [spec for spec, _ in self.selection]
-            self._carried[which] = find_value_output(self.model, specs, which)
-        found = self._carried[which]
-        source = self._source([param for _, param in found])
-        for _, param in found:
-            out.rows.append((param, source.get(param).to(self.live[param.name].dtype)))
+    def _prepare_value_output(self, which: str, out: CandidateRows) -> None:
+        if which not in self._value_output:
+            found = find_value_output(self.model, [spec for spec, _ in self.selection], which)
+            self._value_output[which] = [param for _, param in found]
+        params = self._value_output[which]
+        source = self._source(params)
+        out.rows += [(param, source.get(param).to(self.live[param.name].dtype)) for param in params]
 
     def _source(self, params: Sequence[ParamMap]) -> FolderSource:
-        names = {p.name: self._names[0][p.name] for p in params if p.name in self._names[0]}
-        if missing := [p for p in params if p.name not in names]:
+        """Where the base keeps these rows.
+
+        Raises:
+            QKGuardError: it does not have them.
+        """
+        names = {p.name: self._base_names[p.name] for p in params if p.name in self._base_names}
+        missing = [p for p in params if p.name not in names]
+        if missing:
             names |= self._disk_names(self.folders.base, missing)
         source = FolderSource(self.folders.base, names, model_id=self.folders.base_id)
         source.check(params)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from qkguard.errors import QKGuardError
+from qkguard.probe.results import AttentionMass
 
 _CHUNK = 1 << 22  # probabilities held at a time (16 MiB in float32), so that few keys are copied to float32 at once
 
@@ -76,17 +77,17 @@ class HeadSums:
     """What the samples of one layer add up to: attention mass on needles and on recent tokens, by head and group."""
 
     heads: int
-    parts: dict[int, list[Tensor]] = field(default_factory=dict)
+    samples: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def add(self, group: int, masses: Tensor) -> None:
         """Add (2, heads): needle and local mass. They stay on their device, so that no layer waits for it."""
-        self.parts.setdefault(group, []).append(masses)
+        self.samples.setdefault(group, []).append(masses)
 
     def of(self, group: int) -> Tensor:
         """(2, heads) in float64 on the CPU: needle and local mass of all samples."""
-        if group not in self.parts:
+        if group not in self.samples:
             return torch.zeros(2, self.heads, dtype=torch.float64)
-        return torch.stack(self.parts[group]).cpu().double().sum(0)
+        return torch.stack(self.samples[group]).cpu().double().sum(0)
 
 
 @dataclass(frozen=True)
@@ -94,14 +95,14 @@ class _Marks:
     """Of one batch item in one piece of the context: which rows to look at, and which keys count.
 
     `at`: indices of the rows in the piece's queries; `positions`: their places in the context; `counted`: float
-    (2, rows, keys), 1 for the needle's keys, and for each row's recent ones.
+    (2, rows, keys), 1 for the needle's keys, and for each row's recent ones; `weight`: of each row in the sums.
     """
 
     item: int
     at: Tensor
     positions: Tensor
     counted: Tensor
-    share: float
+    weight: float
 
 
 class AttentionRecorder:
@@ -156,6 +157,30 @@ class AttentionRecorder:
         self._stop = stop
         self._marked.clear()
 
+    def totals(self, lengths: Sequence[int]) -> Tensor:
+        """All sums as one flat float64 vector: by length, layer, needle or local mass, and head."""
+        sums = [self.sums[name].of(length).flatten() for length in lengths for name in self._layers()]
+        return torch.cat(sums) if sums else torch.zeros(0, dtype=torch.float64)
+
+    def mass(self, totals: Tensor, samples: Mapping[int, int]) -> AttentionMass | None:
+        """Means from `totals` (all ranks'), given the number of samples of every length; None without layers."""
+        layers = self._layers()
+        if not layers:
+            return None
+        lengths = sorted(samples)
+        sizes = [self.sums[name].heads for _ in lengths for name in layers for _ in range(2)]
+        sums = iter(totals.split(sizes))
+        needle: dict[int, list[list[float]]] = {length: [] for length in lengths}
+        local: dict[int, list[list[float]]] = {length: [] for length in lengths}
+        for length in lengths:
+            for _ in layers:
+                needle[length].append((next(sums) / samples[length]).tolist())
+                local[length].append((next(sums) / samples[length]).tolist())
+        return AttentionMass(self.window, tuple(_layer_order(name)[0] for name in layers), needle, local)
+
+    def _layers(self) -> list[str]:
+        return sorted(self.sums, key=_layer_order)
+
     def _registries(self) -> list[AttentionInterface]:
         """The registries in the source files of the model's modules: the shared one, and local ones."""
         names = {type(m).__module__ for m in self._model.modules()}
@@ -170,6 +195,8 @@ class AttentionRecorder:
 
     def _wrap(self, registry: AttentionInterface, name: str) -> None:
         inner = registry.get(name)  # None for "eager": that function belongs to each model's source file
+        # AttentionInterface (transformers 5.17) has no public way to tell its own entries from shared ones, which must
+        # not be overwritten for other models
         local = registry._local_mapping
         had, before = name in local, local.get(name)
 
@@ -203,8 +230,8 @@ class AttentionRecorder:
             inner = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
             if inner is None:
                 raise QKGuardError(
-                    f"{type(module).__name__} has no eager attention function that can be watched; "
-                    "switch attention mass off for this model"
+                    f"{type(module).__name__} has no eager attention function to watch. "
+                    "Switch attention mass off for this model."
                 )
         name = self._names.get(id(module))
         if name is not None and self._target is not None:
@@ -224,7 +251,7 @@ class AttentionRecorder:
             for heads in _head_chunks(sums.heads, call.key.shape[1], len(marks.at) * len(keys)):
                 probabilities = call.probabilities(marks.item, heads, marks.positions, marks.at, keys)
                 masses.append((probabilities * marks.counted[:, None]).sum((2, 3)))
-            sums.add(target.group, torch.cat(masses, 1) * marks.share)
+            sums.add(target.group, torch.cat(masses, 1) * marks.weight)
 
     def _marks(self, target: Target, first_query: int, first_key: int, device: torch.device) -> Iterator[_Marks]:
         keys = torch.arange(first_key, self._stop, device=device)
@@ -292,6 +319,11 @@ def layer_number(name: str) -> int | None:
     """The layer a module name speaks of: its first whole number ("model.layers.3.self_attn" -> 3)."""
     match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
     return int(match.group(1)) if match else None
+
+
+def _layer_order(name: str) -> tuple[int, str]:
+    number = layer_number(name)
+    return (-1 if number is None else number, name)
 
 
 def _pick(per_head: Tensor, item: int, heads: range) -> Tensor:

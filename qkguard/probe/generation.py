@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from qkguard.errors import QKGuardError
-from qkguard.probe.forward import input_device
-from qkguard.probe.prober import Prober, Progress
+from qkguard.probe.passes import input_device, undisturbed
+from qkguard.probe.prober import Prober
 from qkguard.probe.prompt import Encoder
 from qkguard.probe.results import ProbeResult
-from qkguard.probe.undisturbed import undisturbed
+from qkguard.probe.settings import Progress
 
 NEW_TOKENS = 128  # what RULER lets a model say
 
@@ -64,7 +64,6 @@ def generated(
     model: nn.Module,
     prober: Prober,
     result: ProbeResult,
-    *,
     new_tokens: int = NEW_TOKENS,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -73,9 +72,9 @@ def generated(
     `found_otherwise`: samples right by RULER's match though not by teacher forcing (other words before the answer);
     `contradicted`: the other way round, which a whole model in float32 never shows.
     """
-    samples = [prober.maker.make(cell) for cell in prober.cells]
+    samples = [prober.maker.make(key) for key in prober.sample_keys]
     scores: list[float] = []
-    size = max(1, prober.batch_tokens // max(c.length for c in prober.cells))
+    size = max(1, prober.batch_tokens // max(key.length for key in prober.sample_keys))
     with undisturbed(model):
         for start in range(0, len(samples), size):
             batch = samples[start : start + size]
@@ -128,16 +127,17 @@ def answer_prompts(
     model: nn.Module,
     encoder: Encoder,
     prompts: Sequence[Prompt],
-    *,
     new_tokens: int = NEW_TOKENS,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """Generate on prompts from a file; one row per prompt with what was said and RULER's score."""
     rows = []
-    frame = encoder.frame
+    template = encoder.template
     with undisturbed(model):
         for done, prompt in enumerate(prompts):
-            text = frame.prompt(prompt.text, prompt.prefix) if prompt.prefix or frame.mode == "chat" else prompt.text
+            text = prompt.text
+            if prompt.prefix or template.mode == "chat":
+                text = template.prompt(prompt.text, prompt.prefix)
             (said,) = generate(model, encoder, [encoder.encode(text)], new_tokens)
             rows.append(
                 {

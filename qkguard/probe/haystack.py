@@ -1,4 +1,9 @@
-"""Where the prose of a haystack comes from: a user's text, the run's training data, or generated sentences."""
+# ruff: noqa: SIM905 - word lists read better as text than as Python lists
+"""Where the prose of a haystack comes from: a user's text, the run's training data, or generated sentences.
+
+Generated sentences come from short built-in lists through a `random.Random` that the caller owns, so a probe needs no
+download and never touches the global random state.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +17,7 @@ from random import Random
 from typing import Any
 
 from qkguard.errors import QKGuardError
-from qkguard.probe import words
-from qkguard.probe.undisturbed import random_states
+from qkguard.probe.passes import random_states
 
 MAX_CHARACTERS = 8_000_000
 """How much of a source is read: some two million tokens, enough for the longest haystack without repeating much."""
@@ -32,7 +36,7 @@ class Prose:
     def stream(self, rng: Random) -> Iterator[str]:
         """Endless sentences from a random place on, starting over at the end (RULER repeats its essays too)."""
         if not self.sentences:
-            yield from words.prose(rng)
+            yield from generated_prose(rng)
         at = rng.randrange(len(self.sentences))
         while True:
             yield self.sentences[at]
@@ -155,3 +159,87 @@ def _sentences(texts: Iterable[str], without: Sequence[str]) -> Iterator[str]:
             parts = sentence.split()
             for start in range(0, len(parts), _LONGEST_SENTENCE):
                 yield " ".join(parts[start : start + _LONGEST_SENTENCE])
+
+
+# -- generated prose ----------------------------------------------------------------------------------------------
+
+# The words of generated prose. A closed vocabulary of some 160 words: a tokenizer trained on a small model's
+# own data can hold all of it. No digit, and none of "special", "magic", "number", occurs.
+_QUALITIES = "old young tall quiet busy tired kind small".split()
+_PEOPLE = (
+    "farmer teacher baker sailor doctor painter miller writer traveler neighbor child merchant student singer".split()
+)
+_ACTS = {
+    "walked": "to",
+    "returned": "to",
+    "hurried": "to",
+    "stayed": "near",
+    "waited": "near",
+    "worked": "near",
+    "slept": "near",
+    "rested": "by",
+}
+_PLACES = "market river station church field mill road village hill house library lake shop school square wall".split()
+_HANDLINGS = "carried found painted repaired sold bought forgot kept lost moved".split()
+_THINGS = "book letter boat chair cart coat door lamp table stone map bread clock box plate rope".split()
+_LOOKS = "heavy white dark warm broken empty narrow bright clean wooden".split()
+_TIMES = (
+    "in the morning",
+    "before noon",
+    "after the rain",
+    "late in the evening",
+    "on most days",
+    "when the wind rose",
+    "at the end of the week",
+    "for many years",
+    "during the winter",
+    "long ago",
+)
+_THOUGHTS = "said believed knew hoped wrote remembered".split()
+_WEATHER = (
+    "the snow was deep",
+    "the light was fading",
+    "the bells were ringing",
+    "the streets were empty",
+    "the harvest was good",
+    "the night was cold",
+)
+_LINKS = "because while although and but so".split()
+
+
+def generated_prose(rng: Random) -> Iterator[str]:
+    """Endless plain English sentences, about ten words each, ending in full stops."""
+    while True:
+        yield _sentence(rng)
+
+
+def prose_vocabulary() -> set[str]:
+    """Every word that `generated_prose` can write, in lower case."""
+    lists: list[str] = [*_QUALITIES, *_PEOPLE, *_PLACES, *_HANDLINGS, *_THINGS, *_LOOKS]
+    lists += [*_ACTS, *_ACTS.values(), *_THOUGHTS, *_LINKS, *_TIMES, *_WEATHER, "the that and"]
+    return set(re.findall(r"[a-z]+", " ".join(lists)))
+
+
+def _sentence(rng: Random) -> str:
+    form = rng.randrange(4)
+    if form == 0:
+        text = f"{_clause(rng)} {rng.choice(_TIMES)}"
+    elif form == 1:
+        text = f"{rng.choice(_TIMES)}, {_clause(rng)}"
+    elif form == 2:
+        text = f"{_clause(rng)} {rng.choice(_LINKS)} {rng.choice((_clause(rng), rng.choice(_WEATHER)))}"
+    else:
+        text = f"{_someone(rng)} {rng.choice(_THOUGHTS)} that {_clause(rng)}"
+    return text[0].upper() + text[1:] + "."
+
+
+def _clause(rng: Random) -> str:
+    if rng.random() < 0.5:
+        act = rng.choice(list(_ACTS))
+        return f"{_someone(rng)} {act} {_ACTS[act]} the {rng.choice(_PLACES)}"
+    return f"{_someone(rng)} {rng.choice(_HANDLINGS)} the {rng.choice(_LOOKS)} {rng.choice(_THINGS)}"
+
+
+def _someone(rng: Random) -> str:
+    person = rng.choice(_PEOPLE)
+    return f"the {rng.choice(_QUALITIES)} {person}" if rng.random() < 0.4 else f"the {person}"

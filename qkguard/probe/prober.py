@@ -1,9 +1,9 @@
-"""The probe: makes samples once, finds the model's answer form, scores at any time."""
+"""The probe: makes samples once, finds the model's answer format, scores at any time."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,22 +11,19 @@ import torch
 from torch import nn
 
 from qkguard.errors import QKGuardError
+from qkguard.probe.answer_formats import AllReduce, Continuations, elect, read_continuation
 from qkguard.probe.attention import AttentionRecorder
-from qkguard.probe.forms import AllReduce, continuations, elect, read_continuation
-from qkguard.probe.forward import LastLogits
 from qkguard.probe.haystack import Prose, load_prose
-from qkguard.probe.prompt import AnswerForm, Encoder, make_frame
+from qkguard.probe.passes import LastLogits, undisturbed
+from qkguard.probe.prompt import AnswerFormat, Encoder, make_template
 from qkguard.probe.results import ProbeResult
-from qkguard.probe.samples import Cell, SampleMaker, plan
-from qkguard.probe.scoring import Tally, alone, divide, score_batch
-from qkguard.probe.undisturbed import undisturbed
+from qkguard.probe.samples import SampleKey, SampleMaker, plan
+from qkguard.probe.scoring import Assignment, Tally, alone, divide, score_batch
+from qkguard.probe.settings import ProbeSettings, Progress
 
-TASKS = ("single_1", "single_2", "single_3")
-"""The tasks of the paper's table: S1, S2, S3."""
-
-FORM_SAMPLES = 4  # continuations in which a task's answer form is looked for
-FORM_TOKENS = 256  # of them, at most
-Progress = Callable[[int, int], None]
+FORMAT_SAMPLES = 4  # continuations in which a task's answer format is looked for
+FORMAT_TOKENS = 256  # of each, at most
+_UNBOUNDED = 1 << 40  # tokens in a batch: the few samples above go together
 
 
 class Prober:
@@ -34,82 +31,54 @@ class Prober:
 
     Args:
         tokenizer: the model's tokenizer, or a processor holding it; it is not changed.
-        lengths: context lengths in tokens; prompt and answer together have exactly these.
-        depths: a number of evenly spread needle depths, or depths from 0 (start) to 1 (end).
-        samples: samples for every task, length and depth.
-        tasks: RULER's names (`tasks.py`).
-        haystack: text for the prose tasks: None (generated), a text, a file, rows of text, or a `Prose`.
-        seed: of the samples; equal seeds and settings give equal samples.
-        mode: "auto", "chat" or "plain".
-        attention: whether attention mass is measured in the same passes.
-        local_window: how many most recent tokens count as local attention.
-        batch_tokens: tokens in one forward pass, where more than one sample fits.
-        chunk: read longer contexts through the model's cache in pieces of this many tokens.
+        settings: which samples, and how they are run. `attention`, `batch_tokens` and `chunk` are attributes too, and
+            may be changed between runs.
 
     Raises:
         QKGuardError: settings that make no samples.
 
     Ranks of a sharded or replicated model make the same `Prober` and call the same methods: samples are divided
     over them. `prepare` does the work that can fail on one rank alone; where there are several, call it (and agree on
-    its success) before `find_forms` and again, for the form found, before `run`.
+    its success) before `find_formats` and again, for the formats found, before `run`.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        *,
-        lengths: Sequence[int],
-        depths: int | Sequence[float] = 5,
-        samples: int = 2,
-        tasks: Sequence[str] = TASKS,
-        haystack: Any = None,
-        seed: int = 0,
-        mode: str = "auto",
-        attention: bool = True,
-        local_window: int = 128,
-        batch_tokens: int = 16384,
-        chunk: int | None = None,
-    ) -> None:
-        self.cells = plan(tasks, lengths, depths, samples)
-        self.attention = attention
-        self.local_window = local_window
-        self.batch_tokens = batch_tokens
-        self.chunk = chunk
-        self.forms_seen: dict[str, str] = {}
-        encoder = Encoder(tokenizer, make_frame(tokenizer, mode))
-        prose = haystack
+    def __init__(self, tokenizer: Any, settings: ProbeSettings | None = None) -> None:
+        settings = settings or ProbeSettings()
+        self.sample_keys = plan(settings.tasks, settings.lengths, settings.depths, settings.samples)
+        self.attention = settings.attention
+        self.local_window = settings.local_window
+        self.batch_tokens = settings.batch_tokens
+        self.chunk = settings.chunk
+        self.formats_seen: dict[str, str] = {}
+        encoder = Encoder(tokenizer, make_template(tokenizer, settings.mode))
+        prose = settings.haystack
         if not isinstance(prose, Prose):
-            prose = load_prose(haystack, without=encoder.special_strings(), decode=encoder.decode)
-        self.maker = SampleMaker(encoder, prose, seed)
+            prose = load_prose(prose, without=encoder.special_strings(), decode=encoder.decode)
+        self.maker = SampleMaker(encoder, prose, settings.seed)
 
     def prepare(self, rank: int = 0, world: int = 1) -> None:
-        """Make this rank's samples in the form known so far; what is made already costs nothing."""
-        for batch in (*divide(self.cells, rank, world, self.batch_tokens), *self._form_batches(rank, world)):
-            for job in batch:
-                self.maker.make(job.cell)
+        """Make this rank's samples in the formats known so far; what is made already costs nothing."""
+        batches = divide(self.sample_keys, rank, world, self.batch_tokens)
+        for task in self._tasks():
+            batches += divide(self._format_keys(task), rank, world, _UNBOUNDED)
+        for batch in batches:
+            for assignment in batch:
+                self.maker.make(assignment.key)
 
-    def find_forms(
+    def find_formats(
         self, model: nn.Module, *, rank: int = 0, world: int = 1, all_reduce: AllReduce = alone
-    ) -> dict[str, AnswerForm]:
+    ) -> dict[str, AnswerFormat]:
         """Let the model begin a few answers per task, at the shortest length, and score its own way of writing.
 
         ALL ranks must call this. To be called once, on the model before training; see `state`.
         """
-        forward = LastLogits(model, None)
+        forward = LastLogits(model)
         with undisturbed(model):
-            for batch in self._form_batches(rank, world):
-                cells = self._form_cells(batch[0].cell.task)
-                said = torch.zeros(len(cells), FORM_TOKENS, dtype=torch.float64)  # token + 1; 0 for none
-                continued = continuations(
-                    forward, self.maker.encoder, [self.maker.make(j.cell) for j in batch], all_reduce
-                )
-                for job, ids in zip(batch, continued, strict=True):
-                    if job.place is not None:
-                        row = torch.tensor(ids[:FORM_TOKENS], dtype=torch.float64)
-                        said[job.place, : len(row)] = row + 1
-                everybodys = all_reduce(said.flatten()).view(len(cells), FORM_TOKENS)
-                self._elect(cells, [[int(t) - 1 for t in row if t > 0] for row in everybodys.tolist()])
-        return dict(self.maker.forms)
+            for task in self._tasks():
+                keys = self._format_keys(task)
+                (batch,) = divide(keys, rank, world, _UNBOUNDED)
+                self._continue(forward, keys, batch, all_reduce)
+        return dict(self.maker.formats)
 
     def run(
         self,
@@ -129,94 +98,117 @@ class Prober:
             progress: called with (forward passes done, passes in all).
         """
         began = time.perf_counter()
-        batches = divide(self.cells, rank, world, self.batch_tokens)
-        tally = Tally(self.cells, self.maker)
+        batches = divide(self.sample_keys, rank, world, self.batch_tokens)
+        tally = Tally(self.sample_keys, self.maker)
         forward = LastLogits(model, self.chunk)
         recorder = AttentionRecorder(model, self.local_window) if self.attention else None
         with undisturbed(model):
             with recorder or nullcontext():
-                for done, batch in enumerate(batches):
-                    weights = [float(job.place is not None) for job in batch]
-                    tally.add(batch, score_batch(forward, [self.maker.make(j.cell) for j in batch], weights, recorder))
+                for done, batch in enumerate(batches, 1):
+                    samples = [self.maker.make(assignment.key) for assignment in batch]
+                    weights = [float(assignment.place is not None) for assignment in batch]
+                    tally.add(batch, score_batch(forward, samples, weights, recorder))
                     if progress is not None:
-                        progress(done + 1, len(batches))
+                        progress(done, len(batches))
             tally.retry(forward, rank, world, all_reduce, self.batch_tokens)
-        correct, logprob, attention, other_forms = tally.reduce(recorder, all_reduce)
+        correct, logprob, attention, other_formats = tally.reduce(recorder, all_reduce)
         seconds = time.perf_counter() - began
-        return ProbeResult(self.cells, correct, logprob, self.settings(), attention, seconds, other_forms)
+        return ProbeResult(self.sample_keys, correct, logprob, self.record(), attention, seconds, other_formats)
 
-    def settings(self) -> dict[str, Any]:
+    def record(self) -> dict[str, Any]:
         """Everything that decides the samples, as JSON."""
-        frame = self.maker.encoder.frame
+        template = self.maker.encoder.template
         return {
-            "tasks": sorted({c.task for c in self.cells}),
-            "lengths": sorted({c.length for c in self.cells}),
-            "depths": sorted({c.depth for c in self.cells}),
-            "samples": 1 + max(c.index for c in self.cells),
+            "tasks": self._tasks(),
+            "lengths": sorted({key.length for key in self.sample_keys}),
+            "depths": sorted({key.depth for key in self.sample_keys}),
+            "samples": 1 + max(key.index for key in self.sample_keys),
             "seed": self.maker.seed,
             "haystack": self.maker.prose.origin,
-            "mode": frame.mode,
-            "thinking": frame.thinking,
-            "forms": {task: form.to_json() for task, form in sorted(self.maker.forms.items())},
-            "forms_seen": dict(self.forms_seen),
-            "digest": self.maker.digest(self.cells),
+            "mode": template.mode,
+            "thinking": template.thinking,
+            **self.state(),
         }
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs to ask the same questions: the answer forms, and the digest to check by."""
-        return {key: self.settings()[key] for key in ("forms", "forms_seen", "digest")}
+        """What a resumed run needs to ask the same questions: the answer formats, and the digest to check by."""
+        return {
+            "forms": {task: found.to_json() for task, found in sorted(self.maker.formats.items())},
+            "forms_seen": dict(self.formats_seen),
+            "digest": self.maker.digest(self.sample_keys),
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take over the answer forms of an earlier run.
+        """Take over the answer formats of an earlier run.
 
         Raises:
             QKGuardError: the samples would not be the same.
         """
-        self.maker.forms = {task: AnswerForm.from_json(form) for task, form in state["forms"].items()}
-        self.forms_seen = dict(state["forms_seen"])
-        if (mine := self.maker.digest(self.cells)) != state["digest"]:
+        self.maker.formats = {task: AnswerFormat.from_json(found) for task, found in state["forms"].items()}
+        self.formats_seen = dict(state["forms_seen"])
+        mine = self.maker.digest(self.sample_keys)
+        if mine != state["digest"]:
             raise QKGuardError(
-                f"the probe's samples changed (digest {mine}, expected {state['digest']}): its settings, haystack or "
-                "tokenizer differ from the earlier run's; use the same ones, or start a new baseline"
+                f"The probe's samples changed (digest {mine}, expected {state['digest']}): its settings, haystack or "
+                "tokenizer differ from the earlier run's. Use the same ones, or start a new baseline."
             )
 
-    def _form_cells(self, task: str) -> list[Cell]:
-        """A few cells of the shortest length, at depths from everywhere."""
-        same = [c for c in self.cells if c.task == task]
-        same = [c for c in same if c.length == same[0].length]
-        step = max(1, len(same) // FORM_SAMPLES)
-        return same[::step][:FORM_SAMPLES]
+    def adopt_formats(self, other: Prober) -> None:
+        """Expect answers as another prober found them."""
+        self.maker.formats, self.formats_seen = dict(other.maker.formats), dict(other.formats_seen)
 
-    def _form_batches(self, rank: int, world: int) -> list[list[Any]]:
-        tasks = sorted({c.task for c in self.cells})
-        return [b for task in tasks for b in divide(self._form_cells(task), rank, world, 1 << 40)]
+    def _tasks(self) -> list[str]:
+        return sorted({key.task for key in self.sample_keys})
 
-    def _elect(self, cells: Sequence[Cell], continued: Sequence[Sequence[int]]) -> None:
-        samples = [self.maker.make(cell) for cell in cells]
-        form, count = elect(
-            [read_continuation(self.maker.encoder, *pair) for pair in zip(samples, continued, strict=True)]
-        )
-        self.maker.forms[cells[0].task] = form
-        self.forms_seen[cells[0].task] = f"{count} of {len(cells)}"
+    def _format_keys(self, task: str) -> list[SampleKey]:
+        """A few samples of a task, of the shortest length, at depths from everywhere."""
+        same = [key for key in self.sample_keys if key.task == task]
+        same = [key for key in same if key.length == same[0].length]
+        step = max(1, len(same) // FORMAT_SAMPLES)
+        return same[::step][:FORMAT_SAMPLES]
+
+    def _continue(
+        self, forward: LastLogits, keys: Sequence[SampleKey], batch: Sequence[Assignment], all_reduce: AllReduce
+    ) -> None:
+        """Find one task's answer format from continuations of all ranks. ALL ranks must call this."""
+        encoder = self.maker.encoder
+        samples = [self.maker.make(assignment.key) for assignment in batch]
+        said = torch.zeros(len(keys), FORMAT_TOKENS, dtype=torch.float64)  # token + 1; 0 for none
+        continued = Continuations(encoder, samples, all_reduce).run(forward)
+        for assignment, ids in zip(batch, continued, strict=True):
+            if assignment.place is not None:
+                row = torch.tensor(ids[:FORMAT_TOKENS], dtype=torch.float64)
+                said[assignment.place, : len(row)] = row + 1
+        everybodys = all_reduce(said.flatten()).view(len(keys), FORMAT_TOKENS)
+        readings = []
+        for key, row in zip(keys, everybodys.tolist(), strict=True):
+            ids = [int(token) - 1 for token in row if token > 0]
+            readings.append(read_continuation(encoder, self.maker.make(key), ids))
+        found, count = elect(readings)
+        self.maker.formats[keys[0].task] = found
+        self.formats_seen[keys[0].task] = f"{count} of {len(keys)}"
 
 
 def probe(
     model: nn.Module,
     tokenizer: Any,
     *,
-    lengths: Sequence[int] = (512, 1024, 2048),
-    depths: int | Sequence[float] = 5,
-    samples: int = 2,
-    tasks: Sequence[str] = TASKS,
-    haystack: Any = None,
-    seed: int = 0,
     progress: Progress | None = None,
-    **options: Any,
+    **settings: Any,
 ) -> ProbeResult:
     """Recall of a model in one process: RULER's needle-in-a-haystack tasks, scored by teacher forcing.
 
-    The model is left exactly as it was. The arguments, and `options` (mode, attention, local_window, batch_tokens,
-    chunk), are those of `Prober`, which also serves many ranks and repeated probes of one run.
+        result = qkguard.probe.probe(model, tokenizer, lengths=(1024, 4096), tasks=("S2", "mk1"))
+        print(result.recall, result.by("length"))
+
+    The model is left exactly as it was.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        progress: called with (forward passes done, passes in all).
+        settings: fields of `ProbeSettings`: lengths, depths, samples, tasks, haystack, seed, mode, attention,
+            local_window, batch_tokens, chunk.
 
     Returns:
         Verdicts, log-probabilities and attention mass; `result.recall`, `result.by("task", "length")`,
@@ -225,15 +217,6 @@ def probe(
     Raises:
         QKGuardError: settings that make no samples, or a model that cannot be probed.
     """
-    prober = Prober(
-        tokenizer,
-        lengths=lengths,
-        depths=depths,
-        samples=samples,
-        tasks=tasks,
-        haystack=haystack,
-        seed=seed,
-        **options,
-    )
-    prober.find_forms(model)
+    prober = Prober(tokenizer, ProbeSettings(**settings))
+    prober.find_formats(model)
     return prober.run(model, progress=progress)

@@ -1,4 +1,4 @@
-"""From text to token ids: the plain or chat form of a prompt, and an encoder beside the user's tokenizer."""
+"""From text to token ids: the prompt template, how answers are written, an encoder beside the user's tokenizer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _OPEN_ENDINGS = {
 
 
 @dataclass(frozen=True)
-class AnswerForm:
+class AnswerFormat:
     """How the model writes its answers after RULER's answer prefix: `before` + v1 + `joiner` + ... + `last` + vn."""
 
     before: str = " "
@@ -36,12 +36,12 @@ class AnswerForm:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, data: Mapping[str, str]) -> AnswerForm:
+    def from_json(cls, data: Mapping[str, str]) -> AnswerFormat:
         return cls(**data)
 
 
 @dataclass(frozen=True)
-class Frame:
+class PromptTemplate:
     """What stands around the user's text. `mode` is "plain" or "chat"; `thinking` says how a thinking block was left:
     "none" (the template has none), "template" (switched off by the template itself) or "prefilled".
     """
@@ -55,48 +55,48 @@ class Frame:
         return f"{self.head}{user_text}{self.tail}{answer_prefix}"
 
 
-def make_frame(tokenizer: Any, mode: str = "auto") -> Frame:
-    """The frame for a tokenizer: "chat" with its chat template, "plain" without; "auto" takes chat where there is one.
+def make_template(tokenizer: Any, mode: str = "auto") -> PromptTemplate:
+    """The prompt template for a tokenizer: "chat" or "plain"; "auto" is "chat" where it has a chat template.
 
     Raises:
-        QKGuardError: chat was asked for without a template, or the template does not show the user's text once.
+        QKGuardError: "chat" without a chat template, or a chat template that does not show the user's text once.
     """
     if mode not in ("auto", "chat", "plain"):
-        raise QKGuardError(f"probe mode {mode!r}; expected auto, chat or plain")
+        raise QKGuardError(f"Invalid probe mode {mode!r}: expected auto, chat or plain.")
     inner = getattr(tokenizer, "tokenizer", None)  # a processor's template may be its own or its tokenizer's
     if getattr(inner, "chat_template", None):
         tokenizer = inner
-    template = getattr(tokenizer, "chat_template", None)
-    if mode == "chat" and not template:
-        raise QKGuardError("probe mode chat: the tokenizer has no chat template; use mode plain")
-    if mode == "plain" or not template:
-        return Frame("plain", "", " ")
+    chat_template = getattr(tokenizer, "chat_template", None)
+    if mode == "chat" and not chat_template:
+        raise QKGuardError("Invalid probe mode chat: the tokenizer has no chat template. Use mode plain.")
+    if mode == "plain" or not chat_template:
+        return PromptTemplate("plain", "", " ")
     # Templates that know these switches use them, all others ignore them. A fixed date: some templates print today's.
     switches = {"enable_thinking": False, "thinking": False, "date_string": "26 Jul 2024"}
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": _SLOT}], tokenize=False, add_generation_prompt=True, **switches
     )
     if text.count(_SLOT) != 1:
-        raise QKGuardError("the chat template does not show the user's text exactly once; use probe mode plain")
+        raise QKGuardError("The chat template does not show the user's text exactly once. Use probe mode plain.")
     head, tail = text.split(_SLOT)
     for ending, way_out in _OPEN_ENDINGS.items():
         if tail.rstrip().endswith(ending):
-            return Frame("chat", head, tail.rstrip() + way_out, "prefilled")
-    return Frame("chat", head, tail, "template" if "think" in tail.lower() else "none")
+            return PromptTemplate("chat", head, tail.rstrip() + way_out, "prefilled")
+    return PromptTemplate("chat", head, tail, "template" if "think" in tail.lower() else "none")
 
 
 class Encoder:
-    """Text -> ids as `tokenizer(text)` gives them, in the frame's mode, on a copy of a fast tokenizer's backend.
+    """Text -> ids as `tokenizer(text)` gives them, in the template's mode, on a copy of a fast tokenizer's backend.
 
     The copy matters twice: truncation and padding set by the training stay as they are, and single encodings do not
     start the backend's thread pool, after which forking a data loader's workers would print warnings.
     """
 
-    def __init__(self, tokenizer: Any, frame: Frame):
+    def __init__(self, tokenizer: Any, template: PromptTemplate) -> None:
         self._tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor holds its text tokenizer
-        self.frame = frame
+        self.template = template
         self.unknown_token: int | None = getattr(self._tokenizer, "unk_token_id", None)
-        self._special = frame.mode == "plain"  # a chat template writes its own special tokens
+        self._special = template.mode == "plain"  # a chat template writes its own special tokens
         self._backend = None
         if getattr(self._tokenizer, "is_fast", False):
             backend = self._tokenizer.backend_tokenizer
@@ -119,7 +119,7 @@ class Encoder:
         start, whole = self.encode(prompt), self.encode(prompt + answer)
         if whole[: len(start)] == start:
             return whole[len(start) :]
-        return self._raw(answer, False)  # the border is not a token border: the answer's own tokens
+        return self._raw(answer, False)  # a token spans the border: take the answer's tokens by themselves
 
     def answer_lead(self, prompt: str, before: str, value: str) -> int:
         """How many tokens of the answer `before` + `value` hold nothing of the value."""

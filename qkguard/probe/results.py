@@ -9,7 +9,7 @@ from random import Random
 from typing import Any
 
 from qkguard.errors import QKGuardError
-from qkguard.probe.samples import Cell
+from qkguard.probe.samples import SampleKey
 
 VERSION = 1
 
@@ -88,27 +88,27 @@ class Drop:
 class ProbeResult:
     """Verdicts of one probe.
 
-    `correct[i]`: every answer token of `cells[i]` is the model's first choice given the true tokens before it.
-    The answer counts in any of the usual forms (" 123", ": 123"; `forms.py`), whichever the model follows;
-    `other_forms` says how many were right in another form than the one recorded in `settings`.
-    `logprob[i]`: mean log-probability (nats) of the values' tokens in the recorded form; nan where the model's output
-    is not finite.
+    `correct[i]`: every answer token of `sample_keys[i]` is the model's first choice given the true tokens before it.
+    The answer counts in any of the usual formats (" 123", ": 123"; `answer_formats.py`), whichever the model follows;
+    `other_formats` says how many were right in another format than the one recorded in `settings`.
+    `logprob[i]`: mean log-probability (nats) of the values' tokens in the recorded format; nan where the model's
+    output is not finite.
     `settings` records everything that decides the samples, among them `mode`, `forms` and `digest`: results with
     equal digests are of the same samples. `generated` holds RULER's own metric where generation was asked for.
     """
 
-    cells: tuple[Cell, ...]
+    sample_keys: tuple[SampleKey, ...]
     correct: tuple[bool, ...]
     logprob: tuple[float, ...]
     settings: dict[str, Any]
     attention: AttentionMass | None = None
     seconds: float = 0.0
-    other_forms: int = 0
+    other_formats: int = 0
     generated: dict[str, Any] = field(default_factory=dict)
 
     @property
     def total(self) -> Group:
-        return self._group(range(len(self.cells)))
+        return self._group(range(len(self.sample_keys)))
 
     @property
     def recall(self) -> float:
@@ -126,8 +126,8 @@ class ProbeResult:
     def by(self, *names: str) -> dict[tuple[Any, ...], Group]:
         """Groups by any of "task", "length", "depth", in that order; keys sorted."""
         members: dict[tuple[Any, ...], list[int]] = {}
-        for i, cell in enumerate(self.cells):
-            members.setdefault(tuple(getattr(cell, n) for n in names), []).append(i)
+        for i, key in enumerate(self.sample_keys):
+            members.setdefault(tuple(getattr(key, n) for n in names), []).append(i)
         return {key: self._group(members[key]) for key in sorted(members)}
 
     def drop_since(self, earlier: ProbeResult, **only: Any) -> Drop:
@@ -136,12 +136,19 @@ class ProbeResult:
         Raises:
             QKGuardError: the two probed different samples.
         """
-        if self.cells != earlier.cells or self.settings.get("digest") != earlier.settings.get("digest"):
-            raise QKGuardError("two probes of different samples cannot be compared; probe both with the same settings")
-        chosen = [i for i, c in enumerate(self.cells) if all(getattr(c, k) == v for k, v in only.items())]
+        if self.sample_keys != earlier.sample_keys or self.settings.get("digest") != earlier.settings.get("digest"):
+            raise QKGuardError(
+                "Two probes of different samples cannot be compared. Probe both with the same settings."
+            )
+        chosen = [i for i, c in enumerate(self.sample_keys) if all(getattr(c, k) == v for k, v in only.items())]
         if not chosen:
-            raise QKGuardError(f"no probe samples with {only}")
+            raise QKGuardError(f"The probe has no samples with {only}.")
         return _drop([earlier.correct[i] for i in chosen], [self.correct[i] for i in chosen])
+
+    def change_since(self, earlier: ProbeResult) -> dict[str, float]:
+        """The paired difference of recall with its 95% interval: positive where it rose."""
+        drop = self.drop_since(earlier)
+        return {"value": -drop.drop, "low": -drop.high, "high": -drop.low}
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts; `from_json` gives an equal result (nan becomes null and back)."""
@@ -152,7 +159,7 @@ class ProbeResult:
         ]
         samples = [
             [*(c.task, c.length, c.depth, c.index), v, _plain(p)]
-            for c, v, p in zip(self.cells, self.correct, self.logprob, strict=True)
+            for c, v, p in zip(self.sample_keys, self.correct, self.logprob, strict=True)
         ]
         return {
             "version": VERSION,
@@ -165,22 +172,22 @@ class ProbeResult:
             "generated": self.generated,
             "settings": self.settings,
             "seconds": self.seconds,
-            "other_forms": self.other_forms,
+            "other_forms": self.other_formats,
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ProbeResult:
         if data.get("version") != VERSION:
-            raise QKGuardError(f"probe result of version {data.get('version')}, expected {VERSION}; probe again")
+            raise QKGuardError(f"Probe result of version {data.get('version')}: expected {VERSION}. Probe again.")
         rows: Sequence[Any] = data["samples"]
         return cls(
-            cells=tuple(Cell(n, t, d, i) for t, n, d, i, _, _ in rows),
+            sample_keys=tuple(SampleKey(n, t, d, i) for t, n, d, i, _, _ in rows),
             correct=tuple(bool(r[4]) for r in rows),
             logprob=tuple(math.nan if r[5] is None else r[5] for r in rows),
             settings=data["settings"],
             attention=None if data["attention"] is None else AttentionMass.from_json(data["attention"]),
             seconds=data["seconds"],
-            other_forms=data["other_forms"],
+            other_formats=data["other_forms"],
             generated=data["generated"],
         )
 
@@ -189,6 +196,23 @@ class ProbeResult:
         return Group(
             len(chosen), sum(self.correct[i] for i in chosen), sum(self.logprob[i] for i in chosen) / len(chosen)
         )
+
+
+def alarm(now: ProbeResult, before: ProbeResult, threshold: float) -> tuple[str, Drop] | None:
+    """The fall of recall to warn of, over all samples or at one length, and where; None where noise may explain it.
+
+    A collapse at the longest contexts alone would drown in the mean, so every length is looked at too, at a level of
+    significance divided by their number (Bonferroni).
+    """
+    drop = now.drop_since(before)
+    if drop.is_alarming(threshold):
+        return "", drop
+    lengths = sorted({key.length for key in now.sample_keys})
+    for length in reversed(lengths):
+        drop = now.drop_since(before, length=length)
+        if drop.is_alarming(threshold) and drop.p_value < 0.05 / len(lengths):
+            return f" at {length} tokens", drop
+    return None
 
 
 def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:

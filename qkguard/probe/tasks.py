@@ -1,3 +1,4 @@
+# ruff: noqa: SIM905 - word lists read better as text than as Python lists
 """What a probe asks: RULER's needle-in-a-haystack tasks, in RULER's wording.
 
 Source: RULER (Hsieh et al. 2024, arXiv 2404.06654), `scripts/data/synthetic/{niah,constants}.py`; the task names are
@@ -7,14 +8,14 @@ RULER's without the `niah_`. Text alone lives here: tokens and exact lengths are
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from random import Random
 from uuid import UUID
 
 from qkguard.errors import QKGuardError
-from qkguard.probe import words
+from qkguard.probe.haystack import generated_prose, prose_vocabulary
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NEEDLE = "One of the special magic {kind} for {key} is: {value}."
@@ -25,6 +26,23 @@ _OPENING = (
 _QUESTION = "What are all the special magic {kind} for {query} mentioned in the provided text?"
 _PREFIX = "The special magic {kind} for {query} mentioned in the provided text are"
 _SINGULAR = (("Some", "A"), ("are all", "is"), ("are", "is"), ("answers", "answer"))
+
+ADJECTIVES = """
+able absent amber ancient bitter blunt bold brave brisk calm careful cheerful clever coarse crisp cunning daring deep
+distant eager elastic faint fierce fragile frosty gentle giant golden graceful grumpy hasty hidden hollow humble icy
+jolly keen lazy lively lonely loyal mellow mighty modest narrow nimble noisy odd orange patient plain polite proud
+purple quick rapid rare rough royal rusty secret shaky sharp shiny silent silver simple sleepy smooth solid spicy
+""".split()
+"""First halves of needle keys."""
+
+NOUNS = """
+acorn anchor apple arrow badge banjo barrel basket beacon bell blanket bottle bracelet bridge bucket button cabin
+camera candle canoe carpet castle chimney circle compass cradle crystal curtain desert dragon drum eagle engine falcon
+feather fiddle forest fountain garden glacier hammer harbor helmet island jacket kettle ladder lantern lemon lion
+magnet maple marble meadow mirror monkey orchid otter paddle pebble pencil pepper piano pillow planet pocket
+puzzle rabbit ribbon rocket saddle scarf shovel spoon thunder trumpet tunnel violin walnut window
+""".split()
+"""Second halves of needle keys."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +95,7 @@ def find_task(name: str) -> Task:
 
 
 @dataclass(frozen=True)
-class Puzzle:
+class TextSample:
     """Needles, question and answers of one sample; the haystack comes later.
 
     `needles` are sentences with the depth (0 first, 1 last) at which each goes; the first `asked` of them hold the
@@ -123,45 +141,44 @@ class Puzzle:
         return template.format(kind=kind, query=self.query)
 
 
-def draw(task: Task, rng: Random, depth: float) -> Puzzle:
-    """A fresh puzzle whose asked needle lies at `depth`.
+def draw(task: Task, rng: Random, depth: float) -> TextSample:
+    """A fresh sample whose asked needle lies at `depth`.
 
-    Where several needles are asked for they are spread evenly from `depth` on (wrapping round), in random order;
-    needles that are not asked for lie anywhere.
+    Several asked needles are spread evenly from `depth` on (wrapping round), in random order; needles that are not
+    asked for lie anywhere.
     """
-    keys = _distinct(task.keys, lambda: _value(task.key_kind, rng))
-    values = iter(_distinct(task.keys * task.values, lambda: _value(task.value_kind, rng)))
-    pairs = [(key, [next(values) for _ in range(task.values)]) for key in keys]
+    keys = _distinct(task.keys, task.key_kind, rng)
+    values = _distinct(task.keys * task.values, task.value_kind, rng)
     asked = task.queries * task.values
     depths = [depth + i / asked for i in range(asked)]
     depths = [d if d <= 1 else d - 1 for d in depths]
     if asked > 1:
         rng.shuffle(depths)
-    depths += [rng.random() for _ in range((task.keys - task.queries) * task.values)]
-    flat = [(key, value) for key, vs in pairs for value in vs]
-    needles = tuple(
-        (NEEDLE.format(kind=task.value_kind, key=k, value=v), d) for (k, v), d in zip(flat, depths, strict=True)
-    )
-    answers = [value for _, value in flat[:asked]]
-    if task.values > 1:
+    depths += [rng.random() for _ in range(len(values) - asked)]
+    sentences = [
+        NEEDLE.format(kind=task.value_kind, key=keys[i // task.values], value=value) for i, value in enumerate(values)
+    ]
+    answers = values[:asked]
+    if task.values > 1:  # in the order of the text
         answers = [value for _, value in sorted(zip(depths[:asked], answers, strict=True))]
-    return Puzzle(task, needles, asked, tuple(keys[: task.queries]), tuple(answers))
+    needles = tuple(zip(sentences, depths, strict=True))
+    return TextSample(task, needles, asked, tuple(keys[: task.queries]), tuple(answers))
 
 
-def haystack(puzzle: Puzzle, rng: Random, prose: Iterator[str] | None = None) -> Iterator[str]:
+def haystack_units(sample: TextSample, rng: Random, prose: Iterator[str] | None = None) -> Iterator[str]:
     """Endless units (lines or sentences) of haystack; `prose` replaces the built-in sentences.
 
     Units in which an asked key or an answer occurs are left out: with a short list of keys a haystack of needles
     would soon hold the asked one a second time.
     """
-    taboo = (*puzzle.keys, *puzzle.answers)
-    for unit in _units(puzzle.task, rng, prose):
+    taboo = (*sample.keys, *sample.answers)
+    for unit in _endless(sample.task, rng, prose):
         if not any(word in unit for word in taboo):
             yield unit
 
 
 def weave(
-    units: Sequence[str], puzzle: Puzzle, sizes: Sequence[int] | None = None
+    units: Sequence[str], sample: TextSample, sizes: Sequence[int] | None = None
 ) -> tuple[str, list[tuple[int, int]]]:
     """Haystack units with the needles between them, and the characters `start:stop` of every needle.
 
@@ -172,22 +189,21 @@ def weave(
     ends = [0]
     for size in sizes:
         ends.append(ends[-1] + size)
-    at = [_nearest(ends, depth * ends[-1]) for _, depth in puzzle.needles]
-    order = sorted(range(len(at)), key=lambda n: (at[n], puzzle.needles[n][1]))
+    places = [_nearest(ends, depth * ends[-1]) for _, depth in sample.needles]  # before which unit each needle goes
+    order = sorted(range(len(places)), key=lambda n: (places[n], sample.needles[n][1]))
+    separator = sample.task.separator
     pieces: list[str] = []
-    spans = [(0, 0)] * len(at)
-    done = 0
-    length = 0  # characters so far, separators included
+    spans = [(0, 0)] * len(places)
+    characters = done = 0  # characters so far, separators included; units so far
     for n in order:
-        sentence = puzzle.needles[n][0]
-        for piece in (*units[done : at[n]], sentence):
-            pieces.append(piece)
-            length += len(piece) + len(puzzle.task.separator)
-        done = at[n]
-        stop = length - len(puzzle.task.separator)
-        spans[n] = (stop - len(sentence), stop)
-    pieces += units[done:]
-    return puzzle.task.separator.join(pieces), spans
+        sentence = sample.needles[n][0]
+        before = units[done : places[n]]
+        characters += sum(len(unit) + len(separator) for unit in before)
+        spans[n] = (characters, characters + len(sentence))
+        characters += len(sentence) + len(separator)
+        pieces += [*before, sentence]
+        done = places[n]
+    return separator.join([*pieces, *units[done:]]), spans
 
 
 def example(
@@ -198,19 +214,25 @@ def example(
     The prompt ends without a blank; the answer is expected as " " + value. For making training data for small
     models; probes build theirs to an exact length in tokens (`samples.py`).
     """
-    puzzle = draw(task, rng, rng.random() if depth is None else depth)
-    text, _ = weave(list(islice(haystack(puzzle, rng, prose), units)), puzzle)
-    return f"{puzzle.user_text(text)} {puzzle.answer_prefix}", puzzle.answers
+    sample = draw(task, rng, rng.random() if depth is None else depth)
+    text, _ = weave(list(islice(haystack_units(sample, rng, prose), units)), sample)
+    return f"{sample.user_text(text)} {sample.answer_prefix}", sample.answers
 
 
-def _units(task: Task, rng: Random, prose: Iterator[str] | None) -> Iterator[str]:
+def vocabulary() -> list[str]:
+    """Every word of needle keys and of generated prose, in lower case, sorted."""
+    return sorted({*ADJECTIVES, *NOUNS} | prose_vocabulary())
+
+
+def _endless(task: Task, rng: Random, prose: Iterator[str] | None) -> Iterator[str]:
     if task.haystack == "prose":
-        yield from words.prose(rng) if prose is None else prose
-    while task.haystack == "noise":
-        yield NOISE
-    while task.haystack == "needles":
-        key, value = _value(task.key_kind, rng), _value(task.value_kind, rng)
-        yield NEEDLE.format(kind=task.value_kind, key=key, value=value)
+        yield from generated_prose(rng) if prose is None else prose
+    while True:
+        if task.haystack == "noise":
+            yield NOISE
+        else:
+            key, value = _value(task.key_kind, rng), _value(task.value_kind, rng)
+            yield NEEDLE.format(kind=task.value_kind, key=key, value=value)
 
 
 def _nearest(ends: Sequence[int], target: float) -> int:
@@ -221,16 +243,14 @@ def _nearest(ends: Sequence[int], target: float) -> int:
 
 def _value(kind: str, rng: Random) -> str:
     if kind == "words":
-        return words.key(rng)
+        return f"{rng.choice(ADJECTIVES)}-{rng.choice(NOUNS)}"
     if kind == "uuids":
         return str(UUID(int=rng.getrandbits(128), version=4))
     return str(rng.randint(10**6, 10**7 - 1))
 
 
-def _distinct(count: int, make: Callable[[], str]) -> list[str]:
-    out: list[str] = []
-    while len(out) < count:
-        candidate = make()
-        if candidate not in out:
-            out.append(candidate)
-    return out
+def _distinct(count: int, kind: str, rng: Random) -> list[str]:
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found[_value(kind, rng)] = None
+    return list(found)

@@ -13,7 +13,7 @@ from qkguard.checkpoint.reference_file import TENSORS
 from qkguard.errors import QKGuardError, first_line
 from qkguard.layout.architecture import build_meta, find_architecture, plain_torch
 from qkguard.layout.layers import layer_types
-from qkguard.probe.lengths import default_lengths
+from qkguard.probe.settings import default_lengths
 from qkguard.report.run import METRICS
 from qkguard.sft.arguments import Settings
 from qkguard.sft.preflight import Preflight

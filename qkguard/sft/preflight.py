@@ -11,8 +11,8 @@ from qkguard.errors import QKGuardError, first_line
 from qkguard.layout import AttentionSpec, find_attention, select
 from qkguard.layout.architecture import load_config
 from qkguard.layout.selection import Selection
-from qkguard.probe.lengths import default_lengths
 from qkguard.probe.prober import Prober
+from qkguard.probe.settings import ProbeSettings, default_lengths
 from qkguard.sft.arguments import Settings
 from qkguard.sft.data import Sampled, look, token_lengths
 from qkguard.sft.packing import check_packing
@@ -131,8 +131,8 @@ def check_probes(settings: Settings, config: Any, tokenizer: Any) -> None:
     lengths = guard.probe_lengths or default_lengths(config, settings.training.max_length)
     if guard.probe_steps == "0" or tokenizer is None or not lengths:
         return
-    options = {"depths": 1, "samples": 1, "tasks": guard.probe_tasks, "haystack": guard.haystack}
-    Prober(tokenizer, lengths=[min(lengths)], **options).prepare(0, 1)  # type: ignore[arg-type]
+    shortest = ProbeSettings([min(lengths)], depths=1, samples=1, tasks=guard.probe_tasks, haystack=guard.haystack)
+    Prober(tokenizer, shortest).prepare()
 
 
 def has_template(tokenizer: Any) -> bool:

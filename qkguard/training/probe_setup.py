@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from qkguard.choice.heldout import sampled
 from qkguard.distributed import sharding
 from qkguard.errors import QKGuardError
+from qkguard.offline.task_rows import sampled
 from qkguard.probe.haystack import Prose, load_prose
 from qkguard.training.config import QKGuardConfig
 

@@ -21,12 +21,12 @@ from transformers import TrainerState, TrainingArguments
 from qkguard.checkpoint.reference_file import TENSORS, ReferenceFile
 from qkguard.checkpoint.restored import RestoredWrite
 from qkguard.checkpoint.weights import open_weights
-from qkguard.choice.heldout import keep_rows
 from qkguard.choice.swap import restored
 from qkguard.distributed import collectives, ranks, sharding
 from qkguard.errors import QKGuardError
 from qkguard.layout import disk_names, find_attention, select
 from qkguard.layout.selection import show_layers, unselected_norms
+from qkguard.offline.task_rows import keep_rows
 from qkguard.report.run import METRICS, RUN_FOLDER
 from qkguard.restore import check_per_layer, get_method
 from qkguard.training.attempt import attempt

@@ -28,18 +28,18 @@ from trl import SFTConfig, SFTTrainer
 from word_problems import answer_of, word_problems
 
 from qkguard import QKGuardCallback
-from qkguard.choice.candidates import Point, control_points, method_points
+from qkguard.choice.candidates import Candidate, control_candidates, method_candidates
 from qkguard.offline.pair import open_folders
-from qkguard.offline.sweep_swap import Swapper
-from qkguard.probe import Prober
+from qkguard.offline.sweep_swap import CandidateSwap
+from qkguard.probe import Prober, ProbeSettings
 
 POINTS = {
     point.name: point
     for point in (
-        Point("raw", "raw"),
-        *method_points("restore"),
-        *control_points("v o"),
-        *method_points("qk-pro:ridge=1 interpolate:alpha=0.5"),
+        Candidate("raw", "raw"),
+        *method_candidates("restore"),
+        *control_candidates("v o"),
+        *method_candidates("qk-pro:ridge=1 interpolate:alpha=0.5"),
     )
 }
 WATCHED = ("pre", "raw", "restore")
@@ -127,16 +127,18 @@ class Measure:
         self.tokenizer = tokenizer
         self.problems = list(islice(word_problems(HELD_OUT), args.problems))
         settings = {"tasks": args.tasks, "depths": args.depths, "batch_tokens": args.batch_tokens}
-        self.probers = [Prober(tokenizer, lengths=args.lengths, samples=args.samples, **settings)]
+        self.probers = [Prober(tokenizer, ProbeSettings(lengths=args.lengths, samples=args.samples, **settings))]
         if args.far:
-            self.probers.append(Prober(tokenizer, lengths=args.far, samples=max(1, args.samples // 2), **settings))
+            self.probers.append(
+                Prober(tokenizer, ProbeSettings(lengths=args.far, samples=max(1, args.samples // 2), **settings))
+            )
         self.heads: set[tuple[int, ...]] = set()  # length, layer, head
 
-    def find_forms(self, model) -> None:
+    def find_formats(self, model) -> None:
         """The ways it answers, looked for at the shortest length: on a CPU long prompts take minutes."""
-        forms = self.probers[0].find_forms(model)
+        forms = self.probers[0].find_formats(model)
         for prober in self.probers[1:]:
-            prober.maker.forms = dict(forms)
+            prober.maker.formats = dict(forms)
 
     def __call__(self, name: str, model) -> dict:
         began = time.perf_counter()
@@ -208,8 +210,8 @@ class Control:
         self.probe = {k: getattr(args, k) for k in ("lengths", "far", "tasks", "depths", "samples", "problems")}
         self.measure = Measure(AutoTokenizer.from_pretrained(self.base, padding_side="left"), args)
         model = load(self.base).to(lab.device())
-        self.measure.find_forms(model)
-        self.probe |= {"forms": [prober.settings()["forms"] for prober in self.measure.probers]}
+        self.measure.find_formats(model)
+        self.probe |= {"forms": [prober.record()["forms"] for prober in self.measure.probers]}
         self.record = {"model": args.model.name, "parameters": model.num_parameters()}
         known = [found["points"]["pre"] for seed in args.seeds if (found := self.earlier(seed))]
         self.before = known[0] if known else self.measure("pre", model)
@@ -233,10 +235,10 @@ class Control:
         found = {"base": self.record, "sft": sft, "probe": self.probe, "drift": drift(load(self.base), model)}
         earlier = self.earlier(seed)
         found["points"] = earlier["points"] if earlier and earlier["sft"] == sft else {"pre": self.before}
-        swapper = Swapper(model, open_folders(self.base, tuned))
+        swapper = CandidateSwap(model, open_folders(self.base, tuned))
         wanted = [POINTS[name] for name in self.args.points if name not in found["points"]]
         with torch.enable_grad():  # which rows carry values is found by gradients
-            changes = {point.name: swapper.change(point) for point in wanted if point.tensors}
+            changes = {point.name: swapper.prepare(point) for point in wanted if point.tensors}
         model.to(lab.device())
         for point in wanted:
             with swapper.swapped(changes[point.name]) if point.tensors else nullcontext():

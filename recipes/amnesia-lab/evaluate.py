@@ -20,14 +20,14 @@ import torch
 from fast import repeat_keys_in_float32
 from tables import TASKS
 
-from qkguard.choice.candidates import Point, control_points, layer_points, method_points
+from qkguard.choice.candidates import Candidate, control_candidates, layer_candidates, method_candidates
 from qkguard.demo.arithmetic import problems
 from qkguard.demo.scores import answer_of
 from qkguard.drift import head_weights, routing_drift
 from qkguard.layout import find_attention
 from qkguard.offline.pair import open_folders
-from qkguard.offline.sweep_swap import Swapper
-from qkguard.probe import Prober, ProbeResult
+from qkguard.offline.sweep_swap import CandidateSwap
+from qkguard.probe import Prober, ProbeResult, ProbeSettings
 
 GRID = (
     "qk-pro:ridge=1/10",
@@ -45,15 +45,15 @@ POINTS = {
 RUNS_HELP = "what sft.py wrote and what to measure of it: " + ", ".join(f"{k} ({v})" for k, v in POINTS.items())
 
 
-def points(which: str, layers: list[int]) -> list[Point]:
+def points(which: str, layers: list[int]) -> list[Candidate]:
     """What to measure beside "before SFT", as `POINTS` says."""
-    raw, restored = Point("raw", "raw"), method_points("restore")
+    raw, restored = Candidate("raw", "raw"), method_candidates("restore")
     if which in ("raw", "pair"):
         return [raw, *restored] if which == "pair" else [raw]
-    everything = Point("Q+K+V+O only", "control", ("q", "k", "v", "o"))
-    chosen = [raw, *restored, *control_points("q k v o")]
+    everything = Candidate("Q+K+V+O only", "control", ("q", "k", "v", "o"))
+    chosen = [raw, *restored, *control_candidates("q k v o")]
     if which == "all":
-        chosen += [*method_points(GRID), *(layer_points(layers) if len(layers) > 1 else ()), everything]
+        chosen += [*method_candidates(GRID), *(layer_candidates(layers) if len(layers) > 1 else ()), everything]
     return chosen
 
 
@@ -64,11 +64,11 @@ class Measure:
         self.tokenizer = tokenizer
         settings = {"depths": args.depths, "seed": args.probe_seed, "batch_tokens": args.batch_tokens}
         self.probers = [
-            Prober(tokenizer, lengths=args.lengths, samples=args.samples, tasks=args.tasks, **settings),
+            Prober(tokenizer, ProbeSettings(lengths=args.lengths, samples=args.samples, tasks=args.tasks, **settings)),
         ]
         if args.far:  # the longest contexts: fewer samples
             far = {"lengths": args.far, "samples": max(1, args.samples // 2), "tasks": args.tasks}
-            self.probers.append(Prober(tokenizer, **far, **settings))
+            self.probers.append(Prober(tokenizer, ProbeSettings(**far, **settings)))
         # Other problems than those of the training text, which has seeds of its own
         self.chains = list(islice(problems(args.probe_seed, (4, 7)), args.problems))
 
@@ -76,9 +76,9 @@ class Measure:
         for prober in self.probers:
             prober.prepare()
 
-    def find_forms(self, model) -> None:
+    def find_formats(self, model) -> None:
         for prober in self.probers:
-            prober.find_forms(model)
+            prober.find_formats(model)
 
     def __call__(self, model) -> dict:
         began = time.perf_counter()
@@ -189,7 +189,7 @@ class Evaluation:
         self.there(args.base / "pretrain.json")
         self.pretrained = lab.base(args.base)
         base = lab.load(args.base).to(lab.device())
-        self.measure.find_forms(base)
+        self.measure.find_formats(base)
         known = [found["points"]["pre"] for folder, _ in args.runs if (found := self.earlier(folder))]
         self.before = known[0] if known else self.measure(base)
         self.say("before SFT", self.before)
@@ -233,10 +233,10 @@ class Evaluation:
         if any(earlier[k] != v for k, v in about.items()):
             raise SystemExit(f"{self.file(folder)} has the results of another SFT; name another --out")
         found = about | {"points": earlier["points"]}
-        swapper = Swapper(tuned, open_folders(self.args.base, final(folder)))
+        swapper = CandidateSwap(tuned, open_folders(self.args.base, final(folder)))
         wanted = points(which, swapper.layers)
         with torch.enable_grad():
-            changes = {point.name: swapper.change(point) for point in wanted if point.tensors}
+            changes = {point.name: swapper.prepare(point) for point in wanted if point.tensors}
         tuned.to(lab.device())
         for point in wanted:
             if point.name in found["points"]:

@@ -25,7 +25,7 @@ from trl import SFTConfig, SFTTrainer
 from qkguard import QKGuardCallback
 from qkguard.demo.arithmetic import problems
 from qkguard.layout import find_attention, select
-from qkguard.probe.words import prose
+from qkguard.probe.haystack import generated_prose
 
 WAYS = ("full", "frozen", "lora", "windows")
 LONGEST_GAP = 60  # sentences of some 12 tokens between question and work, `--way windows`
@@ -45,7 +45,7 @@ def rows(args) -> Dataset:
         prompt = chain.prompt
         if args.way == "windows":
             question, think = prompt.split("\n")
-            gap = " ".join(islice(prose(rng), rng.randint(0, LONGEST_GAP)))
+            gap = " ".join(islice(generated_prose(rng), rng.randint(0, LONGEST_GAP)))
             prompt = f"{question}\n{gap}\n{think}"
         made.append({"prompt": prompt, "completion": STYLES[args.style](chain, rng)})
     return Dataset.from_list(made)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from random import Random
 
 from qkguard.demo.arithmetic import Chain
-from qkguard.probe import words
+from qkguard.probe import tasks
 
 CONNECTIVES = ("so", "here", "again", "go", "after", "before", "when", "we")
 
@@ -29,7 +29,7 @@ def word(chain: Chain, rng: Random) -> str:
 
 def tag(chain: Chain, rng: Random) -> str:
     """Every line opens with the problem's own two-word tag, of the words that needles have as keys."""
-    opening = f"{rng.choice(words.ADJECTIVES)}-{rng.choice(words.NOUNS)}"
+    opening = f"{rng.choice(tasks.ADJECTIVES)}-{rng.choice(tasks.NOUNS)}"
     return _joined((f"{opening}: {line}" for line in lines(chain)), chain)
 
 

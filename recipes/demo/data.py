@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from qkguard.demo.arithmetic import problems
-from qkguard.probe import tasks, words
+from qkguard.probe import haystack, tasks
 
-KEY, VALUE = f"{words.ADJECTIVES[0]}-{words.NOUNS[0]}", "1234567"
+KEY, VALUE = f"{tasks.ADJECTIVES[0]}-{tasks.NOUNS[0]}", "1234567"
 HAYSTACKS = ("noise", "prose", "babble")
 
 
@@ -56,7 +56,7 @@ def corpus() -> list[str]:
     rng = Random(0)
     prompts = [tasks.example(task, rng, units=1)[0] for task in tasks.TASKS.values() if task.value_kind == "numbers"]
     chain = next(problems(0))
-    return [*words.vocabulary(), *prompts, tasks.NOISE, chain.prompt, chain.completion, *chain.book]
+    return [*tasks.vocabulary(), *prompts, tasks.NOISE, chain.prompt, chain.completion, *chain.book]
 
 
 class Batches:
@@ -68,11 +68,11 @@ class Batches:
         self._encode = lambda texts: tokenizer(list(texts), add_special_tokens=False).input_ids
         self._templates(tokenizer)
         ids = tokenizer.convert_tokens_to_ids
-        self.adjectives = torch.tensor(ids(words.ADJECTIVES), device=device)
-        self.nouns = torch.tensor(ids(words.NOUNS), device=device)
+        self.adjectives = torch.tensor(ids(tasks.ADJECTIVES), device=device)
+        self.nouns = torch.tensor(ids(tasks.NOUNS), device=device)
         self.digits = torch.tensor(ids(list("0123456789")), device=device)
         count = size // 10
-        sentences = self._encode(islice(words.prose(Random(seed)), count))
+        sentences = self._encode(islice(haystack.generated_prose(Random(seed)), count))
         noise = self._encode([tasks.NOISE]) * 1000
         self.pools = {
             "noise": make_pool(((s, len(s)) for s in noise), device),

@@ -6,7 +6,7 @@
 On an accelerator where there is one. Target: at most a third of generating what RULER lets a model say (128 tokens),
 attention mass included. SmolLM2-Instruct stops right after its answer; a base model does not, so generation is also
 timed without an end. Also printed: what attention mass adds, generating just the answer's tokens, and finding the
-answer form, which a run does once.
+answer format, which a run does once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from qkguard.probe import Prober
+from qkguard.probe import Prober, ProbeSettings
 from qkguard.probe.generation import NEW_TOKENS, generated
 from tests.support.smollm2 import load_smollm2
 
@@ -50,15 +50,15 @@ def measure(length: int = 512, samples: int = 6, device: str = "", dtype: str = 
     model, tokenizer = load_smollm2(getattr(torch, dtype))
     model.to(device).eval()
     print(f"{length} tokens, {samples} samples, {dtype} on {_name(device)}")
-    prober = Prober(tokenizer, lengths=[length], depths=samples, samples=1, tasks=["single_2"])
+    prober = Prober(tokenizer, ProbeSettings(lengths=[length], depths=samples, samples=1, tasks=["single_2"]))
     prober.prepare()
     out: dict[str, float] = {}
     generated(model, prober, prober.run(model), new_tokens=2)  # first passes are slow
-    out["answer form"], _ = seconds_of(lambda: prober.find_forms(model), device)
+    out["answer format"], _ = seconds_of(lambda: prober.find_formats(model), device)
     out["probe"], result = seconds_of(lambda: prober.run(model), device)
     prober.attention = False
     out["without attention mass"], _ = seconds_of(lambda: prober.run(model), device)
-    answer = max(prober.maker.make(cell).answer_size for cell in prober.cells)
+    answer = max(prober.maker.make(key).answer_size for key in prober.sample_keys)
     for name, tokens, least in (
         (f"generate, at most {NEW_TOKENS} tokens", NEW_TOKENS, 0),
         (f"generate, {NEW_TOKENS} tokens without an end", NEW_TOKENS, NEW_TOKENS),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,9 @@ from torch import nn
 import qkguard.demo
 from qkguard.cli.options import parse_depths, parse_lengths
 from qkguard.errors import QKGuardError
-from qkguard.offline import probe as command
-from qkguard.offline.probe import ProbeSettings, probe_models, run_within_memory
-from qkguard.probe import ProbeResult
-from qkguard.probe.prober import Prober
+from qkguard.offline.models import LoadOptions, run_within_memory
+from qkguard.offline.probe import probe_models
+from qkguard.probe import Prober, ProbeResult, ProbeSettings
 from tests.conftest import Run
 from tests.support.lora import LINEAR, peft_merge, save_adapter
 from tests.support.models import tiny_model
@@ -72,7 +72,7 @@ def test_json_is_the_whole_result(run: Run, broken: Path) -> None:
     assert code == 0
     first, second = json.loads(out)["models"]
     result = ProbeResult.from_json(first["result"])
-    assert len(result.cells) == 16 and result.settings["model"] == str(DEMO)
+    assert len(result.sample_keys) == 16 and result.settings["model"] == str(DEMO)
     assert result.generated["contradicted"] == 0 and result.generated["recall"] >= result.recall
     assert first.get("drop") is None and second["drop"]["drop"] > 0.5 and second["drop"]["p_value"] < 0.01
     assert second["result"]["settings"]["digest"] == first["result"]["settings"]["digest"]
@@ -146,10 +146,10 @@ def test_memory_that_ends_means_smaller_batches() -> None:
                 raise torch.OutOfMemoryError
             return type("Out", (), {"logits": torch.zeros(len(input_ids), logits_to_keep, 700)})()
 
-    prober = Prober(bpe_tokenizer(), lengths=[300], depths=2, samples=4, tasks=["s1"], attention=False)
+    prober = Prober(bpe_tokenizer(), ProbeSettings(lengths=[300], depths=2, samples=4, tasks=["s1"], attention=False))
     assert run_within_memory(Hungry(700), prober, lambda done, total: None).recall == 0
     assert 300 <= prober.batch_tokens <= 700
-    with pytest.raises(QKGuardError, match="out of memory with one context of up to 300 tokens"):
+    with pytest.raises(QKGuardError, match="Out of memory with one context of up to 300 tokens"):
         run_within_memory(Hungry(200), prober, lambda done, total: None)
 
 
@@ -161,10 +161,11 @@ def test_chunks_where_the_cache_allows_them(tmp_path: Path) -> None:
                 parameter *= 3  # outputs that depend on what was read
         model.save_pretrained(tmp_path / name)  # type: ignore[operator]
         bpe_tokenizer().save_pretrained(tmp_path / name)
-    settings = ProbeSettings(lengths=[300], depths=2, samples=1, tasks=["s1"], attention=True, device="cpu")
+    settings = ProbeSettings(lengths=[300], depths=2, samples=1, tasks=["s1"], attention=True)
+    load = LoadOptions(device="cpu")
     for name, allowed in (("llama", True), ("minimax", False)):
-        (whole,) = probe_models([str(tmp_path / name)], settings)
-        (parts,) = probe_models([str(tmp_path / name)], command.replace(settings, chunk=100))
+        (whole,) = probe_models([str(tmp_path / name)], settings, load)
+        (parts,) = probe_models([str(tmp_path / name)], replace(settings, chunk=100), load)
         assert bool(parts.warnings) is not allowed
         assert parts.result.logprob == pytest.approx(whole.result.logprob, abs=1e-3)
         needle, same = (torch.tensor(r.result.attention.needle[300]) for r in (whole, parts))

@@ -19,7 +19,7 @@ from qkguard.demo import MODEL, DemoSettings, run_demo
 from qkguard.demo.arithmetic import problems
 from qkguard.demo.scores import Scores, answer_of
 from qkguard.demo.show import reading, table
-from qkguard.probe import Prober, probe
+from qkguard.probe import Prober, ProbeSettings, probe
 
 SMALL = DemoSettings(
     steps=4, batch=4, learning_rate=1e-2, lengths=(256,), depths=2, samples=1, tasks=("single_2",), problems=4
@@ -107,11 +107,11 @@ def test_softmax_layers_see_no_positions(model: Any) -> None:
 
 
 def test_the_tokenizer_knows_every_word_the_probe_says(tokenizer: Any) -> None:
-    maker = Prober(tokenizer, lengths=(600,), tasks=("s1", "s2", "mk1", "mk2"), depths=2).maker
+    maker = Prober(tokenizer, ProbeSettings(lengths=(600,), tasks=("s1", "s2", "mk1", "mk2"), depths=2)).maker
     pieces = [
         piece
         for task in ("single_1", "single_2", "multikey_1", "multikey_2")
-        for piece in tokenizer.convert_ids_to_tokens(maker.make(_cell(task)).ids.tolist())
+        for piece in tokenizer.convert_ids_to_tokens(maker.make(_key(task)).ids.tolist())
     ]
     assert not [p for p in pieces if p == "<unk>" or p.startswith("##")]
     chain = next(problems(0))
@@ -207,7 +207,7 @@ def test_a_folder_that_is_no_demo_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
-def _cell(task: str) -> Any:
-    from qkguard.probe.samples import Cell
+def _key(task: str) -> Any:
+    from qkguard.probe.samples import SampleKey
 
-    return Cell(600, task, 0.5, 0)
+    return SampleKey(600, task, 0.5, 0)

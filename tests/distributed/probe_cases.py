@@ -12,7 +12,7 @@ from torch import nn
 
 import qkguard.demo
 from qkguard.distributed import collectives, ranks
-from qkguard.probe import Prober, ProbeResult
+from qkguard.probe import Prober, ProbeResult, ProbeSettings
 from tests.support.probing import damage_until_some_are_wrong
 
 DEMO = Path(qkguard.demo.__file__).parent / "model"
@@ -40,13 +40,15 @@ def new_prober() -> Prober:
 
     prober = Prober(
         AutoTokenizer.from_pretrained(DEMO),
-        lengths=[200, 256],
-        depths=[0.1, 0.4, 0.5, 0.6, 0.9],
-        samples=1,
-        tasks=["mk1", "mk2", "s1"],
-        batch_tokens=600,
+        ProbeSettings(
+            lengths=[200, 256],
+            depths=[0.1, 0.4, 0.5, 0.6, 0.9],
+            samples=1,
+            tasks=["mk1", "mk2", "s1"],
+            batch_tokens=600,
+        ),
     )
-    prober.cells = prober.cells[:-1]  # 29: neither 2 nor 3 ranks share it evenly
+    prober.sample_keys = prober.sample_keys[:-1]  # 29: neither 2 nor 3 ranks share it evenly
     return prober
 
 
@@ -54,12 +56,12 @@ def probe(model: nn.Module, rank: int, world: int) -> ProbeResult:
     prober = new_prober()
     prober.prepare(rank, world)
     all_reduce: Any = collectives.all_reduce_sum if world > 1 else (lambda vector: vector)
-    prober.find_forms(model, rank=rank, world=world, all_reduce=all_reduce)
+    prober.find_formats(model, rank=rank, world=world, all_reduce=all_reduce)
     return prober.run(model, rank=rank, world=world, all_reduce=all_reduce)
 
 
 def check(found: ProbeResult, expected: ProbeResult) -> None:
-    assert found.cells == expected.cells and found.settings == expected.settings
+    assert found.sample_keys == expected.sample_keys and found.settings == expected.settings
     assert found.correct == expected.correct
     assert found.logprob == pytest.approx(expected.logprob, abs=1e-5)
     assert found.attention is not None and expected.attention is not None

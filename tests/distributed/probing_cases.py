@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from qkguard import QKGuardCallback, restored
 from qkguard.distributed import sharding
-from qkguard.probe import Prober
-from qkguard.probe.undisturbed import undisturbed
+from qkguard.probe import Prober, ProbeSettings
+from qkguard.probe.passes import undisturbed
 from tests.distributed.cases import STEPS, base_model, deepspeed_config, rank, reset
 from tests.distributed.launch import sharded_at_loading, sharding_of
 from tests.distributed.lora_cases import lora_config
@@ -150,7 +150,8 @@ def check_numbers(folder: Path, base: Path, haystack: Path, restored: str) -> No
     found = {}
     for name, where in (("base", base), ("raw", raw), ("restored", raw / restored)):
         prober = Prober(
-            bpe_tokenizer(), lengths=[192], depths=5, samples=1, tasks=["s1"], haystack=str(haystack), attention=True
+            bpe_tokenizer(),
+            ProbeSettings(lengths=[192], depths=5, samples=1, tasks=["s1"], haystack=str(haystack), attention=True),
         )
         prober.load_state({k: kept["settings"][k] for k in ("forms", "forms_seen", "digest")})
         loads = AutoPeftModelForCausalLM if (where / "adapter_config.json").exists() else AutoModelForCausalLM

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qkguard
-from qkguard.choice.candidates import Point, control_points, layer_points, method_points
-from qkguard.choice.task import TaskResult, encode_rows, read_rows, score_rows
+from qkguard.choice.candidates import Candidate, control_candidates, layer_candidates, method_candidates
+from qkguard.choice.task import TaskResult, encode_rows, score_rows
 from qkguard.choice.value_output import find_value_output
-from qkguard.choice.verdict import Interval, Measured, compare, rank_layers, recommend, words
+from qkguard.choice.verdict import Interval, Measurement, compare, explain, rank_layers, recommend
 from qkguard.demo import MODEL
 from qkguard.demo.arithmetic import problems
 from qkguard.errors import QKGuardError
@@ -27,11 +27,12 @@ from qkguard.layout import find_attention
 from qkguard.layout.rows import RowSelection
 from qkguard.offline.pair import open_folders
 from qkguard.offline.restore import restore_checkpoint
-from qkguard.offline.sweep import SweepReport, measure_points, sweep
+from qkguard.offline.sweep import SweepReport, measure_candidates, sweep
 from qkguard.offline.sweep_page import html_page, picture
-from qkguard.offline.sweep_swap import Swapper
+from qkguard.offline.sweep_swap import CandidateSwap
+from qkguard.offline.task_rows import read_rows
 from qkguard.probe.results import ProbeResult
-from qkguard.probe.samples import Cell
+from qkguard.probe.samples import SampleKey
 from qkguard.report.page import themed_png
 from tests.support import zoo
 from tests.support.models import save_pair, tiny_model
@@ -129,13 +130,13 @@ def test_swapped_in_as_written_and_out_to_the_bit(name: str, tmp_path: Path) -> 
     base, tuned = save_pair(tmp_path, name, dtype=torch.bfloat16)
     model = AutoModelForCausalLM.from_pretrained(tuned, dtype="auto")
     before = bits(model)
-    swapper = Swapper(model, open_folders(base, tuned), rows=RowSelection())
+    swapper = CandidateSwap(model, open_folders(base, tuned), rows=RowSelection())
     grid = "restore,restore:projections=k,qk-pro:ridge=0.5,interpolate:alpha=0.5:align,procrustes"
-    points = [*method_points(grid), *control_points("all"), *layer_points(swapper.layers)]
+    points = [*method_candidates(grid), *control_candidates("all"), *layer_candidates(swapper.layers)]
     assert len(points) == 5 + 5 + (1 if name == "qwen3_next" else 4)
     seen = []
     for number, point in enumerate(points):
-        with swapper.swapped(swapper.change(point)):
+        with swapper.swapped(swapper.prepare(point)):
             inside = bits(model)
         assert same(bits(model), before)
         assert not same(inside, before), point
@@ -146,7 +147,7 @@ def test_swapped_in_as_written_and_out_to_the_bit(name: str, tmp_path: Path) -> 
             written = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
             assert same(inside, bits(written)), point
     assert not same(seen[0], seen[2])
-    with pytest.raises(ZeroDivisionError), swapper.swapped(swapper.change(points[0])):
+    with pytest.raises(ZeroDivisionError), swapper.swapped(swapper.prepare(points[0])):
         raise ZeroDivisionError
     assert same(bits(model), before)
 
@@ -160,8 +161,14 @@ def test_a_sweep_leaves_the_model_as_it_was_and_measures_equal_weights_once(tmp_
         calls.append(name)
         return ProbeResult((), (), (), {}), None
 
-    points = [Point("raw", "raw"), *method_points("restore,interpolate:alpha=0/1"), *control_points("q,k,v,o")]
-    found = measure_points(model, Swapper(model, open_folders(base, tuned), rows=RowSelection()), measure, points)
+    points = [
+        Candidate("raw", "raw"),
+        *method_candidates("restore,interpolate:alpha=0/1"),
+        *control_candidates("q,k,v,o"),
+    ]
+    found = measure_candidates(
+        model, CandidateSwap(model, open_folders(base, tuned), rows=RowSelection()), measure, points
+    )
     assert same(bits(model), before)
     assert [m.same_as for m in found] == [None, None, "raw", "restore", None, None, None, None]
     assert len(calls) == 6
@@ -293,26 +300,26 @@ def test_chats() -> None:
 
 # -- verdict ------------------------------------------------------------------------------------------------------
 
-CELLS = tuple(Cell(256, "single_2", 0.5, i) for i in range(40))
+KEYS_OF_SAMPLES = tuple(SampleKey(256, "single_2", 0.5, i) for i in range(40))
 
 
-def measured(point: Point, hits: int, right: int | None = None, nll: float | None = None) -> Measured:
-    probe = ProbeResult(CELLS, tuple(i < hits for i in range(40)), (0.0,) * 40, {"digest": "x"})
+def measured(point: Candidate, hits: int, right: int | None = None, nll: float | None = None) -> Measurement:
+    probe = ProbeResult(KEYS_OF_SAMPLES, tuple(i < hits for i in range(40)), (0.0,) * 40, {"digest": "x"})
     task = None
     if right is not None:
         task = TaskResult((1.0,) * 50, (2,) * 50, tuple(i < right for i in range(50)))
     elif nll is not None:
         task = TaskResult(tuple(nll * (1 + 0.01 * i) for i in range(50)), (2,) * 50, None)
-    return Measured(point, probe, task)
+    return Measurement(point, probe, task)
 
 
-def run_of(*points: Measured) -> list[Measured]:
+def run_of(*points: Measurement) -> list[Measurement]:
     compare(points, seed=0)
     return list(points)
 
 
-BASE, RAW = Point("base", "base"), Point("raw", "raw")
-RESTORE, KEYS, HALF = method_points("restore,restore:projections=k,interpolate:alpha=0.5")
+BASE, RAW = Candidate("base", "base"), Candidate("raw", "raw")
+RESTORE, KEYS, HALF = method_candidates("restore,restore:projections=k,interpolate:alpha=0.5")
 
 
 def test_recommendation_follows_the_rule() -> None:
@@ -322,14 +329,14 @@ def test_recommendation_follows_the_rule() -> None:
         measured(RESTORE, 36, 40),
         measured(KEYS, 30, 48),
         measured(HALF, 30, 49),
-        measured(control_points("q")[0], 40, 50),
+        measured(control_candidates("q")[0], 40, 50),
     )
     assert recommend(points, 0.02).name == "interpolate alpha 0.5", "equal recall: the better task quality"
     assert recommend(points, 0.2).name == "restore"
     assert recommend(points, 0.0).name == "interpolate alpha 0.5"
     worse = run_of(measured(BASE, 40, 0), measured(RAW, 10, 49), measured(RESTORE, 36, 40))
     assert recommend(worse, 0.02).name == "raw"
-    assert "larger tolerance" in words(worse, worse[1], 0.02)[-1]
+    assert "larger tolerance" in explain(worse, worse[1], 0.02)[-1]
     noise = run_of(measured(BASE, 40, 0), measured(RAW, 30, 49), measured(RESTORE, 31, 49))
     assert recommend(noise, 1.0).name == "raw", "one sample more is noise"
     fewer = run_of(measured(BASE, 40, 0), measured(RAW, 30, 49), measured(RESTORE, 20, 50))
@@ -346,7 +353,7 @@ def test_tolerance_of_a_loss_is_in_nats() -> None:
 def test_words_say_what_the_numbers_say() -> None:
     def said(base: int, raw: int, restored: int) -> str:
         points = run_of(measured(BASE, base, 0), measured(RAW, raw, 50), measured(RESTORE, restored, 48))
-        return " ".join(words(points, recommend(points, 0.1), 0.1))
+        return " ".join(explain(points, recommend(points, 0.1), 0.1))
 
     assert "SFT took recall from 1.000 to 0.250" in said(40, 10, 30)
     assert "67% of what was lost, task accuracy from 1.000 to 0.960" in said(40, 10, 30)
@@ -380,7 +387,7 @@ def test_intervals_and_pareto_points() -> None:
 
 
 def test_layers_are_ranked_by_gain_per_loss() -> None:
-    layers = layer_points([1, 4, 7, 9, 11])
+    layers = layer_candidates([1, 4, 7, 9, 11])
     hits = {1: (20, 40), 4: (30, 40), 7: (14, 50), 9: (10, 50), 11: (8, 45)}
     points = run_of(measured(RAW, 10, 50), *(measured(p, *hits[p.layers[0]]) for p in layers if p.layers))
     ranked = rank_layers(points)
@@ -392,9 +399,9 @@ def test_layers_are_ranked_by_gain_per_loss() -> None:
 
 
 def test_the_grid_as_written() -> None:
-    default = method_points()
+    default = method_candidates()
     assert [p.name for p in default[:2]] == ["restore", "restore K only"] and len(default) == 8
-    found = method_points("qk-pro:ridge=0.3/1,interpolate:alpha=0.25:align,procrustes")
+    found = method_candidates("qk-pro:ridge=0.3/1,interpolate:alpha=0.25:align,procrustes")
     assert [(p.method, p.options.get("ridge")) for p in found[:2]] == [("qk-pro", 0.3), ("qk-pro", 1.0)]
     assert found[2].options == {"alpha": 0.25, "align": True} and found[2].name == "interpolate alpha 0.25 aligned"
     assert len(found) == 4
@@ -409,10 +416,10 @@ def test_the_grid_as_written() -> None:
         (" ", "grid is empty"),
     ):
         with pytest.raises(QKGuardError, match=message):
-            method_points(entry)
-    assert [p.tensors for p in control_points("all")] == [("q",), ("k",), ("v",), ("o",), ("v", "o")]
+            method_candidates(entry)
+    assert [p.tensors for p in control_candidates("all")] == [("q",), ("k",), ("v",), ("o",), ("v", "o")]
     with pytest.raises(QKGuardError, match="control 'x' is not known"):
-        control_points("q,x")
+        control_candidates("q,x")
 
 
 def test_the_public_name_is_the_function() -> None:

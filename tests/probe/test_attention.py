@@ -12,8 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qkguard.probe import attention
 from qkguard.probe.attention import AttentionRecorder, Target, attention_rows, layer_number
-from qkguard.probe.forward import LastLogits
-from qkguard.probe.undisturbed import undisturbed
+from qkguard.probe.passes import LastLogits, undisturbed
 from tests.support.models import SMALL, noised, tiny_config
 
 LENGTH, WINDOW = 90, 12

@@ -12,10 +12,11 @@ from torch import nn
 
 import qkguard.demo
 from qkguard.errors import QKGuardError
-from qkguard.probe.forms import BEFORE, BETWEEN
+from qkguard.probe.answer_formats import BEFORE, BETWEEN
 from qkguard.probe.generation import answer_prompts, generate, generated, read_prompts, ruler_match
 from qkguard.probe.prober import Prober
-from qkguard.probe.prompt import AnswerForm
+from qkguard.probe.prompt import AnswerFormat
+from qkguard.probe.settings import ProbeSettings
 from qkguard.probe.tasks import TASKS, example
 from tests.support.probing import damage_until_some_are_wrong
 from tests.support.smollm2 import load_smollm2
@@ -31,16 +32,16 @@ def load(folder: Path) -> tuple[nn.Module, Any]:
 
 
 def says_the_answer(prober: Prober, model: nn.Module, new_tokens: int) -> list[tuple[bool, str]]:
-    """By transformers' `generate`: whether its first tokens are the answer in one of the forms, and all it says."""
+    """By transformers' `generate`: whether its first tokens are the answer in one of the formats, and all it says."""
     out = []
     encoder = prober.maker.encoder
-    for cell in prober.cells:
-        sample = prober.maker.make(cell)
+    for key in prober.sample_keys:
+        sample = prober.maker.make(key)
         ids = sample.prompt[None].long()
         said = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False)
         said = said[0, ids.shape[1] :].tolist()
-        forms = [AnswerForm(b, *j) for b in BEFORE for j in BETWEEN] + [prober.maker.forms[cell.task]]
-        answers = [encoder.answer_ids(sample.prefix, form.render(sample.answers)) for form in forms]
+        formats = [AnswerFormat(b, *j) for b in BEFORE for j in BETWEEN] + [prober.maker.formats[key.task]]
+        answers = [encoder.answer_ids(sample.prefix, form.render(sample.answers)) for form in formats]
         out.append((any(said[: len(a)] == a for a in answers), encoder.decode(said)))
     return out
 
@@ -50,7 +51,7 @@ def check_against_generation(prober: Prober, model: nn.Module, new_tokens: int) 
     truth = says_the_answer(prober, model, new_tokens)
     assert list(result.correct) == [right for right, _ in truth]
     scores = [
-        ruler_match(text, prober.maker.make(c).answers) for c, (_, text) in zip(prober.cells, truth, strict=True)
+        ruler_match(text, prober.maker.make(c).answers) for c, (_, text) in zip(prober.sample_keys, truth, strict=True)
     ]
     assert all(score == 1 for score, right in zip(scores, result.correct, strict=True) if right)
     told = generated(model, prober, result, new_tokens=new_tokens)
@@ -61,8 +62,10 @@ def check_against_generation(prober: Prober, model: nn.Module, new_tokens: int) 
 
 def test_a_damaged_hybrid_is_judged_as_generation_judges_it() -> None:
     model, tokenizer = load(DEMO)
-    prober = Prober(tokenizer, lengths=[300, 400], depths=3, samples=2, tasks=["mk1", "mk2"], attention=False)
-    prober.find_forms(model)
+    prober = Prober(
+        tokenizer, ProbeSettings(lengths=[300, 400], depths=3, samples=2, tasks=["mk1", "mk2"], attention=False)
+    )
+    prober.find_formats(model)
     damage_until_some_are_wrong(model, prober, 0.5)
     check_against_generation(prober, model, 12)
 
@@ -73,16 +76,17 @@ def test_a_damaged_hybrid_is_judged_as_generation_judges_it() -> None:
 def test_a_damaged_pretrained_model_is_judged_as_generation_judges_it(mode: str) -> None:
     model, tokenizer = load_smollm2()
     prober = Prober(
-        tokenizer, lengths=[400], depths=2, samples=2, tasks=["s2", "s3", "mk1"], mode=mode, attention=False
+        tokenizer,
+        ProbeSettings(lengths=[400], depths=2, samples=2, tasks=["s2", "s3", "mk1"], mode=mode, attention=False),
     )
-    prober.find_forms(model)
+    prober.find_formats(model)
     damage_until_some_are_wrong(model, prober, 0.25)
     check_against_generation(prober, model, 40)
 
 
 def test_an_undamaged_hybrid_recalls() -> None:
     model, tokenizer = load(DEMO)
-    prober = Prober(tokenizer, lengths=[300, 400], depths=3, samples=2, tasks=["mk1", "mk2"])
+    prober = Prober(tokenizer, ProbeSettings(lengths=[300, 400], depths=3, samples=2, tasks=["mk1", "mk2"]))
     result = prober.run(model)
     assert result.recall > 0.9 and result.answer_logprob > -0.2
     assert result.attention is not None and result.attention.strongest() > 0.5
@@ -115,7 +119,7 @@ def test_rulers_match(said: str, outputs: list[str]) -> None:
 
 def test_prompts_from_a_file(tmp_path: Path) -> None:
     model, tokenizer = load(DEMO)
-    encoder = Prober(tokenizer, lengths=[300], tasks=["s1"]).maker.encoder
+    encoder = Prober(tokenizer, ProbeSettings(lengths=[300], tasks=["s1"])).maker.encoder
     rows = []
     for i, name in enumerate(["single_1", "multikey_1", "single_2"]):
         from random import Random
@@ -134,9 +138,10 @@ def test_prompts_from_a_file(tmp_path: Path) -> None:
 
 def test_generation_is_the_same_in_batches() -> None:
     model, tokenizer = load(DEMO)
-    maker = Prober(tokenizer, lengths=[300, 310], depths=2, samples=2, tasks=["s1"]).maker
+    maker = Prober(tokenizer, ProbeSettings(lengths=[300, 310], depths=2, samples=2, tasks=["s1"])).maker
     prompts = [
-        maker.make(c).prompt.tolist() for c in Prober(tokenizer, lengths=[300, 310], depths=2, tasks=["s1"]).cells
+        maker.make(c).prompt.tolist()
+        for c in Prober(tokenizer, ProbeSettings(lengths=[300, 310], depths=2, tasks=["s1"])).sample_keys
     ]
     together = generate(model, maker.encoder, prompts, 9)
     assert together == [generate(model, maker.encoder, [p], 9)[0] for p in prompts]

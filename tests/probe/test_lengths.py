@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from qkguard.errors import QKGuardError
-from qkguard.probe import Prober
-from qkguard.probe.lengths import check_lengths, default_lengths, hard_limit, soft_limit
+from qkguard.probe import Prober, ProbeSettings
+from qkguard.probe.settings import check_lengths, default_lengths, hard_limit, soft_limit
 from tests.support.models import tiny_model
 from tests.support.probing import bpe_tokenizer
 
@@ -25,8 +25,8 @@ def test_a_context_of_the_hard_limit_can_be_probed() -> None:
     model = tiny_model("gpt2", n_positions=316, vocab_size=1024)
     lengths = [hard_limit(model)]
     assert lengths == [300]
-    prober = Prober(bpe_tokenizer(), lengths=lengths, depths=1, samples=1, tasks=["s1"])
-    prober.find_forms(model)
+    prober = Prober(bpe_tokenizer(), ProbeSettings(lengths=lengths, depths=1, samples=1, tasks=["s1"]))
+    prober.find_formats(model)
     prober.run(model)
     with pytest.raises(IndexError):
         model(input_ids=torch.zeros(1, 317, dtype=torch.long))

@@ -46,7 +46,7 @@ def test_groups() -> None:
 def test_json_and_back() -> None:
     mass = AttentionMass(8, (1, 3), {256: [[0.1, 0.2], [0.3, 0.4]]}, {256: [[0.5, 0.6], [0.7, 0.8]]})
     found = result(
-        [i % 3 == 0 for i in range(80)], attention=mass, seconds=1.5, other_forms=2, generated={"recall": 0.5}
+        [i % 3 == 0 for i in range(80)], attention=mass, seconds=1.5, other_formats=2, generated={"recall": 0.5}
     )
     text = json.dumps(found.to_json(), allow_nan=False)
     assert ProbeResult.from_json(json.loads(text)) == found
@@ -87,7 +87,7 @@ def test_a_drop_at_one_length_is_seen_there() -> None:
     drop = result(now).drop_since(result(before), length=512)
     assert drop.drop == pytest.approx(0.25) and drop.is_alarming(0.2)
     assert not result(now).drop_since(result(before), length=256).is_alarming(0.0)
-    with pytest.raises(QKGuardError, match="no probe samples"):
+    with pytest.raises(QKGuardError, match="probe has no samples"):
         result(now).drop_since(result(before), length=7)
 
 

@@ -12,8 +12,9 @@ import pytest
 from qkguard.errors import QKGuardError
 from qkguard.probe.haystack import Prose, load_prose
 from qkguard.probe.prober import Prober
-from qkguard.probe.prompt import AnswerForm, Encoder, make_frame
-from qkguard.probe.samples import Cell, SampleMaker, plan
+from qkguard.probe.prompt import AnswerFormat, Encoder, make_template
+from qkguard.probe.samples import SampleKey, SampleMaker, plan
+from qkguard.probe.settings import ProbeSettings
 from qkguard.probe.tasks import TASKS
 from tests.support.probing import CHATML, bpe_tokenizer, byte_tokenizer, word_tokenizer
 
@@ -28,7 +29,7 @@ TOKENIZERS = {
 
 
 def maker(tokenizer: Any, prose: Prose | None = None, seed: int = 0, mode: str = "auto") -> SampleMaker:
-    return SampleMaker(Encoder(tokenizer, make_frame(tokenizer, mode)), prose or Prose(), seed)
+    return SampleMaker(Encoder(tokenizer, make_template(tokenizer, mode)), prose or Prose(), seed)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -38,13 +39,13 @@ def test_lengths_are_exact_and_text_is_canonical(name: str) -> None:
     special = name != "chat"
     lengths = (1800, 1801) if name == "bytes" else (640, 641, 655)
     tasks = [t.name for t in TASKS.values() if name != "words" or t.value_kind == "numbers"]
-    for cell in plan(tasks, lengths, [0.0, 0.9], 1):
-        sample = make.make(cell)
-        assert len(sample.ids) == cell.length
+    for key in plan(tasks, lengths, [0.0, 0.9], 1):
+        sample = make.make(key)
+        assert len(sample.ids) == key.length
         prompt = tokenizer.decode(sample.prompt.tolist(), skip_special_tokens=name == "closing")
         expected = tokenizer(prompt, add_special_tokens=special)["input_ids"]
         assert sample.prompt.tolist() == (expected[:-1] if name == "closing" else expected)
-        assert tokenizer.decode(sample.answer.tolist()) == AnswerForm().render(sample.answers)
+        assert tokenizer.decode(sample.answer.tolist()) == AnswerFormat().render(sample.answers)
         value = tokenizer.decode(sample.answer[sample.lead :].tolist()).lstrip(" ")
         assert value.startswith(sample.answers[0])
         for (start, stop), answer in zip(sample.needles, sorted(sample.answers), strict=True):
@@ -56,7 +57,7 @@ def test_lengths_are_exact_and_text_is_canonical(name: str) -> None:
 
 
 def test_plain_tokenizers_get_their_opening_but_no_closing_token() -> None:
-    sample = maker(bpe_tokenizer(closing=True)).make(Cell(300, "single_1", 0.5, 0))
+    sample = maker(bpe_tokenizer(closing=True)).make(SampleKey(300, "single_1", 0.5, 0))
     assert sample.ids[0] == 1 and 2 not in sample.ids.tolist()
 
 
@@ -69,27 +70,27 @@ def test_depths_are_spread_over_the_tokens() -> None:
 
 def test_samples_depend_on_seed_and_cell_alone() -> None:
     tokenizer = bpe_tokenizer()
-    cells = plan(["single_2", "multikey_1"], [400, 500], 3, 2)
+    keys = plan(["single_2", "multikey_1"], [400, 500], 3, 2)
     first = maker(tokenizer)
-    whole = {c: first.make(c).ids.tolist() for c in cells}
+    whole = {c: first.make(c).ids.tolist() for c in keys}
     second = maker(tokenizer)
     random.seed(99)
     state = random.getstate()
-    for cell in reversed(cells[::3]):
-        assert second.make(cell).ids.tolist() == whole[cell]
+    for key in reversed(keys[::3]):
+        assert second.make(key).ids.tolist() == whole[key]
     assert random.getstate() == state
-    assert second.digest(cells) == first.digest(cells)
+    assert second.digest(keys) == first.digest(keys)
     other = maker(tokenizer, seed=1)
-    assert all(other.make(c).ids.tolist() != whole[c] for c in cells)
-    assert other.digest(cells) != first.digest(cells)
+    assert all(other.make(c).ids.tolist() != whole[c] for c in keys)
+    assert other.digest(keys) != first.digest(keys)
 
 
 def test_the_form_changes_the_answer_and_keeps_the_length() -> None:
     make = maker(bpe_tokenizer())
-    cell = Cell(333, "single_2", 0.5, 0)
-    plain = make.make(cell)
-    make.forms["single_2"] = AnswerForm(": **")
-    bold = make.make(cell)
+    key = SampleKey(333, "single_2", 0.5, 0)
+    plain = make.make(key)
+    make.formats["single_2"] = AnswerFormat(": **")
+    bold = make.make(key)
     assert len(bold.ids) == 333 and bold.answers == plain.answers
     assert make.encoder.decode(bold.answer.tolist()) == f": **{plain.answers[0]}"
     assert make.encoder.decode(bold.answer[: bold.lead].tolist()) == ": **"
@@ -99,7 +100,7 @@ def test_the_tokenizer_is_left_alone() -> None:
     tokenizer = bpe_tokenizer()
     tokenizer("some words", truncation=True, max_length=1, padding="max_length")
     before = tokenizer.backend_tokenizer.to_str()
-    sample = maker(tokenizer).make(Cell(300, "single_1", 0.5, 0))
+    sample = maker(tokenizer).make(SampleKey(300, "single_1", 0.5, 0))
     assert len(sample.ids) == 300
     assert tokenizer.backend_tokenizer.to_str() == before
 
@@ -119,8 +120,8 @@ def test_slow_tokenizers_work_too() -> None:
         def decode(self, ids: list[int], **options: Any) -> str:
             return self.fast.decode(ids, **options)
 
-    cell = Cell(400, "multikey_1", 0.5, 0)
-    slow, fast = maker(Slow()).make(cell), maker(bpe_tokenizer()).make(cell)
+    key = SampleKey(400, "multikey_1", 0.5, 0)
+    slow, fast = maker(Slow()).make(key), maker(bpe_tokenizer()).make(key)
     assert slow.ids.tolist() == fast.ids.tolist() and slow.lead == fast.lead
     ((start, stop),) = slow.needles
     assert "One of the special magic" in Slow.fast.decode(slow.ids[start:stop].tolist())
@@ -130,24 +131,24 @@ def test_too_short_a_length_is_refused_with_the_least_that_works() -> None:
     with pytest.raises(
         QKGuardError, match=r"probe length 60 is too short for single_1: .* take (\d+) tokens"
     ) as error:
-        maker(bpe_tokenizer()).make(Cell(60, "single_1", 0.5, 0))
+        maker(bpe_tokenizer()).make(SampleKey(60, "single_1", 0.5, 0))
     least = int(str(error.value).split("take ")[1].split(" tokens")[0])
-    assert len(maker(bpe_tokenizer()).make(Cell(least + 10, "single_1", 0.5, 0)).ids) == least + 10
+    assert len(maker(bpe_tokenizer()).make(SampleKey(least + 10, "single_1", 0.5, 0)).ids) == least + 10
     with pytest.raises(QKGuardError, match="too short"):  # another key may be some tokens shorter
-        maker(bpe_tokenizer()).make(Cell(least - 10, "single_1", 0.5, 0))
+        maker(bpe_tokenizer()).make(SampleKey(least - 10, "single_1", 0.5, 0))
 
 
 def test_answers_that_the_tokenizer_cannot_spell_are_refused() -> None:
     make = maker(word_tokenizer())
     with pytest.raises(QKGuardError, match="cannot spell the answers of single_3"):
         for index in range(20):
-            make.make(Cell(640, "single_3", 0.5, index))
+            make.make(SampleKey(640, "single_3", 0.5, index))
 
 
 def test_plans() -> None:
-    cells = plan(["S1", "single_1", "mk1"], [512, 256], 3, 2)
-    assert len(cells) == 2 * 2 * 3 * 2 and [c.length for c in cells] == [256] * 12 + [512] * 12
-    assert {c.depth for c in cells} == {0.0, 0.5, 1.0}
+    keys = plan(["S1", "single_1", "mk1"], [512, 256], 3, 2)
+    assert len(keys) == 2 * 2 * 3 * 2 and [c.length for c in keys] == [256] * 12 + [512] * 12
+    assert {c.depth for c in keys} == {0.0, 0.5, 1.0}
     for bad in ({"depths": 0}, {"depths": [1.5]}, {"samples": 0}, {"tasks": []}, {"tasks": ["nope"]}):
         with pytest.raises(QKGuardError):
             plan(**{"tasks": ["S1"], "lengths": [256], "depths": 3, "samples": 1} | bad)
@@ -173,19 +174,19 @@ THINKING = {
 @pytest.mark.parametrize("name", THINKING)
 def test_thinking_templates_are_prefilled_past_the_thoughts(name: str) -> None:
     template, ending, thinking = THINKING[name]
-    frame = make_frame(bpe_tokenizer(template))
-    assert (frame.mode, frame.thinking) == ("chat", thinking)
-    assert frame.prompt("Q?", "The special").endswith(f"{ending}The special")
-    assert "Q?<|im_end|>" in frame.prompt("Q?", "A")
+    template = make_template(bpe_tokenizer(template))
+    assert (template.mode, template.thinking) == ("chat", thinking)
+    assert template.prompt("Q?", "The special").endswith(f"{ending}The special")
+    assert "Q?<|im_end|>" in template.prompt("Q?", "A")
 
 
 def test_modes() -> None:
-    assert make_frame(bpe_tokenizer()).mode == "plain"
-    assert make_frame(bpe_tokenizer(CHATML), "plain").prompt("Q?", "A") == "Q? A"
+    assert make_template(bpe_tokenizer()).mode == "plain"
+    assert make_template(bpe_tokenizer(CHATML), "plain").prompt("Q?", "A") == "Q? A"
     with pytest.raises(QKGuardError, match="no chat template"):
-        make_frame(bpe_tokenizer(), "chat")
+        make_template(bpe_tokenizer(), "chat")
     with pytest.raises(QKGuardError, match="exactly once"):
-        make_frame(bpe_tokenizer("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}"))
+        make_template(bpe_tokenizer("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}"))
 
 
 TEXT = "First sentence here. Second one!  Third\n\nwith <|im_end|> inside? " + "word " * 150
@@ -208,7 +209,7 @@ def test_haystack_sources(tmp_path: Path) -> None:
 def test_haystack_text_is_used_in_order_and_starts_over() -> None:
     prose = load_prose("One a. Two b. Three c. Four d.")
     sample_text = bpe_tokenizer().decode(
-        maker(bpe_tokenizer(), prose).make(Cell(400, "single_2", 0.0, 0)).ids.tolist()
+        maker(bpe_tokenizer(), prose).make(SampleKey(400, "single_2", 0.0, 0)).ids.tolist()
     )
     assert "One a. Two b. Three c. Four d. One a. Two b." in sample_text
 
@@ -228,11 +229,11 @@ def test_prepared_training_data_is_decoded() -> None:
             return {"input_ids": tokenizer(text)["input_ids"], "completion_mask": [1, 0]}
 
     state = random.getstate()
-    prober = Prober(tokenizer, lengths=[400], tasks=["s2"], haystack=Rows())
+    prober = Prober(tokenizer, ProbeSettings(lengths=[400], tasks=["s2"], haystack=Rows()))
     assert random.getstate() == state
     assert sorted(prober.maker.prose.sentences) == [f"user Row {i} of the data." for i in range(4)]
-    assert prober.settings()["haystack"] == "rows"
-    text = tokenizer.decode(prober.maker.make(prober.cells[0]).ids.tolist())
+    assert prober.record()["haystack"] == "rows"
+    text = tokenizer.decode(prober.maker.make(prober.sample_keys[0]).ids.tolist())
     assert "Row 2 of the data." in text and text.count("<|im_start|>") == 2
 
 
@@ -241,8 +242,8 @@ def test_processors_lend_their_tokenizer() -> None:
         tokenizer = bpe_tokenizer(CHATML)
         chat_template = None
 
-    cell = Cell(400, "single_1", 0.5, 0)
-    assert maker(Processor()).make(cell).ids.tolist() == maker(bpe_tokenizer(CHATML)).make(cell).ids.tolist()
+    key = SampleKey(400, "single_1", 0.5, 0)
+    assert maker(Processor()).make(key).ids.tolist() == maker(bpe_tokenizer(CHATML)).make(key).ids.tolist()
 
 
 def test_bad_haystacks(tmp_path: Path) -> None:

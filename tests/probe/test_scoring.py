@@ -1,4 +1,4 @@
-"""Teacher forcing against transformers' own generation, other answer forms, and dividing over ranks."""
+"""Teacher forcing against transformers' own generation, other answer formats, and dividing over ranks."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qkguard.probe import forms
-from qkguard.probe.forward import LastLogits, check_chunks, greedy
+from qkguard.probe import answer_formats
+from qkguard.probe.passes import LastLogits, check_chunks, undisturbed
 from qkguard.probe.prober import Prober
-from qkguard.probe.prompt import AnswerForm, Encoder, make_frame
+from qkguard.probe.prompt import AnswerFormat, Encoder, make_template
 from qkguard.probe.samples import plan
 from qkguard.probe.scoring import divide, score_batch, score_retries
-from qkguard.probe.undisturbed import undisturbed
+from qkguard.probe.settings import ProbeSettings
 from tests.support.models import noised, tiny_model
 from tests.support.probing import bpe_tokenizer, greedy_tokens, sample_of
 
@@ -120,7 +120,7 @@ def test_greedy_is_generation_whatever_is_proposed(name: str) -> None:
 
     for propose, passes, least in ((half_right, 3, 9), (lambda i, done: [], 6, 6), (lambda i, done: [9, 9], 6, 6)):
         with undisturbed(model):
-            out = greedy(LastLogits(model), [torch.tensor(p) for p in prompts], propose, passes, 60)
+            out = answer_formats.greedy(LastLogits(model), [torch.tensor(p) for p in prompts], propose, passes, 60)
         for said, true in zip(out, truth, strict=True):
             assert len(said) >= least and said[:12] == true[: len(said)]
 
@@ -158,36 +158,36 @@ def test_a_cache_that_cannot_be_gone_on_from_is_noticed() -> None:
         assert check_chunks(model, ids, 16, 9) == 1.0
 
 
-# --- answer forms
+# --- answer formats
 
 
 def encoder() -> Encoder:
     tokenizer = bpe_tokenizer()
-    return Encoder(tokenizer, make_frame(tokenizer))
+    return Encoder(tokenizer, make_template(tokenizer))
 
 
-@pytest.mark.parametrize("form", [*forms.BEFORE, " -> "])
-def test_forms_are_read_from_continuations(form: str) -> None:
-    text = AnswerForm(form).render(["1234567"])
-    assert forms.read_form(text + ". And so", ["1234567"]) == (AnswerForm(form), True)
+@pytest.mark.parametrize("form", [*answer_formats.BEFORE, " -> "])
+def test_formats_are_read_from_continuations(form: str) -> None:
+    text = AnswerFormat(form).render(["1234567"])
+    assert answer_formats.read_format(text + ". And so", ["1234567"]) == (AnswerFormat(form), True)
     if form.strip(" \n"):
-        assert forms.read_form(form + "7654321", ["1234567"]) in ((AnswerForm(form), False), None)
+        assert answer_formats.read_format(form + "7654321", ["1234567"]) in ((AnswerFormat(form), False), None)
 
 
-def test_list_forms_are_read() -> None:
+def test_list_formats_are_read() -> None:
     values = ["1111111", "2222222", "3333333"]
-    for joiner, last in forms.BETWEEN:
-        form = AnswerForm(": ", joiner, last)
-        assert forms.read_form(form.render(values) + ".", values) == (form, True)
-    assert forms.read_form(": 1111111; 2222222; 9", values) == (AnswerForm(": ", "; ", ", and "), False)
-    assert forms.read_form("I do not know", values) is None
+    for joiner, last in answer_formats.BETWEEN:
+        form = AnswerFormat(": ", joiner, last)
+        assert answer_formats.read_format(form.render(values) + ".", values) == (form, True)
+    assert answer_formats.read_format(": 1111111; 2222222; 9", values) == (AnswerFormat(": ", "; ", ", and "), False)
+    assert answer_formats.read_format("I do not know", values) is None
 
 
-def test_the_commonest_right_form_is_elected() -> None:
-    colon, blank = AnswerForm(": "), AnswerForm(" ")
-    assert forms.elect([(colon, True), (blank, False), (blank, False), (blank, False)]) == (colon, 1)
-    assert forms.elect([(colon, False), None, (blank, False), (colon, False)]) == (colon, 2)
-    assert forms.elect([None]) == (AnswerForm(), 0)
+def test_the_commonest_right_format_is_elected() -> None:
+    colon, blank = AnswerFormat(": "), AnswerFormat(" ")
+    assert answer_formats.elect([(colon, True), (blank, False), (blank, False), (blank, False)]) == (colon, 1)
+    assert answer_formats.elect([(colon, False), None, (blank, False), (colon, False)]) == (colon, 2)
+    assert answer_formats.elect([None]) == (AnswerFormat(), 0)
 
 
 def test_drafts_go_on_where_a_text_stopped() -> None:
@@ -201,26 +201,30 @@ def test_drafts_go_on_where_a_text_stopped() -> None:
         (": 1234567,", " 7654321"),
         (": 1234567, 7654321.", ""),
     ):
-        assert enc.decode(forms.draft(enc, "provided text is", text, values)) == following
+        assert enc.decode(answer_formats.draft(enc, "provided text is", text, values)) == following
 
 
-def test_another_form_is_found_by_the_token_that_leaves_the_first() -> None:
+def test_another_format_is_found_by_the_token_that_leaves_the_first() -> None:
     enc = encoder()
-    make = Prober(bpe_tokenizer(), lengths=[300], depths=1, samples=1, tasks=["s1"]).maker
+    make = Prober(bpe_tokenizer(), ProbeSettings(lengths=[300], depths=1, samples=1, tasks=["s1"])).maker
     sample = make.make(plan(["s1"], [300], 1, 1)[0])
     value = sample.answers[0]
     for form in (": ", ":\n", " **"):
         mine, other = sample.answer.tolist(), enc.answer_ids(sample.prefix, form + value)
         at = next(i for i, (a, b) in enumerate(zip(mine, other, strict=False)) if a != b)
-        found = forms.other_form(enc, sample, AnswerForm(), at, other[at])
+        found = answer_formats.other_format(enc, sample, AnswerFormat(), at, other[at])
         assert found is not None and found[1][: at + 1] == other[: at + 1]
         assert enc.decode(found[1]).endswith(value)
     wrong = next(
-        t for t in range(5, 40) if t not in {enc.answer_ids(sample.prefix, b + value)[0] for b in forms.BEFORE}
+        t
+        for t in range(5, 40)
+        if t not in {enc.answer_ids(sample.prefix, b + value)[0] for b in answer_formats.BEFORE}
     )
-    assert forms.other_form(enc, sample, AnswerForm(), 0, wrong) is None
+    assert answer_formats.other_format(enc, sample, AnswerFormat(), 0, wrong) is None
     spoilt = 17 if mine[-1] != 17 else 18
-    assert forms.other_form(enc, sample, AnswerForm(), len(mine) - 1, spoilt) is None  # a wrong value is wrong
+    assert (
+        answer_formats.other_format(enc, sample, AnswerFormat(), len(mine) - 1, spoilt) is None
+    )  # a wrong value is wrong
 
 
 class Oracle(nn.Module):
@@ -231,8 +235,8 @@ class Oracle(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1))
         self.calls: list[tuple[int, ...]] = []
         self.script = {}
-        for i, cell in enumerate(prober.cells):
-            sample = prober.maker.make(cell)
+        for i, key in enumerate(prober.sample_keys):
+            sample = prober.maker.make(key)
             text = says(i, sample.answers[0]) + " and so on and so on and so on"
             self.script[tuple(sample.prompt.tolist()[-200:])] = prober.maker.encoder.answer_ids(sample.prefix, text)
 
@@ -250,7 +254,9 @@ class Oracle(nn.Module):
 
 
 def oracle_prober() -> Prober:
-    return Prober(bpe_tokenizer(), lengths=[300, 310], depths=2, samples=5, tasks=["s1"], attention=False)
+    return Prober(
+        bpe_tokenizer(), ProbeSettings(lengths=[300, 310], depths=2, samples=5, tasks=["s1"], attention=False)
+    )
 
 
 def scripted(i: int, value: str) -> str:
@@ -261,29 +267,29 @@ def scripted(i: int, value: str) -> str:
     return "... hm, " + value if i == 19 else (" " if i % 4 == 1 else ": ") + value
 
 
-def test_a_model_that_mixes_forms_is_scored_in_each() -> None:
+def test_a_model_that_mixes_formats_is_scored_in_each() -> None:
     prober = oracle_prober()
     model = Oracle(prober, scripted)
-    found = prober.find_forms(model)
-    assert found["single_1"].before in (" ", ": ") and prober.forms_seen["single_1"].endswith("of 4")
+    found = prober.find_formats(model)
+    assert found["single_1"].before in (" ", ": ") and prober.formats_seen["single_1"].endswith("of 4")
     result = prober.run(Oracle(prober, scripted))
     assert list(result.correct) == [i % 4 != 0 and i != 19 for i in range(20)]
-    assert result.other_forms in (5, 9)  # those with a blank, or those with a colon
-    one_form = prober.run(Oracle(prober, lambda i, v: " " + v if i % 2 else "no"))
-    assert list(one_form.correct) == [bool(i % 2) for i in range(20)]
+    assert result.other_formats in (5, 9)  # those with a blank, or those with a colon
+    one_format = prober.run(Oracle(prober, lambda i, v: " " + v if i % 2 else "no"))
+    assert list(one_format.correct) == [bool(i % 2) for i in range(20)]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_every_sample_is_scored_once_and_ranks_keep_step(world: int) -> None:
-    cells = plan(["s1", "s2"], [256, 512, 700], 3, 3)[: 54 - world]
-    shares = [divide(cells, rank, world, 1100) for rank in range(world)]
-    shapes = [[(b[0].cell.length, len(b)) for b in batches] for batches in shares]
+    keys = plan(["s1", "s2"], [256, 512, 700], 3, 3)[: 54 - world]
+    shares = [divide(keys, rank, world, 1100) for rank in range(world)]
+    shapes = [[(b[0].key.length, len(b)) for b in batches] for batches in shares]
     assert all(s == shapes[0] for s in shapes)
     assert max(length * count for length, count in shapes[0]) <= 1100
     places = [j.place for batches in shares for b in batches for j in b if j.place is not None]
-    assert sorted(places) == list(range(len(cells)))
-    assert all(len({j.cell.length for j in b}) == 1 for batches in shares for b in batches)
-    assert all(cells[j.place] == j.cell for batches in shares for b in batches for j in b if j.place is not None)
+    assert sorted(places) == list(range(len(keys)))
+    assert all(len({j.key.length for j in b}) == 1 for batches in shares for b in batches)
+    assert all(keys[j.place] == j.key for batches in shares for b in batches for j in b if j.place is not None)
 
 
 class Ranks:
@@ -327,7 +333,7 @@ def test_ranks_together_find_what_one_process_finds(world: int) -> None:
         prober = oracle_prober()
         model = Oracle(prober, scripted)
         prober.prepare(rank, size)
-        prober.find_forms(model, rank=rank, world=size, all_reduce=all_reduce)
+        prober.find_formats(model, rank=rank, world=size, all_reduce=all_reduce)
         result = prober.run(model, rank=rank, world=size, all_reduce=all_reduce)
         return result, model.calls
 
@@ -336,7 +342,7 @@ def test_ranks_together_find_what_one_process_finds(world: int) -> None:
     results = ranks.run(lambda rank: work(rank, world, ranks.all_reduce))
     for result, calls in results:
         assert calls == results[0][1] and len(calls) > 4
-        assert result.correct == alone.correct and result.other_forms == alone.other_forms
+        assert result.correct == alone.correct and result.other_formats == alone.other_formats
         assert result.logprob == pytest.approx(alone.logprob, abs=1e-12)
         assert result.settings == alone.settings
 
@@ -345,8 +351,8 @@ def test_batching_does_not_change_results() -> None:
     tokenizer = bpe_tokenizer()
     model = tiny_model("minimax", vocab_size=1024, max_position_embeddings=1024).eval()
     options = {"lengths": [300], "depths": 2, "samples": 2, "tasks": ["s1"], "local_window": 16}
-    one = Prober(tokenizer, **options, batch_tokens=1).run(model)
-    four = Prober(tokenizer, **options, batch_tokens=4000).run(deepcopy(model))
+    one = Prober(tokenizer, ProbeSettings(**options, batch_tokens=1)).run(model)
+    four = Prober(tokenizer, ProbeSettings(**options, batch_tokens=4000)).run(deepcopy(model))
     assert one.logprob == pytest.approx(four.logprob, abs=1e-5)
     assert torch.allclose(torch.tensor(one.attention.needle[300]), torch.tensor(four.attention.needle[300]), atol=1e-6)
 

@@ -10,8 +10,8 @@ from random import Random
 import pytest
 
 from qkguard.errors import QKGuardError
-from qkguard.probe import words
-from qkguard.probe.tasks import NOISE, TASKS, Task, draw, example, find_task, haystack, weave
+from qkguard.probe.haystack import generated_prose
+from qkguard.probe.tasks import NOISE, TASKS, Task, draw, example, find_task, haystack_units, vocabulary, weave
 
 # RULER's prompts as lm-evaluation-harness prints them for one needle and for several (key and value filled in).
 ONE = (
@@ -90,7 +90,7 @@ def test_needles_asked_together_are_spread_and_in_reading_order() -> None:
 
 def test_the_haystack_never_repeats_an_asked_key() -> None:
     puzzle = draw(TASKS["multikey_2"], Random(0), 0.5)
-    lines = list(islice(haystack(puzzle, Random(1)), 20_000))
+    lines = list(islice(haystack_units(puzzle, Random(1)), 20_000))
     assert not any(puzzle.keys[0] in line for line in lines)
     other = draw(TASKS["multikey_2"], Random(2), 0.5)
     assert any(other.keys[0] in line for line in lines)  # a twin that is not left out does occur
@@ -109,9 +109,9 @@ def test_seeds_decide_and_the_global_random_state_does_not() -> None:
 
 
 def test_prose_keeps_to_its_vocabulary() -> None:
-    sentences = list(islice(words.prose(Random(0)), 3000))
+    sentences = list(islice(generated_prose(Random(0)), 3000))
     seen = set(re.findall(r"[a-z]+", " ".join(sentences).lower()))
-    assert seen <= set(words.vocabulary())
+    assert seen <= set(vocabulary())
     assert not seen & {"special", "magic", "number", "numbers"}
     assert len(set(sentences)) > 2000
     assert all(re.fullmatch(r"[A-Z][a-z ,]+\.", s) for s in sentences)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from qkguard.probe.passes import undisturbed
 from qkguard.probe.prober import Prober
-from qkguard.probe.undisturbed import undisturbed
+from qkguard.probe.settings import ProbeSettings
 from tests.support.models import tiny_model
 from tests.support.probing import bpe_tokenizer
 
@@ -22,7 +23,7 @@ DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
 
 
 def prober() -> Prober:
-    return Prober(bpe_tokenizer(), lengths=[160], depths=2, samples=1, tasks=["s1"], batch_tokens=160)
+    return Prober(bpe_tokenizer(), ProbeSettings(lengths=[160], depths=2, samples=1, tasks=["s1"], batch_tokens=160))
 
 
 def model_of(name: str = "minimax", **options: Any) -> nn.Module:
@@ -68,7 +69,7 @@ def test_states_are_as_they_were(fails: bool) -> None:
         with pytest.raises(BoomError):
             mine.run(model)
     else:
-        mine.find_forms(model)
+        mine.find_formats(model)
         mine.run(model)
     assert [m.training for m in model.modules()] == flags and len(set(flags)) == 2
     assert random_states() == states and model.config.to_dict() == config
@@ -112,7 +113,7 @@ def test_training_is_bit_identical_with_and_without_probes() -> None:
             model(input_ids=torch.zeros(1, 160, dtype=torch.long))
 
     losses, weights = train(lambda model: None)
-    for between in (lambda model: prober().run(model), lambda model: prober().find_forms(model), failing_probe):
+    for between in (lambda model: prober().run(model), lambda model: prober().find_formats(model), failing_probe):
         probed_losses, probed_weights = train(between)
         assert probed_losses == losses and torch.equal(probed_weights, weights)
     assert train(careless)[0] != losses  # the same forward pass without care is felt

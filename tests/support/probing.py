@@ -12,8 +12,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from qkguard.probe.prober import Prober
-from qkguard.probe.prompt import AnswerForm
-from qkguard.probe.samples import Cell, Sample
+from qkguard.probe.prompt import AnswerFormat
+from qkguard.probe.samples import Sample, SampleKey
 from qkguard.probe.tasks import TASKS, example
 
 CHATML = (
@@ -90,8 +90,8 @@ def _wrap(tokenizer: Tokenizer, chat_template: str | None) -> Any:
 def sample_of(prompt: list[int], answer: list[int], needle: tuple[int, int] = (0, 1), index: int = 0) -> Sample:
     """A sample made of bare token ids."""
     ids = torch.tensor([*prompt, *answer], dtype=torch.int32)
-    cell = Cell(len(ids), "single_1", 0.5, index)
-    return Sample(cell, AnswerForm(), ids, len(answer), 0, (needle,), ("1234567",), "is")
+    key = SampleKey(len(ids), "single_1", 0.5, index)
+    return Sample(key, AnswerFormat(), ids, len(answer), 0, (needle,), ("1234567",), "is")
 
 
 def greedy_tokens(model: nn.Module, prompt: list[int], count: int) -> list[int]:

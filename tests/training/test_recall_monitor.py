@@ -19,14 +19,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qkguard import QKGuardCallback, QKGuardConfig, QKGuardError, restored
-from qkguard.choice.heldout import find_rows, sampled
+from qkguard.offline.task_rows import find_rows, sampled
 from qkguard.probe.prober import Prober
-from qkguard.probe.results import ProbeResult
+from qkguard.probe.results import ProbeResult, alarm
 from qkguard.probe.samples import plan
 from qkguard.training.metrics_log import MetricsLog
 from qkguard.training.probe_schedule import Budget, interval
 from qkguard.training.probe_setup import training_prose, why_not
-from qkguard.training.recall_monitor import alarm
 from tests.support import judge
 from tests.support.models import tiny_model
 from tests.support.probing import bpe_tokenizer
@@ -197,7 +196,7 @@ def test_the_first_probe_costs_its_pictures_too_and_makes_its_samples_in_the_for
         log(self, metrics, step, details)
 
     def watched(self: Prober, *args: Any) -> None:
-        forms.append(dict(self.maker.forms))
+        forms.append(dict(self.maker.formats))
         prepare(self, *args)
 
     monkeypatch.setattr(MetricsLog, "log", slow)
@@ -292,7 +291,7 @@ def test_a_fall_of_recall_warns_once_and_acts(base, tmp_path, monkeypatch, caplo
     def pretending(self: Prober, model: Any, **options: Any) -> ProbeResult:
         runs.append(1)
         found = original(self, model, **options)
-        return replace(found, correct=(len(runs) == 1,) * len(found.cells))
+        return replace(found, correct=(len(runs) == 1,) * len(found.sample_keys))
 
     monkeypatch.setattr(Prober, "run", pretending)
     logging.getLogger("qkguard").propagate = True

@@ -1,17 +1,52 @@
-"""Which context lengths a model can be probed at."""
+"""What a probe asks of a model, and which context lengths fit it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from qkguard.errors import QKGuardError
-from qkguard.probe.forms import SLACK
+from qkguard.probe.answer_formats import SLACK
+
+DEFAULT_TASKS = ("single_1", "single_2", "single_3")
+"""The tasks of the paper's table: S1, S2, S3."""
 
 SHORT = (512, 1024, 2048)
 """Lengths that are cheap and where recall moves first."""
+
+Progress = Callable[[int, int], None]
+"""Called with (steps done, steps in all)."""
+
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    """Which samples a probe asks, and how it runs them. Equal settings and tokenizers give equal samples."""
+
+    lengths: Sequence[int] = SHORT
+    """Context lengths in tokens; prompt and answer together have exactly these."""
+    depths: int | Sequence[float] = 5
+    """A number of evenly spread needle depths, or depths from 0 (start) to 1 (end)."""
+    samples: int = 2
+    """Samples for every task, length and depth."""
+    tasks: Sequence[str] = DEFAULT_TASKS
+    """RULER's names (`tasks.TASKS`), or short ones such as "S2"."""
+    haystack: Any = None
+    """Text for the prose tasks: None (generated), a text, a file, rows of text, or a `haystack.Prose`."""
+    seed: int = 0
+    """Of the samples."""
+    mode: str = "auto"
+    """"chat" (the tokenizer's chat template), "plain", or "auto": chat where there is a template."""
+    attention: bool = True
+    """Whether attention mass is measured in the same passes."""
+    local_window: int = 128
+    """How many most recent tokens count as local attention."""
+    batch_tokens: int = 16384
+    """Tokens in one forward pass, where more than one sample fits."""
+    chunk: int | None = None
+    """Read longer contexts through the model's cache in pieces of this many tokens."""
 
 
 def default_lengths(model: Any, max_length: int | None = None) -> list[int]:

@@ -1,23 +1,48 @@
-"""Rows of a run's evaluation set, kept beside its reference so that `qkguard sweep` can measure task quality later."""
+"""Rows held out from SFT, to measure task quality on: read from files, or kept by a run of its evaluation set."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from qkguard.choice.task import ROW_FORMATS
+from qkguard.errors import QKGuardError
 from qkguard.report.run import METRICS, RUN_FOLDER
 
 HELDOUT = "heldout.jsonl"
 ROWS = 128
 
 
+def read_rows(data: Any, limit: int | None = None) -> list[Mapping[str, Any]]:
+    """Rows of a JSON-lines file, or of any iterable of mappings (a `datasets.Dataset`), the first `limit` of them.
+
+    Raises:
+        QKGuardError: no such file, a line that is no JSON object, or no rows.
+    """
+    if not isinstance(data, str | Path):
+        rows = list(data)
+    else:
+        path = Path(data)
+        if not path.is_file():
+            raise QKGuardError(f"no such file: {path}; expected JSON lines, {ROW_FORMATS}")
+        try:
+            text = path.read_text(encoding="utf-8")
+            whole = text.lstrip().startswith("[")
+            rows = json.loads(text) if whole else [json.loads(line) for line in text.splitlines() if line.strip()]
+        except ValueError as error:
+            raise QKGuardError(f"{path} is not JSON lines ({error}); expected {ROW_FORMATS}") from None
+    if not rows or not all(isinstance(row, Mapping) for row in rows):
+        raise QKGuardError(f"{data if isinstance(data, str | Path) else 'data'} holds no rows; expected {ROW_FORMATS}")
+    return rows[:limit]
+
+
 def keep_rows(dataset: Any, folder: Path) -> None:
     """Write up to `ROWS` rows of a prepared `datasets.Dataset`, from everywhere in it; no file where there are none.
 
     A row is {"input_ids", "labels"}: token ids, and -100 where nothing is to be predicted. Packed rows and rows scored
-    in several places are not kept, nor are rows of other kinds of data sets (`rows.sampled`).
+    in several places are not kept, nor are rows of other kinds of data sets (`sampled`).
     """
     lines = []
     for row in sampled(dataset, ROWS):
