@@ -5,15 +5,16 @@ python docs/config_reference.py
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from pathlib import Path
-from typing import Any, get_type_hints
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from qkguard import QKGuardConfig
 from qkguard.sft.data import DataArguments
+from qkguard.training.checked import helps
 
 TARGET = Path(__file__).with_name("CONFIG.md")
 INTRO = """\
@@ -38,14 +39,13 @@ environment variables that are set where they are not set yet.
 """
 
 
-def table(kind: type) -> str:
-    """A table of a dataclass's fields: name, type, default, help."""
-    hints = get_type_hints(kind)
+def table(kind: Any) -> str:
+    """A table of a checked dataclass's fields: name, type, default, help."""
+    hints, notes = get_type_hints(kind), helps(kind)
     rows = ["| key | type | default | |", "|---|---|---|---|"]
-    for field in dataclasses.fields(kind):
-        hint = hints[field.name]
-        shown = hint.__name__ if isinstance(hint, type) and not getattr(hint, "__args__", ()) else str(hint)
-        cells = (f"`{field.name}`", f"`{shown.replace('typing.', '')}`", f"`{default(field)}`", field.metadata["help"])
+    for name, field in kind.__pydantic_fields__.items():
+        default = field.get_default(call_default_factory=True, validated_data={})
+        cells = (f"`{name}`", f"`{shown(hints[name])}`", f"`{default!r}`", notes[name])
         rows.append(
             "| "
             + " | ".join(cell.replace("|", "\\|").replace("\n", "\\n").replace("<", "&lt;") for cell in cells)
@@ -54,9 +54,13 @@ def table(kind: type) -> str:
     return "\n".join(rows) + "\n"
 
 
-def default(field: dataclasses.Field[Any]) -> str:
-    made = field.default_factory() if field.default is dataclasses.MISSING else field.default  # type: ignore[misc]
-    return repr(made)
+def shown(hint: Any) -> str:
+    """A type as one writes it: `int | None`."""
+    if get_origin(hint) in (Union, UnionType):
+        return " | ".join(shown(member) for member in get_args(hint))
+    if isinstance(hint, type) and not get_args(hint):
+        return hint.__name__.replace("NoneType", "None")
+    return str(hint).replace("typing.", "")
 
 
 def document() -> str:

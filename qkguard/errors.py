@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,7 +31,7 @@ class WrongReferenceError(QKGuardError):
 
 
 class RankLostError(QKGuardError):
-    """Another rank gave no sign of life: nothing that needs all ranks can go on."""
+    """Another rank crashed or hung: nothing that needs all ranks can continue."""
 
 
 RENAMED = {"parts": "projections", "strengths": "per_layer", "entangled": "shared"}
@@ -40,11 +41,11 @@ DROPPED = {
     "gram": "qk-pro has one reading now, the Gram matrix of each key head",
     "allow_pickle": "pickled checkpoints are not read; save them as safetensors with save_pretrained",
 }
-"""Settings of 0.1 that mean nothing any more."""
+"""Settings of 0.1 that have no effect any more."""
 
 
 def current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings under their present names; each old one is told of in one warning line.
+    """Settings under their present names, with one warning line for each old one (of many ranks, rank 0's).
 
     Raises:
         QKGuardError: a setting given under its old and its new name.
@@ -54,10 +55,10 @@ def current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
         new = RENAMED[old]
         if new in out:
             raise QKGuardError(f"{old} and {new} are the same setting; give {new} alone.")
-        logger.warning("The setting %s is called %s now; the old name works until version 0.3.", old, new)
+        _warn(f"The setting {old} is called {new} now; the old name works until version 0.3.")
         out[new] = out.pop(old)
     for old in [name for name in out if name in DROPPED]:
-        logger.warning("The setting %s has no effect any more: %s.", old, DROPPED[old])
+        _warn(f"The setting {old} has no effect any more: {DROPPED[old]}.")
         del out[old]
     return out
 
@@ -66,3 +67,9 @@ def first_line(error: BaseException) -> str:
     """Another library's exception in one line: its type and the first line of its text, cut at 200 characters."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def _warn(message: str) -> None:
+    # The launcher's variable: settings are read before there is a process group to ask
+    if os.environ.get("RANK", "0") == "0":
+        logger.warning("%s", message)

@@ -51,7 +51,7 @@ def fine_tune(
         model_init_kwargs={"dtype": "float32", "experts_implementation": "eager", "device_map": None},
     )
     # No probes in between: the demo measures recall itself, before and after, on more samples
-    guard = QKGuardCallback(routing_drift_steps="logging", probe_steps="0")
+    guard = QKGuardCallback(routing_drift_steps="logging", probe_steps=0)
     trainer = SFTTrainer(
         model=str(model),
         args=args,

@@ -6,11 +6,14 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError
+from pydantic.dataclasses import dataclass
 
 from qkguard.errors import QKGuardError
+from qkguard.training.checked import STRICT, refusal
 
 FILES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 SAMPLED = 256  # rows that a plan or a length check looks at
@@ -19,42 +22,41 @@ DATASETS = 'a list of data sets, [{"path": ..., "weight": ...}, ...]'
 DEFAULT_TEMPLATE = "{solution}\n\n{answer}"
 
 
-@dataclass
+@dataclass(config=STRICT)
 class Columns:
     """Which columns of a data set mean what."""
 
-    messages_column: str = field(
-        default="messages",
-        metadata={"help": "Column of chat messages ({role, content}, or ShareGPT's {from, value})."},
-    )
-    prompt_column: str = field(default="prompt", metadata={"help": "Column of prompts; trained on are completions."})
-    completion_column: str = field(default="completion", metadata={"help": "Column of completions."})
-    problem_column: str = field(
-        default="problem", metadata={"help": "Column of problems, the user's turn of a chat made from columns."}
-    )
-    solution_column: str = field(
-        default="solution", metadata={"help": "Column of chains of thought, the first part of the assistant's turn."}
-    )
-    answer_column: str = field(
-        default="answer", metadata={"help": "Column of final answers; without such a column the turn is the solution."}
-    )
-    completion_template: str = field(
-        default=DEFAULT_TEMPLATE,
-        metadata={
-            "help": "How solution and answer make the assistant's turn, in Python's format syntax; "
-            r'for thinking models "<think>\n{solution}\n</think>\n\n{answer}" in a recipe.'
-        },
-    )
+    messages_column: str = "messages"
+    """Column of chat messages ({role, content}, or ShareGPT's {from, value})."""
+
+    prompt_column: str = "prompt"
+    """Column of prompts; only completions are trained on."""
+
+    completion_column: str = "completion"
+    """Column of completions."""
+
+    problem_column: str = "problem"
+    """Column of problems, the user's turn of a chat made from columns."""
+
+    solution_column: str = "solution"
+    """Column of chains of thought, the first part of the assistant's turn."""
+
+    answer_column: str = "answer"
+    """Column of final answers; without such a column the turn is the solution."""
+
+    completion_template: str = DEFAULT_TEMPLATE
+    r"""How solution and answer make the assistant's turn, in Python's format syntax; for thinking models
+    "<think>\n{solution}\n</think>\n\n{answer}" in a recipe."""
 
 
-@dataclass
+@dataclass(config=STRICT)
 class Source(Columns):
     """One data set of a mixture."""
 
     path: str = ""
     config: str | None = None
     split: str = "train"
-    weight: float | None = None
+    weight: Annotated[float, Field(gt=0)] | None = None
 
     @property
     def file_type(self) -> str | None:
@@ -62,27 +64,33 @@ class Source(Columns):
         return FILES.get(Path(self.path).suffix)
 
 
-@dataclass
+@dataclass(config=STRICT)
 class DataArguments(Columns):
-    """What to train on: one data set, or several mixed."""
+    """What to train on: one data set, or several mixed.
 
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Hub id, local .jsonl, .json, .parquet or .csv file, or a data set's folder."}
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration, where it has several."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    dataset_test_split: str | None = field(
-        default=None, metadata={"help": "Split to evaluate on, or a file where the data set is one. Default: none."}
-    )
-    datasets: list[dict[str, Any]] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Several data sets instead of dataset_name: a list of {path, config, split, weight, *_column}, "
-            "on the command line as JSON. With weights, rows are drawn in these proportions until the first data set "
-            "is used up; without, all rows are taken."
-        },
-    )
-    max_samples: int | None = field(default=None, metadata={"help": "Use only so many rows, for a trial run."})
+    TRL's ScriptArguments and `get_dataset` (1.16) map no columns, read no local rows by path alone, and take the first
+    rows of each data set where this mixture draws from all of them.
+    """
+
+    dataset_name: str | None = None
+    """Hub id, local .jsonl, .json, .parquet or .csv file, or a data set's folder."""
+
+    dataset_config: str | None = None
+    """Its configuration, where it has several."""
+
+    dataset_train_split: str = "train"
+    """Split to train on."""
+
+    dataset_test_split: str | None = None
+    """Split to evaluate on, or a file where the data set is one. Default: none."""
+
+    datasets: list[dict[str, Any]] | str | None = None
+    """Several data sets instead of dataset_name: a list of {path, config, split, weight, *_column}, on the command
+    line as JSON. With weights, rows are drawn in these proportions until the first data set is used up;
+    without, all rows are taken."""
+
+    max_samples: int | None = None
+    """Use only so many rows, for a trial run."""
 
     def sources(self) -> list[Source]:
         """The data sets to read; columns given for all apply where one does not name its own.
@@ -90,7 +98,7 @@ class DataArguments(Columns):
         Raises:
             QKGuardError: none is given, both forms are, an entry has an unknown key, or weights are missing in part.
         """
-        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(Columns)}
+        columns = {f.name: getattr(self, f.name) for f in dataclasses.fields(Columns)}
         if self.datasets is None:
             if not self.dataset_name:
                 raise QKGuardError(
@@ -98,28 +106,36 @@ class DataArguments(Columns):
                     "or several in `datasets`"
                 )
             path, config, split = self.dataset_name, self.dataset_config, self.dataset_train_split
-            return [Source(**own, path=path, config=config, split=split)]
+            return [Source(**columns, path=path, config=config, split=split)]
         if self.dataset_name:
             raise QKGuardError("dataset_name and datasets are both given; keep one (--datasets null drops the list)")
-        entries: Any = self.datasets
-        if isinstance(entries, str):
-            try:
-                entries = json.loads(entries)
-            except ValueError as error:
-                raise QKGuardError(f"datasets: {entries!r} is not JSON ({error}); expected {DATASETS}") from None
-        if not isinstance(entries, list) or not entries:
-            raise QKGuardError(f"datasets: expected {DATASETS}, found {entries!r}")
-        known = {f.name for f in dataclasses.fields(Source)}
-        for entry in entries:
-            if not isinstance(entry, dict) or not entry.get("path"):
-                raise QKGuardError(f"datasets: expected {DATASETS}, found {entry!r} in it")
-            if unknown := sorted(set(entry) - known):
-                raise QKGuardError(f"datasets: unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}")
-        sources = [Source(**own | entry) for entry in entries]
-        weights = [s.weight for s in sources]
-        if any(w is not None for w in weights) and not all(w is not None and w > 0 for w in weights):
-            raise QKGuardError(f"datasets: weights are {weights}; give every entry one above 0, or none of them")
+        sources = [_source(entry, columns) for entry in _entries(self.datasets)]
+        weights = [source.weight for source in sources]
+        if any(weights) and not all(weights):
+            raise QKGuardError(f"datasets: weights are {weights}; give every entry one, or none of them.")
         return sources
+
+
+def _entries(datasets: list[dict[str, Any]] | str) -> list[dict[str, Any]]:
+    """The list of data sets, read from JSON where it was typed on a command line."""
+    entries: Any = datasets
+    if isinstance(datasets, str):
+        try:
+            entries = json.loads(datasets)
+        except ValueError as error:
+            raise QKGuardError(f"datasets: {datasets!r} is not JSON ({error}); expected {DATASETS}") from None
+    if not isinstance(entries, list) or not entries:
+        raise QKGuardError(f"datasets: expected {DATASETS}, found {datasets!r}")
+    return entries
+
+
+def _source(entry: Any, columns: dict[str, Any]) -> Source:
+    if not isinstance(entry, dict) or not entry.get("path"):
+        raise QKGuardError(f"datasets: expected {DATASETS}, found {entry!r} in it")
+    try:
+        return Source(**columns | entry)
+    except ValidationError as error:
+        raise QKGuardError(f"datasets: {refusal(Source, error, entry)}") from None
 
 
 # -- one row -----------------------------------------------------------------------------------------------------

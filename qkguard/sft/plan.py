@@ -150,7 +150,7 @@ def _probes(settings: Settings, found: Preflight, processes: int) -> dict[str, A
     """When and on what; the cost in tokens read, against the tokens trained on."""
     guard, training = settings.guard, settings.training
     off = None
-    if guard.probe_steps == "0":
+    if guard.probe_steps == 0:
         off = "probe_steps is 0"
     lengths = list(guard.probe_lengths or default_lengths(found.config, training.max_length))
     if not off and not lengths:
@@ -161,7 +161,7 @@ def _probes(settings: Settings, found: Preflight, processes: int) -> dict[str, A
     tokens = sum(lengths) * len(guard.probe_tasks) * guard.probe_depths * guard.probe_samples
     steps = max_steps(settings, found, processes)
     every = interval(guard.probe_steps, training.eval_strategy != "no", steps) if steps else None
-    share = None
+    share = within = None
     per_row = tokens_per_row(settings, found)
     if steps and per_row:
         if training.packing:
@@ -169,7 +169,8 @@ def _probes(settings: Settings, found: Preflight, processes: int) -> dict[str, A
         batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * processes
         forward = FORWARD_SHARE if not training.gradient_checkpointing else 1 / 4
         share = tokens * forward / (steps * batch * per_row)
-    ends = 3 if guard.probe_restored else 2  # before the first step, and at the end raw (and restored)
+        ends = 3 if guard.probe_restored else 2  # before the first step, and at the end raw (and restored)
+        within = max(0, int(guard.probe_budget / share) - ends) if guard.probe_budget else None
     return {
         "off": None,
         "tasks": list(guard.probe_tasks),
@@ -181,7 +182,7 @@ def _probes(settings: Settings, found: Preflight, processes: int) -> dict[str, A
         "count": (steps - 1) // every if every and steps else None,
         "share_of_training": share,
         "budget": guard.probe_budget,
-        "within_budget": max(0, int(guard.probe_budget / share) - ends) if share else None,
+        "within_budget": within,
         "restored_too": guard.probe_restored,
     }
 

@@ -92,6 +92,6 @@ def _probes(probes: dict[str, Any]) -> str:
     )
     if probes["share_of_training"] is not None:
         text += f"; a pass costs about {number(100 * probes['share_of_training'])}% of the training's arithmetic"
-        if probes["count"] and probes["within_budget"] < probes["count"]:
+        if probes["count"] and probes["budget"] and probes["within_budget"] < probes["count"]:
             text += f", so probe_budget={probes['budget']:g} leaves room for about {probes['within_budget']} of them"
     return text

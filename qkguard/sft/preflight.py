@@ -129,7 +129,7 @@ def check_probes(settings: Settings, config: Any, tokenizer: Any) -> None:
     """
     guard = settings.guard
     lengths = guard.probe_lengths or default_lengths(config, settings.training.max_length)
-    if guard.probe_steps == "0" or tokenizer is None or not lengths:
+    if guard.probe_steps == 0 or tokenizer is None or not lengths:
         return
     shortest = ProbeSettings([min(lengths)], depths=1, samples=1, tasks=guard.probe_tasks, haystack=guard.haystack)
     Prober(tokenizer, shortest).prepare()

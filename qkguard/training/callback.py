@@ -10,9 +10,9 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qkguard.distributed import sharding
-from qkguard.errors import QKGuardError
+from qkguard.errors import QKGuardError, current_names
 from qkguard.training.attempt import attempt
-from qkguard.training.config import QKGuardConfig
+from qkguard.training.config import QKGuardConfig, is_due
 from qkguard.training.session import Session, run_folder
 
 LATER = "`qkguard restore` makes the restored model from the raw checkpoint, which is safe"
@@ -36,10 +36,13 @@ class QKGuardCallback(TrainerCallback):
     """
 
     def __init__(self, config: QKGuardConfig | None = None, **overrides: Any) -> None:
-        try:
-            self.config = replace(config or QKGuardConfig(), **overrides)
-        except TypeError as error:
-            raise QKGuardError(f"QKGuardCallback: {error}; the settings are the fields of QKGuardConfig") from None
+        if not isinstance(config, QKGuardConfig | None):
+            raise QKGuardError(
+                f"Invalid config={config!r}: expected a QKGuardConfig. Single settings are keyword arguments: "
+                'QKGuardCallback(restore_on="end").'
+            )
+        overrides = current_names(overrides)
+        self.config = replace(config, **overrides) if config else QKGuardConfig(**overrides)
         self.session: Session | None = None
         _show_log_lines()
 
@@ -57,8 +60,8 @@ class QKGuardCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        routing = self.config.due("routing_drift_steps", state.global_step, control.should_log)
-        if self.session and (routing or self.config.due("drift_steps", state.global_step, control.should_log)):
+        routing = is_due(self.config.routing_drift_steps, state.global_step, control.should_log)
+        if self.session and (routing or is_due(self.config.drift_steps, state.global_step, control.should_log)):
             self.session.measure(state.global_step, routing=routing)
         if self.session and self.session.recall_monitor:
             self.session.recall_monitor.at_step(state, control)
@@ -109,8 +112,8 @@ class QKGuardCallback(TrainerCallback):
         session = self.session
         if session is None:
             return
-        if self.config.drift_steps != "0":
-            session.measure(state.global_step, routing=self.config.routing_drift_steps != "0")
+        if self.config.drift_steps:
+            session.measure(state.global_step, routing=bool(self.config.routing_drift_steps))
         if session.recall_monitor:
             session.recall_monitor.at_end(state, control)
         if self.config.final_export and self.config.restore_on != "never":

@@ -1,221 +1,201 @@
-"""`QKGuardConfig`: every setting of the guard; each field is also a recipe key."""
+"""`QKGuardConfig`: every setting of the guard; each field is also a recipe key and an option of `qkguard sft`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from qkguard.errors import QKGuardError
-from qkguard.layout.rows import RowOptions, RowSelection
-from qkguard.restore.registry import DEFAULTS, METHODS, check_options, get_method
+from pydantic import AfterValidator, BeforeValidator, Field, Strict, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+from pydantic_core import ArgsKwargs
 
-_CHOICES = {
-    "method": METHODS,
-    "shared": ("keep", "restore", "refuse"),
-    "restore_on": ("save", "best", "end", "never"),
-    "on_alert": ("warn", "save", "stop"),
-}
+from qkguard.errors import current_names
+from qkguard.layout.rows import RowOptions, RowSelection, Shared
+from qkguard.restore.registry import DEFAULTS, check_options, get_method
+from qkguard.training.checked import STRICT, refusal
 
 
-@dataclass
+def _number(value: Any) -> Any:
+    """Text that is a number as that number: "100", as 0.1 took all schedules."""
+    for kind in (int, float):
+        try:
+            return kind(value) if isinstance(value, str) else value
+        except ValueError:
+            continue
+    return value
+
+
+def _by_layer(value: Any) -> Any:
+    """{"3": "0.5"}, as JSON and the command line have it, as {3: 0.5}."""
+    return (
+        {_number(layer): _number(strength) for layer, strength in value.items()} if isinstance(value, dict) else value
+    )
+
+
+def _text(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, Path) else value
+
+
+def _path(value: Any) -> Any:
+    return Path(value) if value and isinstance(value, str) else value
+
+
+def _existing(file: Path) -> Path:
+    if not file.is_file():
+        raise ValueError("no such file")
+    return file
+
+
+def _task(name: str) -> str:
+    # Imported when a config is made: the probe's modules import transformers' models
+    from qkguard.probe.tasks import find_task
+
+    return find_task(name).name
+
+
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+DriftSteps = Annotated[Count | Literal["logging"], BeforeValidator(_number)]
+ProbeSteps = Annotated[Count | Annotated[float, Field(gt=0, lt=1)] | Literal["eval"], BeforeValidator(_number)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Folder = Annotated[Path, BeforeValidator(_path)]
+File = Annotated[Path, BeforeValidator(_path), AfterValidator(_existing)]
+OfLayers = Annotated[dict[Count, float], BeforeValidator(_by_layer)]
+AnySequence = Strict(False)  # a tuple or a range is as good as a list; what is in it stays strict
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class QKGuardConfig:
     """Settings of `QKGuardCallback`; the defaults suit a CoT-SFT run.
 
+    They are frozen, so that nothing changes unchecked in mid-run; `dataclasses.replace` makes a changed copy, checked
+    again. Settings under their names in version 0.1 are accepted with one warning line.
+
+        QKGuardConfig(restore_on="end", probe_steps=0.05, probe_lengths=[1024, 4096])
+
     Raises:
-        QKGuardError: on a value outside its choices, naming the field, the value and what is accepted.
+        QKGuardError: on an unknown setting, a wrong type or a value out of range: one sentence with the setting, the
+            value and what it takes.
     """
 
-    base_model: str | None = field(
-        default=None,
-        metadata={
-            "help": "Pre-SFT checkpoint (folder or hub id) whose queries and keys are the reference. Default: the "
-            'weights handed to the trainer. "live" takes those without comparing them with their checkpoint\'s files.'
-        },
+    base_model: Annotated[str, BeforeValidator(_text)] | None = None
+    """Pre-SFT checkpoint (folder or hub id) whose queries and keys are the reference. Default: the weights handed to
+    the trainer. "live" takes those without comparing them with their checkpoint's files."""
+
+    method: Literal["restore", "qk-pro", "procrustes", "interpolate"] = "restore"
+    """Restore method. `qkguard sweep` measures which one suits a run; restore takes queries and keys back whole."""
+
+    ridge: Annotated[float, Field(ge=0)] = DEFAULTS["ridge"]
+    """qk-pro: 0 is restore, larger values keep more of the tuned queries; in units of the mean eigenvalue of the keys'
+    Gram matrix."""
+
+    alpha: Annotated[float, Field(ge=0, le=1)] = DEFAULTS["alpha"]
+    """interpolate: from 0 (tuned) to 1 (before SFT). For adapters, 1 - alpha of the queries' and keys' scaling
+    stays."""
+
+    align: bool = DEFAULTS["align"]
+    """interpolate: first rotate the queries and keys from before SFT towards the tuned ones, as far as that leaves
+    attention unchanged."""
+
+    per_layer: OfLayers | None = None
+    """ridge (qk-pro) or alpha (interpolate) of single layers: {3: 0.5, 7: 1.0}."""
+
+    projections: Annotated[list[Literal["q", "k"]], AnySequence, Field(min_length=1)] = Field(default=["q", "k"])
+    """Which projections to restore: q, k or both."""
+
+    layers: Annotated[list[Count], AnySequence] | None = None
+    """Decoder layers to restore, counted from 0. Default: every softmax layer."""
+
+    include_norms: bool = False
+    """Also restore the gains of q/k normalization (the paper restores W_Q and W_K only)."""
+
+    include_sliding_window: bool = True
+    """Count sliding-window and chunked softmax layers as softmax attention."""
+
+    shared: Shared = "keep"
+    """Rows that feed both keys and values (MLA's shared latent): keep (leave them tuned), restore, or refuse to
+    run."""
+
+    spec: File | None = None
+    """YAML file with the attention layout, for models whose layout cannot be found automatically."""
+
+    drift_steps: DriftSteps = "logging"
+    """Measure Q/K drift every so many steps; "logging" follows logging_steps, 0 is never."""
+
+    routing_drift_steps: DriftSteps = 100
+    """Measure routing drift and top singular values, which gather one layer at a time, every so many steps and at the
+    end; "logging" follows logging_steps, 0 is never."""
+
+    probe_steps: ProbeSteps = "eval"
+    """Probe recall every so many steps, every such fraction of training (0.1), or with every evaluation ("eval"; in a
+    run without evaluations every tenth of training). Each of these also probes before the first step and at the end;
+    0 is never."""
+
+    probe_lengths: Annotated[list[Positive], AnySequence, Field(min_length=1)] | None = None
+    """Context lengths of the probes, in tokens. Default: 512, 1024, 2048, and 2 and 4 times the training max_length,
+    as far as the model's max_position_embeddings allows."""
+
+    probe_depths: Positive = 5
+    """How many needle depths, evenly spread over the context."""
+
+    probe_samples: Positive = 2
+    """Probe samples for every task, length and depth."""
+
+    probe_tasks: Annotated[list[Annotated[str, AfterValidator(_task)]], AnySequence, Field(min_length=1)] = Field(
+        default=["single_1", "single_2", "single_3"]
     )
-    method: str = field(
-        default="restore",
-        metadata={
-            "help": f"Restore method: {', '.join(METHODS)}. `qkguard sweep` measures which suits a run; restore takes "
-            "queries and keys back whole."
-        },
-    )
-    ridge: float = field(
-        default=DEFAULTS["ridge"],
-        metadata={
-            "help": "qk-pro: 0 is restore, larger keeps more of the tuned queries; in units of the mean eigenvalue of "
-            "the keys' Gram matrix."
-        },
-    )
-    alpha: float = field(
-        default=DEFAULTS["alpha"],
-        metadata={
-            "help": "interpolate: from 0 (tuned) to 1 (before SFT). For adapters, 1 - alpha of the queries' and keys' "
-            "scaling stays."
-        },
-    )
-    align: bool = field(
-        default=DEFAULTS["align"],
-        metadata={
-            "help": "interpolate: first rotate the queries and keys from before SFT towards the tuned ones, as far as "
-            "attention does not change by it."
-        },
-    )
-    per_layer: dict | None = field(
-        default=None,
-        metadata={"help": "ridge (qk-pro) or alpha (interpolate) of single layers: {3: 0.5, 7: 1.0}."},
-    )
-    projections: list[str] = field(
-        default_factory=lambda: ["q", "k"], metadata={"help": "Which projections to restore, of q and k."}
-    )
-    layers: list[int] | None = field(
-        default=None, metadata={"help": "Decoder layers to restore, counted from 0. Default: every softmax layer."}
-    )
-    include_norms: bool = field(
-        default=False, metadata={"help": "Also restore q/k normalisation gains (the paper restores W_Q and W_K only)."}
-    )
-    include_sliding_window: bool = field(
-        default=True, metadata={"help": "Count sliding-window and chunked softmax layers as softmax attention."}
-    )
-    shared: str = field(
-        default="keep",
-        metadata={
-            "help": "Rows that feed keys and values alike (MLA's shared latent): keep (leave them tuned), restore, "
-            "or refuse to run."
-        },
-    )
-    spec: str | None = field(
-        default=None, metadata={"help": "YAML file with the attention layout, for models that cannot be probed."}
-    )
-    drift_steps: str = field(
-        default="logging",
-        metadata={"help": 'Measure Q/K drift every this many steps; "logging" follows logging_steps, 0 is never.'},
-    )
-    routing_drift_steps: str = field(
-        default="100",
-        metadata={
-            "help": "Measure routing drift and top singular values, which gather one layer at a time, every this many "
-            'steps and at the end; "logging" follows logging_steps, 0 is never.'
-        },
-    )
-    probe_steps: str = field(
-        default="eval",
-        metadata={
-            "help": "Probe recall every this many steps, at every such fraction of training (0.1), or with every "
-            'evaluation ("eval"; in a run without evaluations every tenth of training). A probe before the first step '
-            "and one at the end come with any of these; 0 is never."
-        },
-    )
-    probe_lengths: list[int] | None = field(
-        default=None,
-        metadata={
-            "help": "Context lengths of the probes, in tokens. Default: 512, 1024, 2048, and 2 and 4 times the "
-            "training max_length, as far as the model's max_position_embeddings allows."
-        },
-    )
-    probe_depths: int = field(default=5, metadata={"help": "How many needle depths, evenly spread over the context."})
-    probe_samples: int = field(default=2, metadata={"help": "Probe samples for every task, length and depth."})
-    probe_tasks: list[str] = field(
-        default_factory=lambda: ["single_1", "single_2", "single_3"],
-        metadata={"help": "RULER's needle-in-a-haystack tasks to probe with."},
-    )
-    haystack: str | None = field(
-        default=None,
-        metadata={
-            "help": "Text file whose prose hides the needles. Default: the run's own training text where its data set "
-            "can be read, else generated prose."
-        },
-    )
-    probe_budget: float = field(
-        default=0.02,
-        metadata={
-            "help": "Largest share of training time that probes may take: scheduled probes beyond it are left out. "
-            "The first and the last probe always run and count too."
-        },
-    )
-    probe_restored: bool = field(
-        default=True,
-        metadata={"help": "At saves and at the end, probe the restored weights beside the raw ones."},
-    )
-    recall_alert: float = field(
-        default=0.10,
-        metadata={
-            "help": "Warn when recall falls this far below the probe before training, beyond what noise explains."
-        },
-    )
-    on_alert: str = field(
-        default="warn",
-        metadata={"help": "What such a fall of recall does: warn, save (a checkpoint at once as well) or stop."},
-    )
-    restore_on: str = field(
-        default="save",
-        metadata={
-            "help": "When to write the restored checkpoint: every save, best (the best one so far), end (only the "
-            "final export) or never."
-        },
-    )
-    final_export: bool = field(
-        default=True, metadata={"help": "Write final/raw and final/qk_restored when training ends."}
-    )
-    merge_at_end: bool = field(
-        default=False,
-        metadata={
-            "help": "With adapters, the final export also writes the merged models final/merged_raw and "
-            "final/merged_qk_restored, streamed from the base model's files."
-        },
-    )
-    output_dir: str | None = field(
-        default=None,
-        metadata={"help": "Folder for the reference, metrics and final models. Default: <output_dir>/_qkguard."},
-    )
-    strict: bool = field(
-        default=False,
-        metadata={"help": "Stop training when a restored write or a tracker fails, instead of logging the error."},
-    )
+    """RULER's needle-in-a-haystack tasks to probe with."""
+
+    haystack: File | None = None
+    """Text file whose prose hides the needles. Default: the run's own training text where its data set can be read,
+    else generated prose."""
+
+    probe_budget: Share | None = 0.02
+    """Largest share of training time that probes may take; scheduled probes beyond it are skipped. The first and the
+    last probe always run and count too. None sets no limit."""
+
+    probe_restored: bool = True
+    """At saves and at the end, probe the restored weights as well as the raw ones."""
+
+    recall_alert: Share = 0.10
+    """Warn when recall falls this far below the probe before training, beyond what noise explains."""
+
+    on_alert: Literal["warn", "save", "stop"] = "warn"
+    """What such a fall in recall does: warn, save (a checkpoint at once as well) or stop."""
+
+    restore_on: Literal["save", "best", "end", "never"] = "save"
+    """When to write the restored checkpoint: every save, best (the best one so far), end (only the final export) or
+    never."""
+
+    final_export: bool = True
+    """Write final/raw and final/qk_restored when training ends."""
+
+    merge_at_end: bool = False
+    """With adapters, the final export also writes the merged models final/merged_raw and final/merged_qk_restored,
+    streamed from the base model's files."""
+
+    output_dir: Folder | None = None
+    """Folder for the reference, metrics and final models. Default: <output_dir>/_qkguard."""
+
+    strict: bool = False
+    """Stop training when a restored write or a tracker fails, instead of logging the error."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _in_one_sentence(cls, given: ArgsKwargs, validate: Callable[[ArgsKwargs], QKGuardConfig]) -> QKGuardConfig:
+        """Check arguments under their present names; what is wrong becomes one sentence."""
+        settings = current_names(given.kwargs or {})
+        try:
+            return validate(ArgsKwargs(given.args, settings))
+        except ValidationError as error:
+            raise refusal(cls, error, settings) from None
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices:
-                raise QKGuardError(f"{name}={value!r} is not known; expected one of: {', '.join(choices)}")
-        self.projections = list(self.projections)
         RowSelection.of(self._row_options())
-        for name, value in check_options(self.method, vars(self), self.projections).items():
-            setattr(self, name, value)
-        for name in ("drift_steps", "routing_drift_steps"):
-            value = str(getattr(self, name))
-            if value != "logging" and not value.isdigit():
-                raise QKGuardError(f'{name}={value!r} is not known; expected a number of steps, 0 or "logging"')
-            setattr(self, name, value)
-        self._check_probes()
-
-    def _check_probes(self) -> None:
-        from qkguard.probe.tasks import find_task
-
-        self.probe_steps = str(self.probe_steps)
-        if self.probe_steps != "eval" and not self.probe_steps.isdigit() and not _is_fraction(self.probe_steps):
-            raise QKGuardError(
-                f"probe_steps={self.probe_steps!r} is not known; expected a number of steps, a fraction of training "
-                'such as 0.1, "eval", or 0 for never'
-            )
-        for name in ("probe_depths", "probe_samples"):
-            if (number := getattr(self, name)) < 1:
-                raise QKGuardError(f"{name}={number} leaves nothing to probe; expected at least 1, or probe_steps=0")
-        if self.probe_lengths is not None and (not self.probe_lengths or min(self.probe_lengths) < 1):
-            raise QKGuardError(f"probe_lengths={self.probe_lengths} is not known; expected token counts")
-        if not self.probe_budget > 0:
-            raise QKGuardError(f"probe_budget={self.probe_budget} allows no probe; expected a share above 0")
-        if not 0 < self.recall_alert <= 1:
-            raise QKGuardError(f"recall_alert={self.recall_alert} is not known; expected a share above 0 and up to 1")
-        if not self.probe_tasks:
-            raise QKGuardError("probe_tasks=[] leaves nothing to probe; name some, or set probe_steps=0")
-        self.probe_tasks = [find_task(task).name for task in self.probe_tasks]
-
-    def due(self, which: str, step: int, logging_now: bool) -> bool:
-        """Whether the schedule `which` ("drift_steps", "routing_drift_steps") asks for a measurement at `step`."""
-        value = getattr(self, which)
-        if value == "logging":
-            return logging_now
-        return int(value) > 0 and step % int(value) == 0
+        check_options(self.method, vars(self), self.projections)
 
     @property
     def method_options(self) -> dict[str, object]:
@@ -227,17 +207,21 @@ class QKGuardConfig:
         """Which rows are restored."""
         return RowSelection.of(self._row_options())
 
+    def to_json(self) -> dict[str, Any]:
+        """All settings as plain values."""
+        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+
     def _row_options(self) -> Any:
         return {name: getattr(self, name) for name in RowOptions.__annotations__}
 
 
-def pace(steps: str) -> str:
+def is_due(schedule: int | Literal["logging"], step: int, logging_now: bool) -> bool:
+    """Whether a drift schedule asks for a measurement at `step`."""
+    if schedule == "logging":
+        return logging_now
+    return schedule > 0 and step % schedule == 0
+
+
+def pace(schedule: int | Literal["logging"]) -> str:
     """A drift schedule in words."""
-    return {"logging": "every logging step", "0": "never", "1": "every step"}.get(steps, f"every {steps} steps")
-
-
-def _is_fraction(value: str) -> bool:
-    try:
-        return 0 < float(value) < 1
-    except ValueError:
-        return False
+    return {"logging": "every logging step", 0: "never", 1: "every step"}.get(schedule, f"every {schedule} steps")

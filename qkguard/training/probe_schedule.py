@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
-def interval(probe_steps: str, evaluates: bool, max_steps: int) -> int | None:
+def interval(probe_steps: float | Literal["eval"], evaluates: bool, max_steps: int) -> int | None:
     """Steps between scheduled probes; None where evaluations set the pace."""
-    if probe_steps.isdigit():
-        return int(probe_steps)
-    if probe_steps == "eval":
-        if evaluates:
-            return None
-        probe_steps = "0.1"
-    return max(1, round(float(probe_steps) * max_steps))
+    if isinstance(probe_steps, int):
+        return probe_steps
+    if probe_steps == "eval" and evaluates:
+        return None
+    fraction = 0.1 if probe_steps == "eval" else probe_steps
+    return max(1, round(fraction * max_steps))
 
 
 @dataclass
@@ -21,10 +21,10 @@ class Budget:
     """Seconds spent on probes, against a share of training time.
 
     What the first and the last probe cost (`first`, `last`) is set aside; the rest of the share becomes free in step
-    with training, so that probes left out are spread evenly over the run.
+    with training, so that probes left out are spread evenly over the run. A share of None sets no limit.
     """
 
-    share: float
+    share: float | None
     first: float = 0.0
     last: float = 0.0
     spent: float = 0.0
@@ -35,5 +35,7 @@ class Budget:
         """
         if progress <= 0:
             return False
+        if self.share is None:
+            return True
         whole = self.share * training_seconds / progress
         return self.spent + cost <= (whole - self.first - self.last) * progress

@@ -15,7 +15,7 @@ TEXT_ROWS = 400  # training examples that a haystack is made of, at most
 
 def why_not(config: QKGuardConfig, args: Any, model: Any, tokenizer: Any, lengths: list[int]) -> str | None:
     """What keeps probes off in this training, in a clause that says what to do; None where nothing does."""
-    if config.probe_steps == "0":
+    if config.probe_steps == 0:
         return "probe_steps is 0"
     if tokenizer is None or not hasattr(getattr(tokenizer, "tokenizer", tokenizer), "decode"):
         return "the trainer has no tokenizer; give it one as processing_class"

@@ -99,7 +99,7 @@ class RecallMonitor:
         why = why_not(config, args, model, tokenizer, lengths)
         if why is None:
             self.prober = self._attempt("making the probe's samples", partial(self._make, tokenizer, lengths, dataset))
-        elif config.probe_steps != "0":
+        elif config.probe_steps != 0:
             _tell(logging.INFO, "recall probes are off: %s", why)
         self.begin(state)
 

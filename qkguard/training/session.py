@@ -10,7 +10,6 @@ import logging
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +92,7 @@ class Session:
 
         def work() -> None:
             trackers = list(args.report_to or [])
-            settings = asdict(self.config)
+            settings = self.config.to_json()
             self.metrics_log = MetricsLog(self.folder, trackers, self.output_dir, state.global_step, settings)
             if state.global_step:
                 for moved in retire_later_checkpoints(self.output_dir, self.folder, state.global_step):
@@ -309,7 +308,7 @@ class Session:
 
 def run_folder(config: QKGuardConfig, args: TrainingArguments) -> Path:
     """Where a run's reference, metrics and final models go."""
-    return Path(config.output_dir) if config.output_dir else Path(str(args.output_dir)) / RUN_FOLDER
+    return config.output_dir or Path(str(args.output_dir)) / RUN_FOLDER
 
 
 def _alone(write: RestoredWrite, extra: dict[str, Any]) -> None:

@@ -42,7 +42,7 @@ qkguard:
   probe_samples: 1
   probe_tasks: [single_1]
   probe_steps: 3
-  probe_budget: 100
+  probe_budget: null
 """
 
 
@@ -130,14 +130,17 @@ def test_mistakes_are_one_line(run: Run, recipe: Path, tmp_path: Path) -> None:
     chat = rows_file(tmp_path / "chat.jsonl", {"messages": [{"role": "user", "content": "1"}]})
     other = rows_file(tmp_path / "other.jsonl", {"question": "1", "text": "2"})
     mistakes: list[tuple[list[object], str]] = [
-        (["--learning_rat", 1], "unknown key --learning_rat; did you mean --learning_rate?"),
+        (["--learning_rat", 1], "Unknown key --learning_rat: did you mean --learning_rate?"),
         (["--qkguard.probe_depth", 1], "did you mean --qkguard.probe_depths?"),
         (["--probe_steps", 1], "did you mean --qkguard.probe_steps?"),
         (["--method", "restore"], "did you mean --qkguard.method?"),
-        (["--zzz", 1], "unknown key --zzz; no known key is like it"),
-        (["stray"], "unexpected argument 'stray'"),
+        (["--zzz", 1], "Unknown key --zzz: no known key resembles it."),
+        (["stray"], "Unexpected argument 'stray'"),
         (["--learning_rate", "fast"], "learning_rate: invalid float value: 'fast'"),
-        (["--qkguard.restore_on", "often"], "restore_on='often' is not known"),
+        (
+            ["--qkguard.restore_on", "often"],
+            'Invalid restore_on=\'often\': expected "save", "best", "end" or "never".',
+        ),
         (["--dtype", "bf17"], "invalid choice: 'bf17'"),
         (["--prompt_column", "question"], "has the columns prompt, completion, and no 'question' (prompt_column)"),
         (["--dataset_name", other], "has the columns question, text; expected messages, prompt and completion, or"),
@@ -169,10 +172,10 @@ def test_mistakes_are_one_line(run: Run, recipe: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (("max_length:", "max_lenght:"), "recipe.yaml: unknown key max_lenght; did you mean max_length?"),
+        (("max_length:", "max_lenght:"), "recipe.yaml: Unknown key max_lenght: did you mean max_length?"),
         (("  probe_depths:", "  probes_depth:"), "did you mean qkguard.probe_depths?"),
-        (("bf16: false", "probe_depths: 2"), "qkguard.probe_depths?; in a recipe it goes into the section `qkguard:`"),
-        (("bf16: false", "max_length: 32"), "'max_length' is given twice"),
+        (("bf16: false", "probe_depths: 2"), "qkguard.probe_depths? In a recipe it goes into the section `qkguard:`"),
+        (("bf16: false", "max_length: 32"), "recipe.yaml: 'max_length' is given twice, the second time in line 13"),
         (("max_length: 64", "max_length: long"), "recipe.yaml: max_length: invalid int value: 'long'"),
         (("max_length: 64", "max_length: [64]"), "max_length: expected one value, found [64]"),
         (("learning_rate: 1e-3", "learning_rate:"), "learning_rate has no value"),

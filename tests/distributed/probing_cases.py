@@ -119,7 +119,7 @@ def compare_trainings(folder: Path, backend: str, flags: tuple[str, ...]) -> Non
     if rank() == 0:
         haystack.write_text("The cat sat on the mat. The dog went for a walk. Rain fell on the hills all night. " * 9)
     dist.barrier()
-    options = PROBES | {"probe_steps": 1, "probe_budget": 1e9, "haystack": str(haystack)}
+    options = PROBES | {"probe_steps": 1, "probe_budget": None, "haystack": str(haystack)}
     guard = QKGuardCallback(strict=True, **options)
     trainer, _ = run(folder / "probed", base, backend, guard, **adapters)
     assert outcome(folder / "probed", trainer) == expected
@@ -239,7 +239,7 @@ def one_rank_fails(folder: Path) -> None:
         lines_into(lines)
         return Trap(trainer.model, 4, only=last)
 
-    guard = QKGuardCallback(**PROBES, probe_steps=1, probe_budget=1e9)
+    guard = QKGuardCallback(**PROBES, probe_steps=1, probe_budget=None)
     trainer, sprung = run(folder / "trapped", base, "ddp", guard, trap)
     assert outcome(folder / "trapped", trainer) == expected
     if rank() == last:

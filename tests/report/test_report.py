@@ -37,7 +37,7 @@ def guarded(base: Path, folder: Path, guard: QKGuardCallback | None, **options: 
 
 
 def probing_guard(**options: Any) -> QKGuardCallback:
-    return QKGuardCallback(strict=True, probe_steps=2, probe_budget=1e9, routing_drift_steps=1, **PROBES, **options)
+    return QKGuardCallback(strict=True, probe_steps=2, probe_budget=None, routing_drift_steps=1, **PROBES, **options)
 
 
 @pytest.fixture(scope="module")

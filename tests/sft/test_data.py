@@ -140,8 +140,8 @@ def test_problems_mix_with_messages_and_prompts_do_not(tmp_path: Path) -> None:
     ("datasets", "said"),
     [
         ([{"path": "a", "weight": 1}, {"path": "b"}], "weights are"),
-        ([{"path": "a", "weight": 0}], "above 0"),
-        ([{"path": "a", "wieght": 1}], "unknown key 'wieght'"),
+        ([{"path": "a", "weight": 0}], "weight=0: expected a number > 0"),
+        ([{"path": "a", "wieght": 1}], r"datasets: Unknown setting wieght=1\. Did you mean weight\?"),
         ([{"weight": 1}], "expected a list of"),
         ('[{"path": "a"}', "is not JSON"),
         ('{"path": "a"}', "expected a list of"),

@@ -109,7 +109,7 @@ def test_bit_identical_with_and_without_the_guard(tmp_path, dora):
     outcomes = []
     for guard in (
         None,
-        QKGuardCallback(routing_drift_steps=1, strict=True, merge_at_end=True, probe_budget=1e9, **probes),
+        QKGuardCallback(routing_drift_steps=1, strict=True, merge_at_end=True, probe_budget=None, **probes),
     ):
         folder = tmp_path / str(bool(guard))
         settings = lora(target_modules=LINEAR, use_dora=dora, lora_dropout=0.2)

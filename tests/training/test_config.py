@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pydantic.dataclasses import dataclass
 
 from docs import config_reference
 from docs.config_reference import TARGET, document
 from qkguard import QKGuardConfig
 from qkguard.sft.arguments import parse
 from qkguard.sft.data import DataArguments
+from qkguard.training.checked import STRICT, helps
 
 
 def test_the_page_is_current() -> None:
@@ -21,9 +23,10 @@ def test_the_page_is_current() -> None:
 
 
 def test_it_would_notice_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    @dataclasses.dataclass
+    @dataclass(frozen=True, kw_only=True, config=STRICT)
     class Changed(QKGuardConfig):
-        another: int = dataclasses.field(default=3, metadata={"help": "One | more."})
+        another: int = 3
+        """One | more."""
 
     monkeypatch.setattr(config_reference, "QKGuardConfig", Changed)
     assert "| `another` | `int` | `3` | One \\| more. |" in document() != TARGET.read_text(encoding="utf-8")
@@ -31,7 +34,7 @@ def test_it_would_notice_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("kind", [QKGuardConfig, DataArguments])
 def test_every_setting_has_a_help_text(kind: type) -> None:
-    assert all(field.metadata.get("help") for field in dataclasses.fields(kind))
+    assert helps(kind).keys() == {field.name for field in dataclasses.fields(kind)} and all(helps(kind).values())
 
 
 def test_every_setting_is_a_recipe_key_and_an_option(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ PROBES: dict[str, Any] = {
     "probe_depths": 2,
     "probe_samples": 1,
     "probe_tasks": ["s1"],
-    "probe_budget": 1e9,
+    "probe_budget": None,
 }
 
 
@@ -63,7 +63,7 @@ def recalls(folder: Path, suffix: str = "") -> list[tuple[int, float]]:
 
 @pytest.mark.parametrize(
     ("steps", "evaluates", "expected"),
-    [("eval", True, None), ("eval", False, 100), ("0.25", True, 250), ("7", True, 7), ("0.0001", False, 1)],
+    [("eval", True, None), ("eval", False, 100), (0.25, True, 250), (7, True, 7), (0.0001, False, 1)],
 )
 def test_interval(steps, evaluates, expected):
     assert interval(steps, evaluates, 1000) == expected
