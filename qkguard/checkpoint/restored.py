@@ -139,7 +139,7 @@ class RestoredWrite(PatchedFolder):
 
     def _gains(self, index: int) -> dict[str, Tensor]:
         """The gains of a layer's q/k norms that stay as tuned, for methods that ask for them."""
-        if not self.method.gains(self.options):
+        if not self.method.needs_gains(self.options):
             return {}
         norms = [p for p in unselected_norms(self.selection[index : index + 1]) if p.name in self.names]
         return {p.name: self.weights.read(self.names[p.name], p) for p in norms}

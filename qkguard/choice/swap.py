@@ -56,7 +56,7 @@ def _mixed(model: nn.Module, reference: Reference, name: str, options: Mapping[s
     method, chosen = get_method(name), check_options(name, options, parts)
     check_per_layer(chosen, reference.selection)
     live = dict(model.named_parameters())
-    norms = unselected_norms(reference.selection) if method.gains(chosen) else []
+    norms = unselected_norms(reference.selection) if method.needs_gains(chosen) else []
     whole = zip(norms, sharding.gather_full([live[p.name] for p in norms]), strict=True)
     gains = {p.name: p.take(full) for p, full in whole if full is not None}
     pieces = {}

@@ -74,7 +74,7 @@ def restore_checkpoint(
     folders = open_folders(base, tuned)
     with ExitStack() as stack:
         scan = stack.enter_context(BackgroundScan(folders.tuned))
-        gains = get_method(method).gains(options)
+        gains = get_method(method).needs_gains(options)
         try:
             pair = find_pair(folders, rows=chosen, spec=spec, trust_remote_code=trust_remote_code, gains=gains)
         except RearrangedError as error:

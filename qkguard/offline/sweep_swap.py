@@ -140,7 +140,7 @@ class CandidateSwap:
             pre = {p.name: source.get(p) for p in maps}
             post = {p.name: tuned.read(self._tuned_names[p.name], p) for p in maps}
             gains = {}
-            if method.gains(candidate.options):
+            if method.needs_gains(candidate.options):
                 norms = unselected_norms([(spec, maps)])
                 names = self._disk_names(tuned, norms)
                 gains = {p.name: tuned.read(names[p.name], p) for p in norms}

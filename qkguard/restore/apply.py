@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qkguard.drift import head_weights, projection_drift, routing_drift
 from qkguard.errors import QKGuardError
 from qkguard.layout.spec import AttentionSpec, ParamMap
 from qkguard.restore.plain import Restored
@@ -44,20 +45,20 @@ def restore_layer(
     """
     if method.name == "restore":
         return method.function(spec, maps, pre, post)
-    if broken := [name for name, tensor in post.items() if not tensor.isfinite().all()]:
+    broken = [name for name, tensor in post.items() if not tensor.isfinite().all()]
+    if broken:
         raise QKGuardError(
             f"{broken[0]} holds NaN or Inf after SFT, which {method.name} would mix in; find out why, or use method "
             "restore, which takes nothing from it"
         )
     mine = layer_options(method, options, spec.layer)
 
-    def there(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def on_device(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.to(device) for name, tensor in tensors.items()}
 
-    if method.gains(mine):
-        mine["gains"] = there(gains or {})
-    before, after = there(pre), there(post)
-    new = method.function(spec, maps, before, after, **mine)
+    if method.needs_gains(mine):
+        mine["gains"] = on_device(gains or {})
+    new = method.function(spec, maps, on_device(pre), on_device(post), **mine)
     rows = {name: tensor.to(post[name].dtype).cpu() for name, tensor in new.rows.items()}
     return Restored(rows, new.report | _distances(spec, maps, pre, post, rows))
 
@@ -81,17 +82,12 @@ def _distances(
     post: Mapping[str, Tensor],
     new: dict[str, Tensor],
 ) -> dict[str, Any]:
-    from qkguard.drift import head_weights, projection_drift, routing_drift
-
     before = {name: tensor.to(new[name].dtype) for name, tensor in pre.items()}
-    out: dict[str, Any] = {
-        "distance": {
-            f"{role}_from_{which}": value
-            for which, other in (("before", before), ("tuned", post))
-            for role in "qk"
-            if (value := projection_drift(maps, other, new).get(f"{role}_rel")) is not None
-        }
-    }
+    from_before, from_tuned = projection_drift(maps, before, new), projection_drift(maps, post, new)
+    distance = {}
+    for where, drift in (("before", from_before), ("tuned", from_tuned)):
+        distance.update({f"{role}_from_{where}": drift[f"{role}_rel"] for role in "qk" if f"{role}_rel" in drift})
+    out: dict[str, Any] = {"distance": distance}
     now, then = head_weights(spec, maps, new), head_weights(spec, maps, before)
     if now and then:
         errors = routing_drift(now[0], then[0], now[1], then[1]).tolist()

@@ -28,24 +28,33 @@ class HeadRows:
     bias: ParamMap | None
     bias_index: Tensor | None
 
-    def read(self, compact: Mapping[str, Tensor], augmented: bool) -> Tensor:
-        """(heads, d_k, d) in float64; `augmented` appends the bias as one more column, zeros where there is none."""
-        weight = compact[self.weight.name].double()
-        rows = (weight if self.weight.dim == 0 else weight.mT)[self.index.to(weight.device)]
-        if not augmented:
+    def read(self, compact: Mapping[str, Tensor], with_bias: bool) -> Tensor:
+        """(heads, d_k, d) in float64; `with_bias` appends the bias as one more column, zeros where there is none."""
+        weight = _rows_first(self.weight, compact[self.weight.name].double())
+        rows = weight[self.index.to(weight.device)]
+        if not with_bias:
             return rows
         column = rows.new_zeros(*rows.shape[:-1], 1)
         if self.bias is not None and self.bias_index is not None:
             column[..., 0] = compact[self.bias.name].double()[self.bias_index.to(weight.device)]
         return torch.cat([rows, column], -1)
 
-    def write(self, compact: dict[str, Tensor], rows: Tensor) -> None:
-        """Put what `read` gives into float64 compact tensors, in place."""
-        weight = compact[self.weight.name]
+    def write(self, rows: Tensor, into: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """float64 copies of this role's compact tensors in `into`, with what `read` gives in place of its rows."""
+        weight = into[self.weight.name].to(torch.float64, copy=True)
         width = weight.shape[1 - self.weight.dim]
-        (weight if self.weight.dim == 0 else weight.mT)[self.index.to(weight.device)] = rows[..., :width]
+        _rows_first(self.weight, weight)[self.index.to(weight.device)] = rows[..., :width]
+        out = {self.weight.name: weight}
         if self.bias is not None and self.bias_index is not None:
-            compact[self.bias.name][self.bias_index.to(weight.device)] = rows[..., width]
+            bias = into[self.bias.name].to(torch.float64, copy=True)
+            bias[self.bias_index.to(bias.device)] = rows[..., width]
+            out[self.bias.name] = bias
+        return out
+
+
+def _rows_first(param: ParamMap, weight: Tensor) -> Tensor:
+    """A view whose rows make outputs, also of a transposed Conv1D."""
+    return weight if param.dim == 0 else weight.mT
 
 
 @dataclass(frozen=True)
@@ -55,33 +64,23 @@ class LayerHeads:
     q: HeadRows
     k: HeadRows
 
-    @property
-    def augmented(self) -> bool:
-        """Whether the maps are affine: their bias is one more column, for the input that is always 1."""
-        return self.q.bias is not None or self.k.bias is not None
-
     def read(self, compact: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Queries (heads, d_k, n) and keys (kv_heads, d_k, n) in float64, n = d or, with biases, d + 1."""
-        return self.q.read(compact, self.augmented), self.k.read(compact, self.augmented)
+        """Queries (heads, d_k, n) and keys (kv_heads, d_k, n) in float64, n = d or, where either has a bias, d + 1."""
+        with_bias = self.q.bias is not None or self.k.bias is not None
+        return self.q.read(compact, with_bias), self.k.read(compact, with_bias)
 
-    def write(self, q: Tensor, k: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Compact float64 tensors of every parameter with these queries and keys in them."""
-        params = (self.q.weight, self.q.bias, self.k.weight, self.k.bias)
-        out = {p.name: like[p.name].to(torch.float64, copy=True) for p in params if p is not None}
-        self.q.write(out, q)
-        self.k.write(out, k)
-        return out
+    def write(self, q: Tensor, k: Tensor, into: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """float64 copies of the layer's compact tensors in `into`, with these queries and keys in them."""
+        queries = self.q.write(q, into)
+        return queries | self.k.write(k, {**into, **queries})  # queries and keys may lie in the same tensor
 
 
 def find_heads(spec: AttentionSpec, maps: Sequence[ParamMap]) -> LayerHeads | str:
     """The heads of a layer's selected parameters, or why it has no W_Q and W_K head by head."""
-    found = []
-    for role, count in (("q", spec.num_heads), ("k", spec.num_kv_heads)):
-        rows = _head_rows(spec, maps, role, count)
-        if isinstance(rows, str):
-            return rows
-        found.append(rows)
-    q, k = found
+    q = _head_rows(spec, maps, "q", spec.num_heads)
+    k = _head_rows(spec, maps, "k", spec.num_kv_heads)
+    if isinstance(q, str) or isinstance(k, str):
+        return q if isinstance(q, str) else str(k)
     if q.index.shape[1] != k.index.shape[1] or len(q.index) % len(k.index):
         return f"query heads {tuple(q.index.shape)} and key heads {tuple(k.index.shape)} do not fit together"
     if q.weight.shape[1 - q.weight.dim] != k.weight.shape[1 - k.weight.dim]:
@@ -96,8 +95,8 @@ def short_name(param: ParamMap) -> str:
 
 def _head_rows(spec: AttentionSpec, maps: Sequence[ParamMap], role: str, count: int) -> HeadRows | str:
     name = {"q": "queries", "k": "keys"}[role]
-    making = [p for p in spec.params if any(role in b.role for b in p.blocks)]
-    if any(b.shared for p in making for b in p.blocks if role in b.role and p.kind != "norm"):
+    making = [p for p in spec.params if p.kind != "norm" and any(role in block.role for block in p.blocks)]
+    if any(block.shared for p in making for block in p.blocks if role in block.role):
         return f"rows that make {name} make values too"
     weights = [p for p in making if p.kind == "weight"]
     biases = [p for p in making if p.kind == "bias"]
@@ -106,9 +105,10 @@ def _head_rows(spec: AttentionSpec, maps: Sequence[ParamMap], role: str, count: 
     if len(weights) > 1 or len(biases) > 1 or len(weights[0].shape) != 2:
         return f"{name} are made by several weights in turn ({', '.join(short_name(p) for p in weights)})"
     chosen = {p.name: p for p in maps}
-    if any(p.name not in chosen for p in weights + biases):
+    if any(p.name not in chosen for p in making):
         return f"the {name} belong to a layer before this one"
-    weight, bias = chosen[weights[0].name], (chosen[biases[0].name] if biases else None)
+    weight = chosen[weights[0].name]
+    bias = chosen[biases[0].name] if biases else None
     index = _index(weight, role, count)
     bias_index = None if bias is None else _index(bias, role, count)
     if index is None or (bias is not None and (bias_index is None or bias_index.shape != index.shape)):

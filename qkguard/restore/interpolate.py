@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import Tensor
 
 from qkguard.layout.spec import AttentionSpec, ParamMap
 from qkguard.restore.heads import find_heads
-from qkguard.restore.plain import Restored
+from qkguard.restore.plain import Restored, restore
 from qkguard.restore.procrustes import allowed_rotations, rotate_towards
 
 
@@ -44,19 +43,29 @@ def interpolate(
         float64 rows. Where `align` finds no rotation that the layer allows, or no W_Q and W_K head by head, it mixes
         unaligned and says so.
     """
-    report: dict[str, Any] = {"alpha": alpha}
-    goal = {param.name: pre[param.name] for param in maps}
+    goal, report = restore(spec, maps, pre, post)
+    report["alpha"] = alpha
     if align:
-        heads = find_heads(spec, maps)
-        if isinstance(heads, str):
-            report |= {"group": "identity", "fallback": f"unaligned: {heads}"}
-        else:
-            known = {p.name: mix(post[p.name], pre[p.name], alpha) for p in maps if p.kind == "norm"}
-            rotations = allowed_rotations(spec, {**(gains or {}), **known})
-            report["group"] = rotations.name
-            if rotations.name == "identity":
-                report["fallback"] = f"unaligned: {rotations.why}"
-            else:
-                report["because"] = rotations.why
-                goal |= heads.write(*rotate_towards(heads, pre, post, rotations), pre)
+        norms = {p.name: mix(post[p.name], pre[p.name], alpha) for p in maps if p.kind == "norm"}
+        aligned, said = _aligned(spec, maps, pre, post, {**(gains or {}), **norms})
+        goal |= aligned
+        report |= said
     return Restored({name: mix(post[name], rows, alpha) for name, rows in goal.items()}, report)
+
+
+def _aligned(
+    spec: AttentionSpec,
+    maps: Sequence[ParamMap],
+    pre: Mapping[str, Tensor],
+    post: Mapping[str, Tensor],
+    gains: Mapping[str, Tensor],
+) -> Restored:
+    """`pre` rotated towards `post`; no rows where nothing may be rotated."""
+    heads = find_heads(spec, maps)
+    if isinstance(heads, str):
+        return Restored({}, {"group": "identity", "fallback": f"unaligned: {heads}"})
+    rotations = allowed_rotations(spec, gains)
+    if rotations.name == "identity":
+        return Restored({}, {"group": "identity", "fallback": f"unaligned: {rotations.why}"})
+    q, k = rotate_towards(heads, pre, post, rotations)
+    return Restored(heads.write(q, k, pre), {"group": rotations.name, "because": rotations.why})

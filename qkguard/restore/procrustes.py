@@ -45,33 +45,35 @@ def allowed_rotations(spec: AttentionSpec, gains: Mapping[str, Tensor]) -> Rotat
         mixed; only norms with one gain vector per role count, which in transformers are those that do not subtract
         the mean. None ("identity") otherwise, where the kind of positions is not known, and where layers share keys.
     """
-    channels = range(spec.head_dim)
     if spec.rotary is None:
         return Rotations("identity", why="how positions enter is not known")
     if spec.shares_keys:
         return Rotations("identity", why="other layers may read the same keys")
-    if spec.rotary == "none" or spec.rotary_dim == 0:
-        rotations = Rotations(
-            "orthogonal", free=tuple(channels), why="no positions between projection and dot product"
-        )
-    else:
-        first, count = spec.rotary_start, spec.rotary_dim // 2
-        if spec.rotary == "half":
-            pairs = tuple((first + i, first + i + count) for i in range(count))
-        else:
-            pairs = tuple((first + 2 * i, first + 2 * i + 1) for i in range(count))
-        free = tuple(c for c in channels if not first <= c < first + spec.rotary_dim)
-        why = f"rotary positions on {spec.rotary_dim} of {spec.head_dim} channels ({spec.rotary})"
-        rotations = Rotations("phases", free=free, pairs=pairs, why=why)
+    rotations = _rotary_rotations(spec)
     unfit = _uneven_gains(spec, gains, rotations)
     return Rotations("identity", why=unfit) if unfit else rotations
+
+
+def _rotary_rotations(spec: AttentionSpec) -> Rotations:
+    """Which rotations commute with a layer's rotary positions."""
+    channels = tuple(range(spec.head_dim))
+    if spec.rotary == "none" or spec.rotary_dim == 0:
+        return Rotations("orthogonal", free=channels, why="no positions between projection and dot product")
+    first, count = spec.rotary_start, spec.rotary_dim // 2
+    if spec.rotary == "half":
+        pairs = tuple((first + i, first + i + count) for i in range(count))
+    else:
+        pairs = tuple((first + 2 * i, first + 2 * i + 1) for i in range(count))
+    free = channels[:first] + channels[first + spec.rotary_dim :]
+    why = f"rotary positions on {spec.rotary_dim} of {spec.head_dim} channels ({spec.rotary})"
+    return Rotations("phases", free=free, pairs=pairs, why=why)
 
 
 def _uneven_gains(spec: AttentionSpec, gains: Mapping[str, Tensor], rotations: Rotations) -> str | None:
     """Why the q/k norms do not commute with these rotations; None where they do or there are none."""
     norms = [p for p in spec.params if p.kind == "norm"]
     for role in "qk":
-        mine = [p for p in norms if any(role in b.role for b in p.blocks)]
+        mine = [p for p in norms if any(role in block.role for block in p.blocks)]
         if len(mine) > 1 or any(len(p.shape) != 1 for p in mine):
             return f"the norms {', '.join(map(short_name, mine))} have more than one gain vector per role"
     for param in norms:
@@ -109,7 +111,7 @@ def closest_rotation(pre: Tensor, post: Tensor, rotations: Rotations) -> Tensor:
         a, b = torch.tensor(rotations.pairs, device=pre.device).T
         real = (pre[:, a] * post[:, a] + pre[:, b] * post[:, b]).sum(-1)
         imaginary = (pre[:, a] * post[:, b] - pre[:, b] * post[:, a]).sum(-1)
-        phase = torch.atan2(imaginary, real)  # 0 where neither says anything
+        phase = torch.atan2(imaginary, real)  # 0 where both are 0: no rotation
         out[:, a, a] = out[:, b, b] = phase.cos()
         out[:, a, b], out[:, b, a] = -phase.sin(), phase.sin()
     return out
@@ -120,8 +122,6 @@ def rotate_towards(
 ) -> tuple[Tensor, Tensor]:
     """O W_Q_pre (heads, d_k, n) and O W_K_pre (kv_heads, d_k, n) with the O of `closest_rotation`, in float64."""
     (q_pre, k_pre), (q_post, k_post) = heads.read(pre), heads.read(post)
-    if rotations.name == "identity":
-        return q_pre, k_pre
     rotation = closest_rotation(_side_by_side(q_pre, k_pre), _side_by_side(q_post, k_post), rotations)
     return rotation.repeat_interleave(len(q_pre) // len(k_pre), 0) @ q_pre, rotation @ k_pre
 
@@ -147,19 +147,16 @@ def procrustes(
         float64 rows. Where no rotation is allowed (`allowed_rotations`), or a layer has no W_Q and W_K head by head
         (`find_heads`), it falls back to `restore` (the identity). Norm gains, where selected, become `pre`.
     """
+    restored, _ = restore(spec, maps, pre, post)
     heads = find_heads(spec, maps)
     if isinstance(heads, str):
-        return Restored(restore(spec, maps, pre, post).rows, {"group": "identity", "fallback": f"restore: {heads}"})
-    rotations = allowed_rotations(spec, {**(gains or {}), **_norms(maps, pre)})
-    rows = restore(spec, maps, pre, post).rows
+        return Restored(restored, {"group": "identity", "fallback": f"restore: {heads}"})
+    norms = {param.name: pre[param.name] for param in maps if param.kind == "norm"}
+    rotations = allowed_rotations(spec, {**(gains or {}), **norms})
     if rotations.name == "identity":
-        return Restored(rows, {"group": "identity", "fallback": f"restore: {rotations.why}"})
+        return Restored(restored, {"group": "identity", "fallback": f"restore: {rotations.why}"})
     q, k = rotate_towards(heads, pre, post, rotations)
-    return Restored(rows | heads.write(q, k, pre), {"group": rotations.name, "because": rotations.why})
-
-
-def _norms(maps: Sequence[ParamMap], compact: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {p.name: compact[p.name] for p in maps if p.kind == "norm"}
+    return Restored(restored | heads.write(q, k, pre), {"group": rotations.name, "because": rotations.why})
 
 
 def _side_by_side(q: Tensor, k: Tensor) -> Tensor:

@@ -32,10 +32,11 @@ def correct_queries(q_pre: Tensor, q_post: Tensor, k_pre: Tensor, ridge: float) 
         The new queries (heads, d_k, n), and lambda in absolute terms (kv_heads,).
     """
     values, vectors = torch.linalg.eigh(k_pre @ k_pre.mT)
-    values = values.clamp_min(0)
+    values = values.clamp_min(0)  # G has no negative eigenvalues; rounding makes small ones
     absolute = ridge * values.mean(-1)
-    kept = _shrink(values, absolute[:, None])
-    factor = (vectors * kept[:, None, :]) @ vectors.mT
+    total = values + absolute[:, None]
+    share = torch.where(total > 0, values / total, 0.0)  # G (G + lambda I)^-1 in G's own axes; 0 for 0 / 0
+    factor = (vectors * share[:, None, :]) @ vectors.mT
     group = len(q_pre) // len(k_pre)
     return q_post + factor.repeat_interleave(group, 0) @ (q_pre - q_post), absolute
 
@@ -50,26 +51,25 @@ def qk_pro(
 ) -> Restored:
     """W_K (and its bias) becomes `pre`, W_Q lies between `pre` and `post` (`correct_queries`).
 
+    Biases: with a query bias, both maps are affine and a bias is one more column, for the input that is always 1
+    (zeros where the keys have none). With a key bias alone, the queries have no such column to correct: the key bias
+    stays out of G and becomes `pre` like W_K.
+
     Args:
         spec, maps: the layer and its selected parameters, queries and keys alike.
         pre, post: compact tensors by parameter name, of any float dtype.
         ridge: lambda in units of the mean eigenvalue: 0 is `restore`, large values restore keys only.
 
     Returns:
-        float64 rows. A bias is one more column of its weight. A layer without W_Q and W_K head by head (`find_heads`:
-        MLA's factored projections, keys borrowed from another layer) falls back to `restore`; q/k norm gains, where
-        selected, always become `pre`.
+        Rows of any float dtype. A layer without W_Q and W_K head by head (`find_heads`: MLA's factored projections,
+        keys borrowed from another layer) falls back to `restore`; q/k norm gains, where selected, always become `pre`.
     """
+    restored, _ = restore(spec, maps, pre, post)
     heads = find_heads(spec, maps)
     if isinstance(heads, str):
-        return Restored(restore(spec, maps, pre, post).rows, {"fallback": f"restore: {heads}"})
-    (q_pre, k_pre), (q_post, _) = heads.read(pre), heads.read(post)
-    q, absolute = correct_queries(q_pre, q_post, k_pre, ridge)
-    rows = {param.name: pre[param.name] for param in maps} | heads.write(q, k_pre, pre)
-    return Restored(rows, {"ridge": ridge, "ridge_absolute": absolute.tolist()})
-
-
-def _shrink(values: Tensor, absolute: Tensor) -> Tensor:
-    """values / (values + absolute), 0 where both are."""
-    total = values + absolute
-    return torch.where(total > 0, values / total.where(total > 0, torch.ones_like(total)), 0.0)
+        return Restored(restored, {"fallback": f"restore: {heads}"})
+    with_bias = heads.q.bias is not None
+    q_pre, q_post = heads.q.read(pre, with_bias), heads.q.read(post, with_bias)
+    q, absolute = correct_queries(q_pre, q_post, heads.k.read(pre, with_bias), ridge)
+    report = {"ridge": ridge, "ridge_absolute": absolute.tolist()}
+    return Restored(restored | heads.q.write(q, pre), report)

@@ -8,46 +8,50 @@ from math import isfinite
 from typing import Any
 
 from qkguard.errors import QKGuardError
-from qkguard.layout.selection import Selection
+from qkguard.layout.selection import Selection, show_layers
 from qkguard.restore.interpolate import interpolate
 from qkguard.restore.plain import Restored, restore
 from qkguard.restore.procrustes import procrustes
 from qkguard.restore.qk_pro import qk_pro
 
+DEFAULTS: dict[str, Any] = {"ridge": 1.0, "alpha": 1.0, "align": False, "per_layer": None}
+"""Options of all methods; one given another value with a method that does not read it is an error."""
+
 
 @dataclass(frozen=True)
 class Method:
-    """A registered method.
+    """A restore method.
 
-    `options` are the fields of `QKGuardConfig` that it reads, `strength` the one that `per_layer` may set layer by
-    layer; `joint` and `gains` whether, with given options, it treats queries and keys together and asks for the gains
-    of q/k norms.
+    Attributes:
+        name: what users call it.
+        function: the method itself (see `qkguard.restore`).
+        options: the options it reads, of DEFAULTS.
+        strength: the one of them that `per_layer` may set for each layer.
+        couples: it treats queries and keys together, so both must be restored.
+        rotates: it rotates queries and keys, which the gains of q/k norms may forbid.
     """
 
     name: str
     function: Callable[..., Restored]
     options: tuple[str, ...] = ()
     strength: str | None = None
-    joint: Callable[[Mapping[str, Any]], bool] = lambda options: False
-    gains: Callable[[Mapping[str, Any]], bool] = lambda options: False
+    couples: bool = False
+    rotates: bool = False
 
+    def needs_both(self, options: Mapping[str, Any]) -> bool:
+        """Whether, with these options, queries and keys must both be restored."""
+        return self.couples or bool(options.get("align"))
 
-DEFAULTS: dict[str, Any] = {"ridge": 1.0, "alpha": 1.0, "align": False, "per_layer": None}
-"""Options of all methods; one given another value with a method that does not read it is an error."""
-
-
-def _aligned(options: Mapping[str, Any]) -> bool:
-    return bool(options.get("align"))
+    def needs_gains(self, options: Mapping[str, Any]) -> bool:
+        """Whether, with these options, it asks for the gains of q/k norms that are not restored."""
+        return self.rotates or bool(options.get("align"))
 
 
 METHODS = {
-    method.name: method
-    for method in (
-        Method("restore", restore),
-        Method("qk-pro", qk_pro, ("ridge", "per_layer"), "ridge", joint=lambda options: True),
-        Method("procrustes", procrustes, joint=lambda options: True, gains=lambda options: True),
-        Method("interpolate", interpolate, ("alpha", "align", "per_layer"), "alpha", joint=_aligned, gains=_aligned),
-    )
+    "restore": Method("restore", restore),
+    "qk-pro": Method("qk-pro", qk_pro, ("ridge", "per_layer"), strength="ridge", couples=True),
+    "procrustes": Method("procrustes", procrustes, couples=True, rotates=True),
+    "interpolate": Method("interpolate", interpolate, ("alpha", "align", "per_layer"), strength="alpha"),
 }
 
 
@@ -59,30 +63,34 @@ def get_method(name: str) -> Method:
 
 
 def check_options(name: str, options: Mapping[str, Any], projections: Sequence[str] = ("q", "k")) -> dict[str, Any]:
-    """The options that a method reads, checked and normalised; other keys of `options` than `DEFAULTS` are ignored.
+    """The options that a method reads, converted, with defaults filled in.
+
+    Args:
+        name: the method.
+        options: values by the names of DEFAULTS; other keys are ignored, None stands for the default.
+        projections: what is restored, some of "q" and "k".
 
     Raises:
-        QKGuardError: an unknown method, a value out of range, an option that the method does not read set to
-            something else than its default, or projections that the method cannot treat alone.
+        QKGuardError: an option out of range or without effect here, or a method that needs queries and keys alike.
     """
     method = get_method(name)
     given = {key: default if options.get(key) is None else options[key] for key, default in DEFAULTS.items()}
     for key, value in given.items():
         if key not in method.options and value != DEFAULTS[key]:
-            readers = " or ".join(m.name for m in METHODS.values() if key in m.options)
+            readers = " or ".join(other.name for other in METHODS.values() if key in other.options)
             raise QKGuardError(
                 f"{key}={value!r} has no effect with method {name!r}; leave it out, or use method {readers}"
             )
     chosen = {key: given[key] for key in method.options}
-    for key in chosen.keys() & {"ridge", "alpha"}:
-        chosen[key] = _strength(key, chosen[key])
-    if chosen.get("per_layer") is not None and method.strength:
-        chosen["per_layer"] = _per_layer(method.strength, chosen["per_layer"])
-    if method.joint(chosen) and set(projections) != {"q", "k"}:
-        what = name if name != "interpolate" else "interpolate with align"
+    if method.strength:
+        chosen[method.strength] = _strength(method.strength, chosen[method.strength])
+        if chosen["per_layer"] is not None:
+            chosen["per_layer"] = _per_layer(method.strength, chosen["per_layer"])
+    if method.needs_both(chosen) and set(projections) != {"q", "k"}:
+        what = f"{name} with align" if chosen.get("align") else name
         raise QKGuardError(
-            f"{what} treats queries and keys together, projections has only {', '.join(projections)}; use both, or "
-            "methods restore or interpolate (without align) for one of them"
+            f"{what} treats queries and keys together, but projections has only {', '.join(projections)}; use both, "
+            "or method restore or interpolate (without align)"
         )
     return chosen
 
@@ -90,8 +98,9 @@ def check_options(name: str, options: Mapping[str, Any], projections: Sequence[s
 def check_per_layer(options: Mapping[str, Any], selection: Selection) -> None:
     """Refuse values for layers that are not selected."""
     layers = [spec.layer for spec, _ in selection]
-    if unknown := sorted(set(options.get("per_layer") or {}) - set(layers)):
-        known = ", ".join(str(layer) for layer in layers)
+    unknown = sorted(set(options.get("per_layer") or {}) - set(layers))
+    if unknown:
+        known = show_layers(layers)
         raise QKGuardError(f"per_layer names layers {unknown}, which are not restored; those that are: {known}")
 
 
@@ -110,9 +119,9 @@ def _strength(key: str, value: Any) -> float:
     except (TypeError, ValueError):
         number = float("nan")
     if key == "alpha" and not 0 <= number <= 1:
-        raise QKGuardError(f"alpha={value!r} is not known; expected a share from 0 (tuned) to 1 (before SFT)")
+        raise QKGuardError(f"Invalid alpha={value!r}: expected a number from 0 (tuned) to 1 (before SFT).")
     if key == "ridge" and not (number >= 0 and isfinite(number)):
-        raise QKGuardError(f"ridge={value!r} is not known; expected a number from 0, in units of the mean eigenvalue")
+        raise QKGuardError(f"Invalid ridge={value!r}: expected a number >= 0.")
     return number
 
 
@@ -122,6 +131,6 @@ def _per_layer(key: str, value: Any) -> dict[int, float]:
         pairs = {int(layer): strength for layer, strength in dict(value).items()}
     except (TypeError, ValueError):
         raise QKGuardError(
-            f"per_layer={value!r} is not known; expected a strength ({key}) for each of some layers: {{3: 0.5, 7: 1}}"
+            f"Invalid per_layer={value!r}: expected one {key} for each of some layers, such as {{3: 0.5, 7: 1}}."
         ) from None
     return {layer: _strength(key, strength) for layer, strength in sorted(pairs.items())}

@@ -228,7 +228,7 @@ class Session:
         def build() -> RestoredWrite:
             shapes = open_weights(raw).shapes()
             maps = [pmap for _, pmaps in self.selection for pmap in pmaps]
-            if get_method(self.config.method).gains(vars(self.config)):
+            if get_method(self.config.method).needs_gains(vars(self.config)):
                 maps += unselected_norms(self.selection)
             names = disk_names(maps, shapes, self.model)
             return RestoredWrite(

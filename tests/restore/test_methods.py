@@ -103,6 +103,34 @@ def test_qk_pro_by_head_is_the_formula_on_d_by_d_matrices(kv_heads: int, bias: s
     assert torch.equal(new.rows["k_proj.weight"], pre["k_proj.weight"])
 
 
+def test_qk_pro_with_a_key_bias_alone_is_qk_pro_without_it() -> None:
+    """The queries have no bias to correct: the key bias stays out of the formula and becomes `pre`."""
+    spec, bare = layer(bias="k"), layer()
+    pre, post = drawn(spec, 0), drawn(spec, 1)
+    new = qk_pro(spec, chosen(spec), pre, post, ridge=0.7)
+    without = qk_pro(bare, chosen(bare), pre, post, ridge=0.7)
+    assert torch.equal(new.rows["q_proj.weight"], without.rows["q_proj.weight"])
+    assert new.report == without.report
+    assert torch.equal(new.rows["k_proj.bias"], pre["k_proj.bias"])
+    assert not torch.equal(pre["k_proj.bias"], post["k_proj.bias"])
+    both = layer(bias="qk")  # the twin: with a query bias, the key bias is part of the formula
+    affine = qk_pro(both, chosen(both), pre | drawn(both, 0), post | drawn(both, 1), ridge=0.7)
+    assert affine.report["ridge_absolute"] != pytest.approx(without.report["ridge_absolute"], rel=1e-3)
+
+
+def test_qk_pro_with_a_query_bias_alone_corrects_it_as_a_column() -> None:
+    spec = layer(bias="q")
+    pre, post = drawn(spec, 0), drawn(spec, 1)
+    new = qk_pro(spec, chosen(spec), pre, post, ridge=0.7)
+    found = by_head(spec, new.rows, "q")
+    for h, (q0, q1) in enumerate(zip(by_head(spec, pre, "q"), by_head(spec, post, "q"), strict=True)):
+        k = by_head(spec, pre, "k")[h // 2]
+        gram = k @ k.T
+        factor = gram @ np.linalg.inv(gram + 0.7 * np.trace(gram) / len(gram) * np.eye(len(gram)))
+        assert distance(found[h], q1 + factor @ (q0 - q1)) < 1e-12
+        assert distance(found[h][:, -1], q0[:, -1]) > 0.05 < distance(found[h][:, -1], q1[:, -1])
+
+
 def test_limits_of_qk_pro() -> None:
     spec = layer(bias="qk")  # 16 key rows in 25 dimensions: the projector is not the identity
     maps, pre, post = chosen(spec), drawn(spec, 0), drawn(spec, 1)
@@ -460,12 +488,12 @@ def test_per_layer_strengths_and_dtypes() -> None:
     [
         ("interpolate", {"alpha": 1.5}, "from 0 .tuned. to 1"),
         ("interpolate", {"alpha": "much"}, "from 0 .tuned. to 1"),
-        ("qk-pro", {"ridge": -1}, "number from 0"),
-        ("qk-pro", {"ridge": float("inf")}, "number from 0"),
+        ("qk-pro", {"ridge": -1}, "Invalid ridge=.*: expected a number >= 0"),
+        ("qk-pro", {"ridge": float("inf")}, "Invalid ridge=.*: expected a number >= 0"),
         ("restore", {"alpha": 0.5}, "no effect with method 'restore'.*interpolate"),
         ("procrustes", {"ridge": 2.0}, "no effect.*qk-pro"),
         ("restore", {"per_layer": {3: 1}}, "no effect.*qk-pro or interpolate"),
-        ("interpolate", {"per_layer": {3: 2}}, "from 0"),
+        ("interpolate", {"per_layer": {3: 2}}, "from 0 .tuned. to 1"),
         ("interpolate", {"per_layer": [3]}, "for each of some layers"),
         ("qk-pro", {"projections": ["k"]}, "queries and keys together"),
         ("procrustes", {"projections": ["q"]}, "queries and keys together"),
