@@ -57,7 +57,7 @@ def probe(
     from transformers.utils.logging import disable_progress_bar
 
     from qkguard.offline.models import LoadOptions
-    from qkguard.offline.probe import answer_file, heatmap_png, html_page, probe_models, to_json
+    from qkguard.offline.probe import answer_file, probe_models, to_json
     from qkguard.probe import ProbeSettings
 
     disable_progress_bar()  # transformers draws its own also where stderr is no terminal
@@ -79,15 +79,22 @@ def probe(
         _show_answers(answers, as_json)
         return
     reports = probe_models(models, settings, load, new_tokens=new_tokens if generate else None, bar=_bar)
-    if png is not None:
-        png.write_bytes(heatmap_png(reports))
-    if html is not None:
-        html.write_text(html_page(reports), encoding="utf-8")
+    if png is not None or html is not None:
+        _write_files(reports, png, html)
     if as_json:
         print_json(to_json(reports))
         return
     warn(w for report in reports for w in report.warnings)
     _show(reports)
+
+
+def _write_files(reports: list[ModelReport], png: Path | None, html: Path | None) -> None:
+    from qkguard.offline.probe_page import heatmap_png, html_page
+
+    if png is not None:
+        png.write_bytes(heatmap_png(reports))
+    if html is not None:
+        html.write_text(html_page(reports), encoding="utf-8")
 
 
 def _bar(label: str) -> Any:

@@ -24,14 +24,14 @@ def report(
     A single run's goes to _qkguard/report.html in its folder, pictures beside it; the run writes it by itself when
     training ends. With several runs it goes to --out (compare.html).
     """
-    from qkguard.report.build import write_comparison, write_report
     from qkguard.report.run import load_run
-    from qkguard.report.words import tell
+    from qkguard.report.run_page import write_comparison, write_report
+    from qkguard.report.sentences import describe
 
     if len(runs) == 1 and out is not None:
         raise QKGuardError("--out is for comparing several runs; a single run's page goes to its own _qkguard folder")
     target = write_report(runs[0]) if len(runs) == 1 else write_comparison(runs, out or Path("compare.html"))
-    told = {str(folder): tell(load_run(folder)) for folder in runs}
+    told = {str(folder): describe(load_run(folder)) for folder in runs}
     if as_json:
         print_json({"page": str(target), "runs": told})
         return

@@ -143,7 +143,7 @@ def _files(out: Path | None, html: Path | None, png: Path | None) -> dict[str, l
 
 def _write_files(report: SweepReport, files: dict[str, list[Path]]) -> None:
     from qkguard.checkpoint.manifest import dump
-    from qkguard.offline.sweep_page import html_page, picture
+    from qkguard.offline.sweep_page import html_page, tradeoff_figure
     from qkguard.report.page import themed_png
 
     for file in files["json"]:
@@ -151,16 +151,16 @@ def _write_files(report: SweepReport, files: dict[str, list[Path]]) -> None:
     for file in files["html"]:
         file.write_text(html_page(report), encoding="utf-8")
     for file in files["png"]:
-        file.write_bytes(themed_png(picture(report)))
+        file.write_bytes(themed_png(tradeoff_figure(report)))
 
 
 def _show(report: SweepReport, files: dict[str, list[Path]], written: Path | None) -> None:
     from qkguard.choice.verdict import rank_layers
-    from qkguard.offline.sweep_page import columns
+    from qkguard.offline.sweep_page import table
 
     warn(report.warnings)
-    head, rows = columns(report)
-    print_table([*head[:-1], "<"], rows)
+    points = table(report)
+    print_table([*points.head[:-1], "<"], points.rows)
     for row in rank_layers(report.points)[:5]:
         lost = "" if row["lost"] is None else f", {report.metric} lost {row['lost']:.3f}"
         spread = f"95%: {row['gain_low']:+.3f} to {row['gain_high']:+.3f}"

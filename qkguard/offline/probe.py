@@ -25,8 +25,6 @@ from qkguard.probe.prober import Prober
 from qkguard.probe.prompt import Encoder, make_template
 from qkguard.probe.results import ProbeResult
 from qkguard.probe.settings import ProbeSettings, check_lengths
-from qkguard.report import page
-from qkguard.report.heatmaps import attention_heatmap, recall_heatmap, short_length
 
 
 @dataclass
@@ -146,35 +144,6 @@ def drop_since_first(reports: Sequence[ModelReport], report: ModelReport) -> dic
     return {"drop": drop.drop, "low": drop.low, "high": drop.high, "p_value": drop.p_value}
 
 
-def heatmap_png(reports: Sequence[ModelReport]) -> bytes:
-    return page.themed_png(recall_heatmap({r.name: r.result for r in reports}))
-
-
-def html_page(reports: Sequence[ModelReport]) -> str:
-    """A page that needs nothing else: the table by task and length, heatmaps, attention, settings."""
-    first = reports[0].result
-    keys = sorted({key for r in reports for key in r.result.by("task", "length")})
-    rows = []
-    for task, length in keys:
-        groups = [r.result.by("task", "length").get((task, length)) for r in reports]
-        cells = ["" if g is None else _percent(g.recall, g.interval) for g in groups]
-        rows.append([task, short_length(length), *cells])
-    rows.append(["all", "", *(_percent(r.result.recall, r.result.total.interval) for r in reports)])
-    pictures = [page.picture(recall_heatmap({r.name: r.result for r in reports}), "Recall by length and depth.")]
-    for report in reports:
-        if report.result.attention is not None:
-            pictures.append(page.picture(attention_heatmap(report.result.attention), f"Attention: {report.name}."))
-    settings = (f"{key}: {value}" for key, value in first.settings.items() if key != "model")
-    return page.page(
-        "Needle-in-a-haystack recall",
-        page.table(["task", "length", *(r.name for r in reports)], rows, marked=[len(rows) - 1]),
-        page.bullets(w for r in reports for w in r.warnings),
-        *pictures,
-        page.heading("Settings"),
-        page.bullets(settings),
-    )
-
-
 def _name(path: str, taken: Sequence[str]) -> str:
     """The last parts of a path, as few as tell the models apart."""
     parts = Path(path).parts
@@ -183,7 +152,3 @@ def _name(path: str, taken: Sequence[str]) -> str:
         if name not in taken:
             return name
     return f"{path} ({len(taken) + 1})"
-
-
-def _percent(recall: float, interval: tuple[float, float]) -> str:
-    return f"{recall:.1%} ({interval[0]:.0%} to {interval[1]:.0%})"

@@ -1,4 +1,4 @@
-"""What a sweep shows: the trade-off as a picture, and a page with it and the table."""
+"""What a sweep shows: a table, the trade-off as a picture, and a page with both."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from qkguard.choice.verdict import Measurement, quality_of, rank_layers
+from qkguard.choice.verdict import Measurement, rank_layers
 from qkguard.offline.sweep import SweepReport
-from qkguard.report import page
-from qkguard.report.heatmaps import short_length
+from qkguard.report.numbers import short_length
+from qkguard.report.page import Table, picture, render, setting_lines
 
 _MARKS = {"base": ("#7f8c8d", "s"), "raw": ("#c0392b", "s"), "method": ("#2471a3", "o"), "control": ("#b7950b", "^")}
-NAMES = {"base": "before SFT", "raw": "after SFT (raw)"}
 
 
 def shown(points: Sequence[Measurement]) -> list[Measurement]:
@@ -21,44 +20,62 @@ def shown(points: Sequence[Measurement]) -> list[Measurement]:
     return [p for p in points if p.candidate.kind != "layer" and p.same_as is None]
 
 
-def columns(report: SweepReport) -> tuple[list[str], list[list[str]]]:
-    """The table: names, recall with interval, its difference from raw, recall by length, task quality, marks."""
-    lengths = sorted({c.length for c in report.points[0].probe.sample_keys})
+def table(report: SweepReport) -> Table:
+    """Per point: name, recall with interval, its difference from raw, recall by length, task quality, marks."""
+    lengths = sorted({key[0] for key in report.points[0].probe.by("length")})
     head = ["", "recall", "95%", "vs raw", *(short_length(n) for n in lengths)]
-    metric = report.metric
-    head += [metric, "95%", "vs raw"] if metric else []
-    rows = []
-    for point in report.points:
+    if report.metric:
+        head += [report.metric, "95%", "vs raw"]
+    rows, marked = [], None
+    for i, point in enumerate(report.points):
+        marked = i if point is report.recommended else marked
         by_length = point.probe.by("length")
-        row = [NAMES.get(point.name, point.name), f"{point.recall.value:.3f}"]
+        row = [_label(point), f"{point.recall.value:.3f}"]
         row += [f"{point.recall.low:.2f} to {point.recall.high:.2f}", f"{point.gain.value:+.3f}"]
         row += [f"{by_length[(n,)].recall:.2f}" for n in lengths]
-        if metric and point.task and point.quality and point.change:
-            sign = 1 if metric == "accuracy" else -1
-            low, high = sorted((sign * point.quality.low, sign * point.quality.high))
-            row += [f"{sign * quality_of(point.task):.3f}", f"{low:.3f} to {high:.3f}"]
-            row += [f"{sign * point.change.value + 0.0:+.3f}"]  # + 0.0: no "-0.000"
-        marks = ["recommended"] if point is report.recommended else []
-        marks += ["Pareto"] if point.pareto else []
-        marks += [f"= {point.same_as}"] if point.same_as else []
-        rows.append([*row, ", ".join(marks)])
-    return [*head, ""], rows
+        row += _quality_cells(point, report.metric)
+        rows.append([*row, _marks(point, report)])
+    return Table([*head, ""], rows, marked)
 
 
-def picture(report: SweepReport) -> Figure:
+def _quality_cells(point: Measurement, metric: str | None) -> list[str]:
+    """Accuracy, or loss (which is minus the quality), with its interval and its difference from raw."""
+    if point.quality is None or point.change is None:
+        return []
+    sign = 1 if metric == "accuracy" else -1
+    low, high = sorted((sign * point.quality.low, sign * point.quality.high))
+    change = sign * point.change.value + 0.0  # + 0.0: no "-0.000"
+    return [f"{sign * point.quality.value:.3f}", f"{low:.3f} to {high:.3f}", f"{change:+.3f}"]
+
+
+def _marks(point: Measurement, report: SweepReport) -> str:
+    marks = ["recommended"] if point is report.recommended else []
+    if point.pareto:
+        marks.append("Pareto")
+    if point.same_as:
+        marks.append(f"= {point.same_as}")
+    return ", ".join(marks)
+
+
+def _label(point: Measurement) -> str:
+    return {"base": "before SFT", "raw": "after SFT (raw)"}.get(point.name, point.name)
+
+
+def tradeoff_figure(report: SweepReport) -> Figure:
     """Recall against task quality with intervals, one number per point; beside it the layers restored alone."""
     layers = rank_layers(report.points)
-    figure = Figure(figsize=(10.5 if not layers else 14.5, 5.2), layout="constrained")
+    figure = Figure(figsize=(14.5 if layers else 10.5, 5.2), layout="constrained")
     axes = figure.subplots(1, 2 if layers else 1, squeeze=False, width_ratios=[2.4, 1] if layers else None)[0]
-    (_tradeoff if report.metric else _recall_alone)(axes[0], report)
+    if report.metric:
+        _tradeoff(axes[0], report)
+    else:
+        _recall_alone(axes[0], report)
     if layers:
         _layers(axes[1], layers, report.metric)
     for axis in axes:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(
-        f"Recall and task quality; recommended: {NAMES.get(report.recommended.name, report.recommended.name)}"
-    )
+    figure.suptitle(f"Recall and task quality; recommended: {_label(report.recommended)}")
     return figure
 
 
@@ -73,7 +90,7 @@ def _tradeoff(axis: Any, report: SweepReport) -> None:
         x, y = sign * point.quality.value, point.recall.value
         low, high = sorted((sign * point.quality.low, sign * point.quality.high))
         color, marker = _MARKS[point.candidate.kind]
-        label = f"{number}  {NAMES.get(point.name, point.name)}"
+        label = f"{number}  {_label(point)}"
         if not left <= x <= right:  # the base, far from everything else: at the edge, with its number
             label += f" (at {x:.3f}, {'left' if x < left else 'right'} of the picture)"
             x = low = high = min(max(x, left), right)
@@ -122,23 +139,24 @@ def _number(axis: Any, places: Sequence[tuple[float, float, str]]) -> None:
 def _recall_alone(axis: Any, report: SweepReport) -> None:
     points = shown(report.points)[::-1]
     values = [p.recall.value for p in points]
-    spread = [
-        [max(0.0, p.recall.value - p.recall.low) for p in points],
-        [max(0.0, p.recall.high - p.recall.value) for p in points],
-    ]
+    spread = _spread([(p.recall.value, p.recall.low, p.recall.high) for p in points])
     colors = [_MARKS[p.candidate.kind][0] for p in points]
     axis.barh(range(len(points)), values, xerr=spread, color=colors, alpha=0.85)
-    axis.set_yticks(range(len(points)), [NAMES.get(p.name, p.name) for p in points])
+    axis.set_yticks(range(len(points)), [_label(p) for p in points])
     axis.set(xlabel="needle recall (95% interval); task quality was not measured")
+
+
+def _spread(intervals: Sequence[tuple[float, float, float]]) -> list[list[float]]:
+    """(value, low, high) as lengths of error bars, below and above; rounding may put a bound on the wrong side."""
+    below = [max(0.0, value - low) for value, low, _ in intervals]
+    above = [max(0.0, high - value) for value, _, high in intervals]
+    return [below, above]
 
 
 def _layers(axis: Any, layers: Sequence[dict[str, Any]], metric: str | None) -> None:
     rows = sorted(layers, key=lambda row: row["layer"], reverse=True)
     places = range(len(rows))
-    spread = [
-        [max(0.0, r["gain"] - r["gain_low"]) for r in rows],
-        [max(0.0, r["gain_high"] - r["gain"]) for r in rows],
-    ]
+    spread = _spread([(r["gain"], r["gain_low"], r["gain_high"]) for r in rows])
     gains = [r["gain"] for r in rows]
     axis.barh([p + 0.2 for p in places], gains, 0.4, xerr=spread, color="#2471a3", label="recall gained")
     if metric:
@@ -151,36 +169,30 @@ def _layers(axis: Any, layers: Sequence[dict[str, Any]], metric: str | None) -> 
 
 def html_page(report: SweepReport) -> str:
     """A page that needs nothing else: what was found, the picture, the table, the layers, the settings."""
-    head, rows = columns(report)
-    chosen = [i for i, point in enumerate(report.points) if point is report.recommended]
     settings = {"base": report.base, "tuned": report.tuned} | report.settings
-    return page.page(
+    return render(
+        "sweep",
         "Recall against task quality",
-        page.bullets(report.words),
-        page.picture(picture(report), "Recall against task quality; the star marks the recommended point."),
-        page.table(head, rows, marked=chosen),
-        page.bullets([f"Rule: {report.rule}.", *report.warnings]),
-        _layer_table(report),
-        page.heading("Settings"),
-        page.bullets(f"{key}: {value}" for key, value in settings.items()),
+        report=report,
+        tradeoff=picture(
+            tradeoff_figure(report), "Recall against task quality. The star marks the recommended point."
+        ),
+        points=table(report),
+        layers=_layer_table(report),
+        settings=setting_lines(settings),
     )
 
 
-def _layer_table(report: SweepReport) -> str:
-    """The layers restored alone; nothing where none was."""
-    ranked = rank_layers(report.points)
-    if not ranked:
-        return ""
+def _layer_table(report: SweepReport) -> Table | None:
+    """The layers restored alone, best first."""
     head = ["", "recall gained", "95%", f"{report.metric or 'task'} lost", "ratio"]
-    rows = [
-        [
-            *(f"layer {r['layer']}", f"{r['gain']:+.3f}", f"{r['gain_low']:+.2f} to {r['gain_high']:+.2f}"),
-            *(_cell(r["lost"]), _cell(r["ratio"])),
-        ]
-        for r in ranked
-    ]
-    return page.heading("Layers restored alone, by recall gained per task point lost") + page.table(head, rows)
+    rows = []
+    for layer in rank_layers(report.points):
+        spread = f"{layer['gain_low']:+.2f} to {layer['gain_high']:+.2f}"
+        lost, ratio = (_fixed(layer[key]) for key in ("lost", "ratio"))
+        rows.append([f"layer {layer['layer']}", f"{layer['gain']:+.3f}", spread, lost, ratio])
+    return Table(head, rows) if rows else None
 
 
-def _cell(value: float | None) -> str:
+def _fixed(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"

@@ -8,15 +8,20 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from qkguard.report.heatmaps import MOST_LABELS, head_panels, recall_panels, short_length
-from qkguard.report.run import DRIFT, ProbeRow, Run, Share
+from qkguard.report.heatmaps import MOST_LABELS, head_panels, recall_panels
+from qkguard.report.numbers import short_length
+from qkguard.report.run import DRIFT, Run
 
-NAMES = {"before": "before SFT", "raw": "raw", "restored": "Q/K restored"}
+WEIGHTS = {"before": "before SFT", "raw": "raw", "restored": "Q/K restored"}
 KINDS = {"q_rel": "queries", "k_rel": "keys", "routing_rel": "routing"}
+LOOKS: dict[str, dict[str, Any]] = {
+    "raw": {"marker": "o", "ls": "-", "ms": 4},
+    "restored": {"marker": "D", "ls": ":", "ms": 6, "mfc": "none"},
+}
 MOST_STEPS = 400  # columns of a heatmap
 
 
-def figures(run: Run) -> dict[str, Figure]:
+def run_figures(run: Run) -> dict[str, Figure]:
     """All pictures of a run by file name, in the order of the page."""
     made = {
         "recall": recall_curves(run),
@@ -35,14 +40,17 @@ def recall_curves(run: Run) -> Figure | None:
         return None
     figure = Figure(figsize=(7.5, 3.6), layout="constrained")
     axis = figure.subplots()
-    lengths = sorted({n for p in probes for n in p.by("length")})
+    lengths = sorted({length for probe in probes for length in probe.by("length")})
     for i, length in enumerate(lengths):
-        for weights, style in (("raw", "o-"), ("restored", "D:")):
-            points = [(p.step, p.by("length")[length].recall) for p in probes if _has(p, weights, length)]
+        for weights, look in LOOKS.items():
+            points = []
+            for probe in probes:
+                found = probe.by("length").get(length)
+                if probe.weights == weights and found is not None:
+                    points.append((probe.step, found.recall))
             if points:
                 label = short_length(length) + (" restored" if weights == "restored" else "")
-                look: dict[str, Any] = {"ms": 4} if weights == "raw" else {"ms": 6, "mfc": "none"}
-                axis.plot(*zip(*points, strict=True), style, color=f"C{i}", label=label, **look)
+                axis.plot(*zip(*points, strict=True), color=f"C{i}", label=label, **look)
     _finish(axis, "step", "needle recall")
     axis.set_ylim(-0.03, 1.03)
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
@@ -51,10 +59,14 @@ def recall_curves(run: Run) -> Figure | None:
 
 def recall_grid(run: Run) -> Figure | None:
     """Length x depth: recall before training, of the last raw weights and of the last restored ones."""
-    shown = {name: probe for name in NAMES if (probe := run.last(name)) is not None and probe.cells}
+    shown = run.probes_with("groups")
     if not shown:
         return None
-    return recall_panels({f"{NAMES[name]}: {probe.recall:.2f}": _by_place(probe) for name, probe in shown.items()})
+    panels = {}
+    for weights, probe in shown.items():
+        recall = {place: found.recall for place, found in probe.by_place().items()}
+        panels[f"{WEIGHTS[weights]}: {probe.recall:.2f}"] = recall
+    return recall_panels(panels)
 
 
 def drift_curves(run: Run) -> Figure | None:
@@ -101,25 +113,24 @@ def drift_heatmap(run: Run) -> Figure | None:
 
 def needle_heatmap(run: Run) -> Figure | None:
     """Layer x head: attention of the answer on the needle, mean over lengths, before, raw and restored."""
-    shown = {name: probe for name in NAMES if (probe := run.last(name)) is not None and probe.needle}
+    shown = run.probes_with("needle_mass")
     if not shown:
         return None
-    layers = next(iter(shown.values())).needle[0]["layers"]
-    panels = {NAMES[name]: [grid["heads"] for grid in probe.needle] for name, probe in shown.items()}
+    layers = next(iter(shown.values())).needle_mass[0]["layers"]
+    panels = {WEIGHTS[weights]: [grid["heads"] for grid in probe.needle_mass] for weights, probe in shown.items()}
     return head_panels(panels, layers, "attention on the needle")
 
 
-def compared(runs: Mapping[str, Run]) -> dict[str, Figure]:
+def comparison_figures(runs: Mapping[str, Run]) -> dict[str, Figure]:
     """Several runs in one picture each: recall of raw (lines) and restored weights (diamonds), mean drift."""
     recall, drift = (Figure(figsize=(7.5, 3.6), layout="constrained") for _ in range(2))
     recall_axis, drift_axis = recall.subplots(), drift.subplots()
     for i, (name, run) in enumerate(runs.items()):
-        for weights, style in (("raw", "o-"), ("restored", "D")):
+        for weights, look in LOOKS.items():
             points = [(p.step, p.recall) for p in run.probes if p.weights == weights]
             if points:
                 label = name if weights == "raw" else f"{name}, restored"
-                look: dict[str, Any] = {"ms": 4} if weights == "raw" else {"ms": 7, "mfc": "none"}
-                recall_axis.plot(*zip(*points, strict=True), style, color=f"C{i}", label=label, **look)
+                recall_axis.plot(*zip(*points, strict=True), color=f"C{i}", label=label, **look)
         for kind, line in (("q_rel", "-"), ("k_rel", "--")):
             points = run.series(DRIFT + kind)
             if points:
@@ -133,19 +144,6 @@ def compared(runs: Mapping[str, Run]) -> dict[str, Figure]:
             axis.legend(fontsize=8, frameon=False)
             out[key] = figure
     return out
-
-
-def _has(probe: ProbeRow, weights: str, length: int) -> bool:
-    return probe.weights == weights and length in probe.by("length")
-
-
-def _by_place(probe: ProbeRow) -> dict[tuple[float, int], float]:
-    """Recall by (depth, length), tasks together."""
-    found: dict[tuple[float, int], Share] = {}
-    for cell in probe.cells:
-        place = cell["depth"], cell["length"]
-        found[place] = found.get(place, Share(0, 0)).with_cell(cell)
-    return {place: share.recall for place, share in found.items()}
 
 
 def _finish(axis: Any, x: str, y: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from qkguard.probe.results import AttentionMass, ProbeResult
+from qkguard.report.numbers import short_length
 
 Grid = Sequence[Sequence[float]]
 MOST_LABELS = 40  # rows of a heatmap with a label each
@@ -81,8 +82,3 @@ def _mean(grids: Sequence[Grid]) -> list[list[float]]:
         [sum(values) / len(grids) for values in zip(*rows, strict=True)] + [nan] * (heads - len(rows[0]))
         for rows in zip(*grids, strict=True)
     ]
-
-
-def short_length(tokens: int) -> str:
-    """1536 -> "1.5K", 131072 -> "128K"."""
-    return f"{tokens / 1024:.3g}K" if tokens >= 1024 else str(tokens)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qkguard.checkpoint.manifest import MANIFEST, load_manifest
 from qkguard.errors import QKGuardError
@@ -22,19 +23,15 @@ RUN_FOLDER = "_qkguard"
 METRICS = "metrics.jsonl"
 
 DRIFT = "qkguard/drift/"
-SUFFIXES = {"raw": "", "restored": "_restored"}
+SUFFIXES: dict[Literal["raw", "restored"], str] = {"raw": "", "restored": "_restored"}
 
 
 @dataclass(frozen=True)
-class Share:
-    """Needles found: a proportion with Wilson's 95% interval."""
+class Proportion:
+    """Needles found of those asked for."""
 
     hits: float
     count: int
-
-    def with_cell(self, cell: Mapping[str, Any]) -> Share:
-        """This and the needles of a cell of `ProbeRow.cells`."""
-        return Share(self.hits + cell["recall"] * cell["count"], self.count + cell["count"])
 
     @property
     def recall(self) -> float:
@@ -42,37 +39,48 @@ class Share:
 
     @property
     def interval(self) -> tuple[float, float]:
+        """Wilson's 95% interval."""
         return wilson(round(self.hits), self.count)
 
 
 @dataclass(frozen=True)
 class ProbeRow:
-    """One probe of the raw or the restored weights.
+    """One probe of the raw or the restored weights, as a row of metrics.jsonl tells it.
 
-    `cells`: {"task", "length", "depth", "recall", "count"}; `needle`: {"length", "layers", "heads"}, the attention on
-    the needle by layer and head; `change`: the paired difference of recall with its 95% interval, from the probe
-    before training for raw weights, from the raw weights of the same step for restored ones.
+    `groups`: {"task", "length", "depth", "recall", "count"}; `needle_mass`: {"length", "layers", "heads"}, the
+    attention on the needle by layer and head; `change`: {"value", "low", "high"}, the paired difference of recall with
+    its 95% interval: raw weights against the probe before training, restored ones against the raw ones of that step.
     """
 
     step: int
-    weights: str
+    weights: Literal["raw", "restored"]
     recall: float
-    answer_logprob: float
-    cells: Sequence[Mapping[str, Any]]
-    needle: Sequence[Mapping[str, Any]]
+    groups: Sequence[Mapping[str, Any]]
+    needle_mass: Sequence[Mapping[str, Any]]
     change: Mapping[str, float] | None
 
-    def by(self, name: str) -> dict[Any, Share]:
-        """Recall by "task", "length" or "depth"."""
-        out: dict[Any, Share] = {}
-        for cell in self.cells:
-            out[cell[name]] = out.get(cell[name], Share(0, 0)).with_cell(cell)
-        return dict(sorted(out.items()))
+    def by(self, name: str) -> dict[Any, Proportion]:
+        """Recall by "task", "length" or "depth", in their order."""
+        return self._grouped(itemgetter(name))
+
+    def by_place(self) -> dict[tuple[float, int], Proportion]:
+        """Recall by (depth, length), tasks together."""
+        return self._grouped(itemgetter("depth", "length"))
 
     @property
-    def total(self) -> Share:
-        parts = self.by("task").values()
-        return Share(sum(p.hits for p in parts), sum(p.count for p in parts))
+    def total(self) -> Proportion:
+        return _pooled(self.groups)
+
+    def _grouped(self, key_of: Callable[[Mapping[str, Any]], Any]) -> dict[Any, Proportion]:
+        members: dict[Any, list[Mapping[str, Any]]] = {}
+        for group in self.groups:
+            members.setdefault(key_of(group), []).append(group)
+        return {key: _pooled(members[key]) for key in sorted(members)}
+
+
+def _pooled(groups: Sequence[Mapping[str, Any]]) -> Proportion:
+    hits = sum(group["recall"] * group["count"] for group in groups)
+    return Proportion(hits, sum(group["count"] for group in groups))
 
 
 @dataclass(frozen=True)
@@ -90,23 +98,36 @@ class Run:
 
     @cached_property
     def probes(self) -> list[ProbeRow]:
-        return [probe for row in self.rows for probe in probes_of(row)]
+        return [probe for row in self.rows for probe in probes_in(row)]
 
-    def last(self, weights: str) -> ProbeRow | None:
-        """The last probe of "raw" (after the first step) or "restored" weights; the first of all for "before"."""
+    def probe_of(self, weights: str) -> ProbeRow | None:
+        """The probe "before" training, or the last one of the "raw" or "restored" weights after the first step."""
         if weights == "before":
             return next((p for p in self.probes if p.step == 0 and p.weights == "raw"), None)
         return next((p for p in reversed(self.probes) if p.weights == weights and p.step > 0), None)
 
+    def probes_with(self, detail: str) -> dict[str, ProbeRow]:
+        """Those probes of "before", "raw" and "restored" that hold "groups" or "needle_mass"."""
+        found = {weights: self.probe_of(weights) for weights in ("before", "raw", "restored")}
+        return {weights: probe for weights, probe in found.items() if probe is not None and getattr(probe, detail)}
+
     @cached_property
     def layers(self) -> list[str]:
         """Labels of the layers with drift, "layer_3", in the order of the model."""
-        found = {key[len(DRIFT) :].split("/")[0] for key in self._series if key.startswith(f"{DRIFT}layer_")}
-        return sorted(found, key=lambda label: [int(part) for part in label.split("_")[1:]])
+        found = {key.removeprefix(DRIFT).split("/")[0] for key in self.names(f"{DRIFT}layer_")}
+        return sorted(found, key=_layer_numbers)
+
+    def names(self, prefix: str) -> list[str]:
+        """The metrics that begin so, in the order in which they were first logged."""
+        return [name for name in self._series if name.startswith(prefix)]
 
     def series(self, name: str) -> list[tuple[int, float]]:
         """(step, value) of a metric."""
         return self._series.get(name, [])
+
+    def last_value(self, name: str) -> float | None:
+        values = self.series(name)
+        return values[-1][1] if values else None
 
     @cached_property
     def _series(self) -> dict[str, list[tuple[int, float]]]:
@@ -117,23 +138,23 @@ class Run:
                     out.setdefault(key, []).append((row["step"], value))
         return out
 
-    def final(self, name: str) -> float | None:
-        values = self.series(name)
-        return values[-1][1] if values else None
+
+def _layer_numbers(label: str) -> list[int]:
+    """ "layer_3" -> [3]; a module with several attentions has "layer_3_1"."""
+    return [int(part) for part in label.split("_")[1:]]
 
 
-def probes_of(row: Mapping[str, Any]) -> Iterable[ProbeRow]:
+def probes_in(row: Mapping[str, Any]) -> Iterable[ProbeRow]:
     """The probes that one row of metrics.jsonl holds."""
     for weights, suffix in SUFFIXES.items():
-        name = f"qkguard/niah{suffix}"
-        if f"{name}/recall" in row:
+        recall = row.get(f"qkguard/niah{suffix}/recall")
+        if recall is not None:
             yield ProbeRow(
                 step=row["step"],
                 weights=weights,
-                recall=row[f"{name}/recall"],
-                answer_logprob=row[f"{name}/answer_logprob"],
-                cells=row.get(f"niah{suffix}_grid", ()),
-                needle=row.get(f"niah{suffix}_needle_mass", ()),
+                recall=recall,
+                groups=row.get(f"niah{suffix}_grid", ()),
+                needle_mass=row.get(f"niah{suffix}_needle_mass", ()),
                 change=row.get(f"niah{suffix}_change"),
             )
 
@@ -145,27 +166,29 @@ def load_run(folder: Path) -> Run:
         QKGuardError: no such folder, no metrics in it, or a damaged manifest of its last restored folder.
     """
     if not folder.is_dir():
-        raise QKGuardError(f"no such folder: {folder}; give the output_dir of a guarded run")
+        raise QKGuardError(f"{folder}: no such folder; give the output_dir of a guarded run")
     inner = folder / RUN_FOLDER if (folder / RUN_FOLDER / METRICS).is_file() else folder
     if not (inner / METRICS).is_file():
-        raise QKGuardError(f"{folder} has no {RUN_FOLDER}/{METRICS}; give the output_dir of a guarded run")
-    rows = read_metrics(inner)
-    written = [*_manifests(inner.parent, "checkpoint-*"), *_manifests(inner, "final")]
+        raise QKGuardError(f"{folder}: there is no {RUN_FOLDER}/{METRICS} in it; give the output_dir of a guarded run")
+    manifests = [*_manifests(inner.parent, "checkpoint-*"), *_manifests(inner, "final")]
     merged = inner / "final/merged_qk_restored" / MANIFEST
-    written += [merged] if merged.is_file() else []
-    manifest = load_manifest(written[-1].parent) if written else None
-    return Run(inner, rows, manifest, [path.parent for path in written])
+    if merged.is_file():
+        manifests.append(merged)
+    last = load_manifest(manifests[-1].parent) if manifests else None
+    return Run(inner, read_metrics(inner), last, [path.parent for path in manifests])
 
 
 def _manifests(folder: Path, pattern: str) -> list[Path]:
     """Manifests of restored models, and a level deeper of restored adapters, in the order of their steps."""
-    found = [p for deep in ("", "*/") for p in folder.glob(f"{pattern}/qk_restored/{deep}{MANIFEST}")]
-    return sorted(found, key=lambda p: (_step(p.relative_to(folder).parts[0]), str(p)))
+    found = [*folder.glob(f"{pattern}/qk_restored/{MANIFEST}"), *folder.glob(f"{pattern}/qk_restored/*/{MANIFEST}")]
+    return sorted(found, key=_step_and_path)
 
 
-def _step(name: str) -> int:
-    number = name.rpartition("-")[2]
-    return int(number) if number.isdigit() else 0
+def _step_and_path(manifest: Path) -> tuple[int, str]:
+    """ "run/checkpoint-40/qk_restored/qkguard.json" -> (40, the path); 0 where there is no step, as in final/."""
+    folders = [part for part in manifest.parts if part.startswith("checkpoint-")]
+    step = folders[-1].removeprefix("checkpoint-") if folders else ""
+    return int(step) if step.isdigit() else 0, str(manifest)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -183,5 +206,5 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             rows.append(row)
         except (ValueError, KeyError, TypeError):
             if line.strip():
-                logger.warning("%s: line %d is damaged and left out", path, number)
+                logger.warning("%s: line %d is damaged; it is left out", path, number)
     return rows

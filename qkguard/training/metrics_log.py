@@ -74,16 +74,16 @@ class MetricsLog:
             self._show(step)
 
     def _show(self, step: int) -> None:
-        from qkguard.report.figures import figures
+        from qkguard.report.figures import run_figures
         from qkguard.report.page import themed_png
         from qkguard.report.run import load_run
 
         run = load_run(self.folder)
-        pictures = {name: themed_png(figure, dpi=100) for name, figure in figures(run).items()}
+        pictures = {name: themed_png(figure, dpi=100) for name, figure in run_figures(run).items()}
         table = [
             [p.step, p.weights, c["task"], c["length"], c["depth"], c["recall"], c["count"]]
             for p in run.probes
-            for c in p.cells
+            for c in p.groups
         ]
         for tracker in self.trackers:
             if tracker.visual:
@@ -96,6 +96,6 @@ class MetricsLog:
 
     def write_page(self) -> Path:
         """The page of the run as it is now; returns its path."""
-        from qkguard.report.build import write_report
+        from qkguard.report.run_page import write_report
 
         return write_report(self.folder)

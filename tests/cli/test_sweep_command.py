@@ -109,7 +109,9 @@ def test_sweep_recommends_and_writes(tuned: Path, tmp_path: Path, run: Run) -> N
     assert (tmp_path / "sweep/sweep.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "sweep/sweep.html").read_text()
     assert (
-        "Recommended: restore." in page and "data:image/png;base64" in page and "<tr class=marked><td>restore" in page
+        "Recommended: restore." in page
+        and "data:image/png;base64" in page
+        and '<tr class="marked"><td>restore' in page
     )
     assert differences(load_folder(tmp_path / "out"), load_folder(MODEL)) == [], "only Q and K had been changed"
     assert run("verify", tmp_path / "out")[0] == 0

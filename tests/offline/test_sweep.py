@@ -28,7 +28,7 @@ from qkguard.layout.rows import RowSelection
 from qkguard.offline.pair import open_folders
 from qkguard.offline.restore import restore_checkpoint
 from qkguard.offline.sweep import SweepReport, measure_candidates, sweep
-from qkguard.offline.sweep_page import html_page, picture
+from qkguard.offline.sweep_page import html_page, tradeoff_figure
 from qkguard.offline.sweep_swap import CandidateSwap
 from qkguard.offline.task_rows import read_rows
 from qkguard.probe.results import ProbeResult
@@ -116,7 +116,7 @@ def test_queries_and_keys_that_are_not_the_cause(tmp_path: Path) -> None:
     said = " ".join(report.words)
     assert "Q/K are not the cause on this run" in said and "V only brings back more" in said
     assert "No point has more recall" in said and report.metric is None
-    assert themed_png(picture(report)).startswith(b"\x89PNG")
+    assert themed_png(tradeoff_figure(report)).startswith(b"\x89PNG")
     page = html_page(report)
     assert "<table>" in page and "V only" in page and 'src="data:image/png;base64,' in page
     assert "http" not in page.replace("https://arxiv.org", "") and page.count("src=") == 1

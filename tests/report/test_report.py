@@ -13,9 +13,9 @@ from PIL import Image
 from transformers import AutoModelForCausalLM
 
 from qkguard import QKGuardCallback, QKGuardError
-from qkguard.report.build import write_comparison, write_report
 from qkguard.report.run import load_run
-from qkguard.report.words import tell
+from qkguard.report.run_page import write_comparison, write_report
+from qkguard.report.sentences import describe
 from qkguard.training.metrics_log import MetricsLog
 from tests.support import judge
 from tests.support.probing import bpe_tokenizer
@@ -90,7 +90,7 @@ def test_the_page_is_rebuilt_from_files_alone(run: Path) -> None:
     assert write_report(run / "_qkguard") == page
     with pytest.raises(QKGuardError, match=r"no _qkguard/metrics\.jsonl"):
         write_report(run.parent)
-    with pytest.raises(QKGuardError, match="no such folder"):
+    with pytest.raises(QKGuardError, match="no such folder; give the output_dir"):
         write_report(run / "nothing")
 
 
@@ -143,16 +143,19 @@ def told(tmp_path: Path, *probes: tuple[int, str, float, tuple[float, float] | N
             row[f"niah{suffix}_change"] = change
         rows.append(json.dumps(row))
     (tmp_path / "metrics.jsonl").write_text("\n".join(rows))
-    return " ".join(tell(load_run(tmp_path)))
+    return " ".join(describe(load_run(tmp_path)))
 
 
 def test_sentences_say_what_was_measured(tmp_path: Path) -> None:
     lost = ((0, "raw", 0.9, None), (5, "raw", 0.7, (-0.3, -0.1)), (9, "raw", 0.4, (-0.6, -0.4)))
     text = told(tmp_path, *lost, (9, "restored", 0.8, (0.3, 0.5)))
-    assert "fell by 50.0 points (95% 40.0 to 60.0)" in text and "more than 10 points below at step 5" in text
+    assert "fell by 50.0 points (95% 40.0 to 60.0)" in text
+    assert "first seen more than 10 points below at step 5" in text
     assert "40.0 points above the raw weights" in text and "the restored model is recommended" in text
     text = told(tmp_path, *lost, (9, "restored", 0.42, (-0.05, 0.09)))
-    assert "no different from the raw weights" in text and "not what it was lost through" in text
+    assert (
+        "no different from the raw weights" in text and "what was restored is not what recall was lost through" in text
+    )
     assert "Use the raw model" in text
     text = told(tmp_path, *lost, (9, "restored", 0.2, (-0.3, -0.1)))
     assert "20.0 points below the raw weights" in text and "raw model is recommended" in text
@@ -162,7 +165,7 @@ def test_sentences_say_what_was_measured(tmp_path: Path) -> None:
     assert "no change beyond noise" in text and "no loss to repair" in text
     assert "no probe from before training" in told(tmp_path, (9, "raw", 0.4, None))
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "qkguard/drift/q_rel": 0.25}))
-    text = " ".join(tell(load_run(tmp_path)))
+    text = " ".join(describe(load_run(tmp_path)))
     assert "was not probed" in text and "queries by 0.25" in text
 
 
@@ -211,7 +214,7 @@ def test_restored_adapters_are_found(run: Path, tmp_path: Path) -> None:
     found = load_run(tmp_path)
     assert [path.parent.parent.name for path in found.restored_folders] == ["checkpoint-9", "checkpoint-10"]
     text = write_report(tmp_path).read_text()
-    assert "an adapter that leaves queries and keys to the base" in text and "2 restored folder(s)" in text
+    assert "an adapter that leaves queries and keys to the base" in text and "2 restored folders, the last one" in text
     (folder / "qkguard.json").write_text("{")
     with pytest.raises(QKGuardError, match="not a readable manifest"):
         load_run(tmp_path)

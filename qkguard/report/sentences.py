@@ -1,0 +1,115 @@
+"""A run in sentences: what happened to recall and routing, what restoring brings, what to use."""
+
+from __future__ import annotations
+
+from qkguard.report.numbers import plural
+from qkguard.report.run import DRIFT, ProbeRow, Run
+
+
+def describe(run: Run) -> list[str]:
+    """Sentences for people, each true of the files it was made from."""
+    return [*_recall(run), *_restored(run), *_drift(run)]
+
+
+def _recall(run: Run) -> list[str]:
+    before, raw = run.probe_of("before"), run.probe_of("raw")
+    if raw is None:
+        return ["Recall was not probed after the first step (probe_steps=0, or probes were off: see the run's log)."]
+    if before is None:
+        return [f"Recall at step {raw.step} is {_recall_of(raw)}; no probe from before training to compare with."]
+    both = f"Recall was {_recall_of(before)} before training and is {_recall_of(raw)} at step {raw.step}"
+    if raw.change is None:
+        return [f"{both}.", *_worst_length(before, raw)]
+    if raw.change["high"] < 0:
+        fell = f"{both}: it fell by {_points(-raw.change['value'])} ({_interval(raw, sign=-1)})."
+        return [fell, *_first_low(run, before), *_worst_length(before, raw)]
+    if raw.change["low"] > 0:
+        return [f"{both}: it rose by {_points(raw.change['value'])} ({_interval(raw)}).", *_worst_length(before, raw)]
+    return [f"{both}: no change beyond noise ({_interval(raw)}).", *_worst_length(before, raw)]
+
+
+def _first_low(run: Run, before: ProbeRow) -> list[str]:
+    """The first probe that found recall more than 10 points below the one before training."""
+    for probe in run.probes:
+        if probe.weights == "raw" and probe.step > 0 and probe.recall < before.recall - 0.1:
+            return [f"It was first seen more than 10 points below at step {probe.step}."]
+    return []
+
+
+def _worst_length(before: ProbeRow, raw: ProbeRow) -> list[str]:
+    """The length whose recall fell most, where there are several."""
+    then, now = before.by("length"), raw.by("length")
+    falls = {length: then[length].recall - now[length].recall for length in then if length in now}
+    if len(then) < 2 or max(falls.values(), default=0) <= 0:
+        return []
+    worst = max(falls, key=falls.__getitem__)
+    return [
+        f"The largest fall by length is at {worst:,} tokens: from {then[worst].recall:.2f} to {now[worst].recall:.2f}."
+    ]
+
+
+def _restored(run: Run) -> list[str]:
+    raw, restored = run.probe_of("raw"), run.probe_of("restored")
+    if restored is None:
+        return []
+    now = f"With the restored weights, recall at step {restored.step} is {_recall_of(restored)}"
+    change = restored.change
+    if change is None or raw is None:
+        return [f"{now}."]
+    if change["low"] > 0:
+        return [
+            f"{now}, {_points(change['value'])} above the raw weights ({_interval(restored)}). "
+            "Where recall counts, the restored model is recommended. `qkguard sweep` measures what it costs in task "
+            "quality."
+        ]
+    if change["high"] < 0:
+        return [
+            f"{now}, {_points(-change['value'])} below the raw weights ({_interval(restored, sign=-1)}). "
+            "The raw model is recommended: on this run, restoring costs recall."
+        ]
+    same = f"{now}, no different from the raw weights beyond noise ({_interval(restored)})"
+    if raw.change is None:
+        return [f"{same}. Use the raw model."]
+    if raw.change["high"] < 0:
+        why = "as far as this probe can tell, what was restored is not what recall was lost through"
+    else:
+        why = "there was no loss to repair"
+    return [f"{same}: {why}. Use the raw model."]
+
+
+def _drift(run: Run) -> list[str]:
+    moved = {name: run.last_value(DRIFT + kind) for name, kind in (("queries", "q_rel"), ("keys", "k_rel"))}
+    parts = [f"{name} by {value:.3g}" for name, value in moved.items() if value is not None]
+    if not parts:
+        return []
+    out = f"Relative to their size before training, the projections moved: {' and '.join(parts)}"
+    routing = run.last_value(f"{DRIFT}routing_rel")
+    if routing is not None:
+        out += f", their product (routing) by {routing:.3g}"
+    if len(run.layers) != 1:
+        out += ", mean over softmax-attention layers"
+    return [out + _most_moved(run, "q_rel" if routing is None else "routing_rel") + "."]
+
+
+def _most_moved(run: Run, kind: str) -> str:
+    """The layer that moved most, where there are several."""
+    values = {label: run.last_value(f"{DRIFT}{label}/{kind}") for label in run.layers}
+    known = {label: value for label, value in values.items() if value is not None}
+    if len(known) < 2:
+        return ""
+    most = max(known, key=known.__getitem__)
+    return f"; most in {most.replace('_', ' ')} ({known[most]:.3g})"
+
+
+def _recall_of(probe: ProbeRow) -> str:
+    return f"{probe.recall:.3f}" + (f" ({plural(probe.total.count, 'sample')})" if probe.groups else "")
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:.1f} points"
+
+
+def _interval(probe: ProbeRow, sign: int = 1) -> str:
+    assert probe.change is not None
+    low, high = sorted((sign * probe.change["low"], sign * probe.change["high"]))
+    return f"95% {100 * low + 0:.1f} to {100 * high + 0:.1f}"  # + 0: no -0.0
