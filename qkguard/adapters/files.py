@@ -13,10 +13,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from qkguard.checkpoint.safetensors_io import Header, read_header
-from qkguard.checkpoint.weights import TEMPORARY, resolve_folder
+from qkguard.checkpoint.weights import refuse_temporary, resolve_folder
 from qkguard.errors import QKGuardError
 
-CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+ADAPTER_CONFIG, ADAPTER_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 # Settings of LoraConfig that change what the adapter means in a way that is not reproduced here. The methods of
 # initialisation subtract from the base weights at start, so the adapter belongs to a base that is on no disk.
@@ -50,7 +50,7 @@ class Adapter:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors, on the CPU."""
-        with safe_open(self.folder / TENSORS, framework="pt") as file:
+        with safe_open(self.folder / ADAPTER_TENSORS, framework="pt") as file:
             return {name: file.get_tensor(name) for name in self.header.tensors}
 
 
@@ -62,15 +62,15 @@ def open_adapter(name: str | os.PathLike[str], *, merging: bool = True) -> Adapt
             into pieces (written under ZeRO-3 without gathering).
     """
     folder = resolve_folder(name)
-    if folder.name.startswith(TEMPORARY):
-        raise QKGuardError(f"{folder} was left half-written by a killed process; delete it")
+    refuse_temporary(folder)
     config = read_adapter_config(folder)
-    if not (folder / TENSORS).is_file():
-        why = (
-            "only a pickle (adapter_model.bin); load and save it with PEFT once" if (folder / PICKLE).is_file() else ""
-        )
-        raise QKGuardError(f"{folder} has no {TENSORS}" + (f", {why}" if why else "; save the adapter again"))
-    adapter = Adapter(folder, config, read_header(folder / TENSORS))
+    if not (folder / ADAPTER_TENSORS).is_file():
+        if (folder / "adapter_model.bin").is_file():
+            raise QKGuardError(
+                f"{folder} holds its adapter as a pickle (adapter_model.bin). Load and save it with PEFT."
+            )
+        raise QKGuardError(f"{folder} has no {ADAPTER_TENSORS}. Save the adapter again.")
+    adapter = Adapter(folder, config, read_header(folder / ADAPTER_TENSORS))
     check_config(config, str(folder), merging=merging)
     check_tensors(adapter.shapes, str(folder))
     return adapter
@@ -79,12 +79,14 @@ def open_adapter(name: str | os.PathLike[str], *, merging: bool = True) -> Adapt
 def read_adapter_config(folder: Path) -> dict[str, Any]:
     """adapter_config.json of a folder."""
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         config["peft_type"]
     except FileNotFoundError:
-        raise QKGuardError(f"{folder} is not a PEFT adapter: it has no {CONFIG}") from None
+        raise QKGuardError(f"{folder} is not a PEFT adapter: it has no {ADAPTER_CONFIG}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise QKGuardError(f"{folder / CONFIG} is not a readable adapter config ({error}); save it again") from None
+        raise QKGuardError(
+            f"{folder / ADAPTER_CONFIG} is not a readable adapter config ({error}); save it again"
+        ) from None
     return config
 
 

@@ -32,7 +32,7 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
-class Step:
+class MergeStep:
     """One change to one parameter: a LoRA layer merged, a trained copy put in its place, or token rows replaced."""
 
     kind: str  # "lora", "bias", "saved" or "tokens"
@@ -48,7 +48,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Change:
+class AdaptedParam:
     """A parameter of the base model and what the adapter does to it, in PEFT's order.
 
     `name` is the name in the base model's `named_parameters()`; `untied` are the names that had shared its storage and
@@ -57,8 +57,8 @@ class Change:
 
     name: str
     shape: tuple[int, ...]
-    steps: tuple[Step, ...]
-    untied: tuple[tuple[str, tuple[Step, ...]], ...] = ()
+    steps: tuple[MergeStep, ...]
+    untied: tuple[tuple[str, tuple[MergeStep, ...]], ...] = ()
 
 
 class MetaPeftModel:
@@ -88,12 +88,12 @@ class MetaPeftModel:
                     "base model it was trained on"
                 ) from error
             self._tied_tokens: list[str] = []
-            self.changes = self._changes()
+            self.adapted = self._adapted_params()
             self._load(adapter, base)
 
-    def _changes(self) -> list[Change]:
-        shared: dict[str, list[Step]] = {}  # canonical name -> steps on the shared tensor
-        own: dict[str, list[Step]] = {}  # one name of a parameter -> what it becomes
+    def _adapted_params(self) -> list[AdaptedParam]:
+        shared: dict[str, list[MergeStep]] = {}  # canonical name -> steps on the shared tensor
+        own: dict[str, list[MergeStep]] = {}  # one name of a parameter -> what it becomes
         shapes: dict[str, tuple[int, ...]] = {}
         groups: dict[str, list[str]] = {}
 
@@ -113,33 +113,33 @@ class MetaPeftModel:
                     raise QKGuardError(f"{key} is in modules_to_save and carries an adapter too: not supported")
                 for tensor, param in module.original_module.named_parameters():
                     canonical(param)
-                    own[f"{key}.{tensor}"] = [Step("saved", module.modules_to_save[NAME], key, tensor)]
+                    own[f"{key}.{tensor}"] = [MergeStep("saved", module.modules_to_save[NAME], key, tensor)]
             elif isinstance(module, TrainableTokensWrapper):
                 inside += (key,)
                 if module.token_adapter.tied_adapter:  # the tied layer has the same rows, and merges them
                     self._tied_tokens.append(key)
                     continue
-                step = Step("tokens", module.token_adapter, key)
+                step = MergeStep("tokens", module.token_adapter, key)
                 shared.setdefault(canonical(cast(Any, module.token_adapter.get_base_layer()).weight), []).append(step)
             elif isinstance(module, lora.LoraLayer):
                 inside += (key,)
                 _check_layer(key, module)
                 module, base = cast(Any, module), cast(Any, module.get_base_layer())
-                shared.setdefault(canonical(base.weight), []).append(Step("lora", module, key))
+                shared.setdefault(canonical(base.weight), []).append(MergeStep("lora", module, key))
                 if module.lora_bias.get(NAME):
                     if base.bias is None:
                         raise QKGuardError(f"{key} has lora_bias but no bias of its own: it cannot be merged")
-                    shared.setdefault(canonical(base.bias), []).append(Step("bias", module, key))
+                    shared.setdefault(canonical(base.bias), []).append(MergeStep("bias", module, key))
             elif isinstance(module, BaseTunerLayer):
                 raise QKGuardError(f"{key}: PEFT layers of type {type(module).__name__} are not supported")
-        return [_change(name, groups[name], shapes[name], shared.get(name, []), own) for name in groups]
+        return [_adapted(name, groups[name], shapes[name], shared.get(name, []), own) for name in groups]
 
     def _load(self, adapter: Adapter, base: Path) -> None:
         """Fill the adapter's parameters from its file."""
         state = adapter.tensors()
         self._take_copies(state, base)
         double = any(t.dtype == torch.float64 for t in state.values())
-        for step in (s for c in self.changes for s in _all_steps(c)):
+        for step in (s for c in self.adapted for s in _all_steps(c)):
             _materialise(step, torch.float64 if double else torch.float32)
         try:
             with quiet():
@@ -165,9 +165,9 @@ class MetaPeftModel:
     def _take_copies(self, state: dict[str, Tensor], base: Path) -> None:
         """Take out the base's own embeddings, which PEFT saves beside an adapter on them and loads into the base."""
         canonical = {name: names[0] for names in self._names.values() for name in names}
-        saved = {f"{s.where}.{s.tensor}" for c in self.changes for s in _all_steps(c) if s.kind == "saved"}
+        saved = {f"{s.where}.{s.tensor}" for c in self.adapted for s in _all_steps(c) if s.kind == "saved"}
         self.copies: dict[str, Tensor] = {}
-        known = {change.name for change in self.changes}
+        known = {param.name for param in self.adapted}
         shapes = {names[0]: tuple(p.shape) for p in self._kept for names in [self._names[id(p)]]}
         for key in list(state):
             name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
@@ -181,10 +181,10 @@ class MetaPeftModel:
                 )
             self.copies[name] = tensor
             if name not in known:
-                self.changes.append(Change(name, shapes[name], ()))
+                self.adapted.append(AdaptedParam(name, shapes[name], ()))
 
     def merged(
-        self, change: Change, weight: Tensor, steps: tuple[Step, ...] | None = None, scale: float = 1.0
+        self, param: AdaptedParam, weight: Tensor, steps: tuple[MergeStep, ...] | None = None, scale: float = 1.0
     ) -> Tensor:
         """The parameter after PEFT's merge, in `weight`'s dtype; `weight` (the base's tensor) is left alone.
 
@@ -193,26 +193,26 @@ class MetaPeftModel:
         Raises:
             QKGuardError: NaN or Inf in the merged weight.
         """
-        if change.name in self.copies:
-            weight = self.copies[change.name].to(weight.dtype)
-        for step in change.steps if steps is None else steps:
+        if param.name in self.copies:
+            weight = self.copies[param.name].to(weight.dtype)
+        for step in param.steps if steps is None else steps:
             weight = _run(step, weight, scale)
             if not bool(torch.isfinite(weight).all()):
-                raise QKGuardError(f"{change.name}: NaN or Inf in the merged weights; the adapter is damaged")
+                raise QKGuardError(f"{param.name}: NaN or Inf in the merged weights; the adapter is damaged")
         return weight
 
 
-def _change(
-    name: str, group: list[str], shape: tuple[int, ...], shared: list[Step], own: dict[str, list[Step]]
-) -> Change:
+def _adapted(
+    name: str, group: list[str], shape: tuple[int, ...], shared: list[MergeStep], own: dict[str, list[MergeStep]]
+) -> AdaptedParam:
     values = {n: tuple(own.get(n, shared)) for n in group}
     if len(set(values.values())) == 1 and not (len(group) > 1 and any(n in own for n in group)):
-        return Change(name, shape, values[name])
-    return Change(name, shape, values[name], tuple((n, steps) for n, steps in values.items() if n != name))
+        return AdaptedParam(name, shape, values[name])
+    return AdaptedParam(name, shape, values[name], tuple((n, steps) for n, steps in values.items() if n != name))
 
 
-def _all_steps(change: Change) -> tuple[Step, ...]:
-    return (*change.steps, *(step for _, steps in change.untied for step in steps))
+def _all_steps(param: AdaptedParam) -> tuple[MergeStep, ...]:
+    return (*param.steps, *(step for _, steps in param.untied for step in steps))
 
 
 def _check_layer(key: str, module: lora.LoraLayer) -> None:
@@ -223,7 +223,7 @@ def _check_layer(key: str, module: lora.LoraLayer) -> None:
         raise QKGuardError(f"{key}: {type(variant).__name__} is not supported; expected LoRA, rsLoRA or DoRA")
 
 
-def _materialise(step: Step, dtype: torch.dtype) -> None:
+def _materialise(step: MergeStep, dtype: torch.dtype) -> None:
     """Room on the CPU for one layer's adapter parameters."""
     parts = [step.module] if step.kind == "saved" else _adapter_parts(step.module)
     for part in parts:
@@ -241,7 +241,7 @@ def _adapter_parts(module: nn.Module) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def _run(step: Step, weight: Tensor, scale: float) -> Tensor:
+def _run(step: MergeStep, weight: Tensor, scale: float) -> Tensor:
     module: Any = step.module
     if step.kind == "saved":
         return module.get_parameter(step.tensor).detach().to(weight.dtype)

@@ -20,13 +20,13 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qkguard.adapters.files import CONFIG, TENSORS, check_tensors, open_adapter
+from qkguard.adapters.files import ADAPTER_CONFIG, ADAPTER_TENSORS, check_tensors, open_adapter
 from qkguard.adapters.meta_model import quiet
-from qkguard.checkpoint.auxiliary import auxiliary_files
 from qkguard.checkpoint.card import adapter_card, read_card
-from qkguard.checkpoint.files import copy_named, link_or_copy, published, write_text
+from qkguard.checkpoint.files import copy_auxiliary, copy_named, link_or_copy, write_text
 from qkguard.checkpoint.manifest import FORMAT, MANIFEST, describe_file, dump, versions
-from qkguard.checkpoint.patched_folder import check_target, readable_errors
+from qkguard.checkpoint.safetensors_io import read_header
+from qkguard.checkpoint.write import Staging, check_target, readable_errors
 from qkguard.distributed import ranks, sharding
 from qkguard.distributed.reference import same_bits
 from qkguard.errors import QKGuardError
@@ -54,7 +54,7 @@ def write_restored_adapter(
         out: the folder to appear, complete or not at all.
         selection: the queries and keys, under the live model's or the bare model's names.
         share: how much of the query and key adapters stays: 0 nothing, between 0 and 1 their scaling is multiplied.
-        staging, overwrite: as for `PatchedFolder`.
+        staging, overwrite: as in `checkpoint.write.FolderPlan`.
         method, extra: what the manifest says of the method, and further keys.
 
     Raises:
@@ -63,13 +63,12 @@ def write_restored_adapter(
     adapter = open_adapter(raw, merging=False)
     check_target([], out, overwrite)
     tensors, config = adapter.tensors(), dict(adapter.config)
-    change = restrict(tensors, config, qk_modules(selection), share)
-    with readable_errors(out), published(out, staging, replace=overwrite) as (folder, mode):
-        _save_tensors({_loadable(key): tensor for key, tensor in tensors.items()}, folder / TENSORS, mode)
-        write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
-        taken = auxiliary_files(raw)[0]
-        for name in taken:
-            copy_named(raw, name, folder)
+    removal = restrict(tensors, config, qk_modules(selection), share)
+    with readable_errors(out), Staging(out, staging) as made:
+        file = made.folder / ADAPTER_TENSORS
+        _save_tensors({_loadable(key): tensor for key, tensor in tensors.items()}, file, made.mode)
+        write_text(made.folder / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
+        auxiliary = copy_auxiliary(raw, made.folder)
         manifest = {
             "format": FORMAT,
             "kind": "adapter",
@@ -77,18 +76,19 @@ def write_restored_adapter(
             "base": {"id": adapter.base or "unknown"},
             "raw": {
                 "path": os.path.relpath(raw.resolve(), out.resolve()),
-                "files": {TENSORS: describe_file(raw / TENSORS)},
+                "files": {ADAPTER_TENSORS: describe_file(raw / ADAPTER_TENSORS, adapter.header)},
             },
             "method": {"name": "restore", "alpha": 1 - share} | dict(method or {}),
-            **change,
-            "files": {TENSORS: describe_file(folder / TENSORS)},
-            "companions": [CONFIG, *taken],
+            **removal,
+            "files": {ADAPTER_TENSORS: describe_file(file, read_header(file))},
+            "companions": [ADAPTER_CONFIG, *auxiliary],
             "warnings": [],
             "versions": versions(),
             **(extra or {}),
         }
-        write_text(folder / "README.md", adapter_card(manifest, read_card(raw)))
-        write_text(folder / MANIFEST, dump(manifest))
+        write_text(made.folder / "README.md", adapter_card(manifest, read_card(raw)))
+        write_text(made.folder / MANIFEST, dump(manifest))
+        made.publish(replace=overwrite)
     return json.loads(dump(manifest))
 
 
@@ -166,14 +166,18 @@ def verify_adapter(folder: Path, manifest: Mapping[str, Any], *, raw: bool = Tru
     for name in manifest["companions"]:
         if not (folder / name).is_file():
             raise QKGuardError(f"{folder} lacks {name}, which it was written with; restore it again")
-    if describe_file(folder / TENSORS) != manifest["files"][TENSORS]:
-        raise QKGuardError(f"{folder / TENSORS} has another content than recorded; restore it again")
     adapter = open_adapter(folder, merging=False)
+    if describe_file(folder / ADAPTER_TENSORS, adapter.header) != manifest["files"][ADAPTER_TENSORS]:
+        raise QKGuardError(f"{folder / ADAPTER_TENSORS} has another content than recorded. Restore it again.")
     found, state = folder / manifest["raw"]["path"], "not found" if raw else "not checked"
-    if raw and (found / TENSORS).is_file():
-        if describe_file(found / TENSORS) != manifest["raw"]["files"][TENSORS]:
-            raise QKGuardError(f"{found / TENSORS}: the raw adapter has changed since; restore it again, or --no-raw")
-        _compare(adapter.tensors(), open_adapter(found, merging=False).tensors(), manifest, folder)
+    if raw and (found / ADAPTER_TENSORS).is_file():
+        trained = open_adapter(found, merging=False)
+        if describe_file(found / ADAPTER_TENSORS, trained.header) != manifest["raw"]["files"][ADAPTER_TENSORS]:
+            raise QKGuardError(
+                f"{found / ADAPTER_TENSORS}: the raw adapter has changed since. Restore it again, or leave it out "
+                "(--no-raw) if it may."
+            )
+        _compare(adapter.tensors(), trained.tensors(), manifest, folder)
         state = "unchanged"
     return {
         "folder": str(folder),
@@ -181,7 +185,7 @@ def verify_adapter(folder: Path, manifest: Mapping[str, Any], *, raw: bool = Tru
         "method": manifest["method"]["name"],
         "layers": len(manifest["removed"]) + len(manifest["rows"]) + len(manifest["scaled"]),
         "tensors": len(adapter.shapes),
-        "restored_bytes": manifest["files"][TENSORS]["size"],
+        "restored_bytes": manifest["files"][ADAPTER_TENSORS]["size"],
         "files": 1,
         "raw": state,
         "compared": "every tensor",
@@ -205,10 +209,11 @@ def _compare(ours: dict[str, Tensor], raw: dict[str, Tensor], manifest: Mapping[
 
 def copy_adapter(raw: Path, out: Path) -> None:
     """Another name for an adapter folder (tensors linked where possible), replacing an older one."""
-    with published(out) as (folder, mode):
-        link_or_copy(raw / TENSORS, folder / TENSORS, mode)
-        for name in (CONFIG, *auxiliary_files(raw)[0]):
-            copy_named(raw, name, folder)
+    with Staging(out) as made:
+        link_or_copy(raw / ADAPTER_TENSORS, made.folder / ADAPTER_TENSORS, made.mode)
+        copy_named(raw / ADAPTER_CONFIG, made.folder / ADAPTER_CONFIG)
+        copy_auxiliary(raw, made.folder)
+        made.publish()
 
 
 def export_adapter(model: Any, name: str, folder: Path, processing_class: Any = None) -> None:
@@ -226,11 +231,12 @@ def export_adapter(model: Any, name: str, folder: Path, processing_class: Any = 
             )
         tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
         check_tensors({key: tuple(t.shape) for key, t in tensors.items()}, f"the adapter {name!r}")
-        with published(folder) as (place, mode):
-            _save_tensors(tensors, place / TENSORS, mode)
-            _save_config(model, name, place)
+        with Staging(folder) as made:
+            _save_tensors(tensors, made.folder / ADAPTER_TENSORS, made.mode)
+            _save_config(model, name, made.folder)
             if processing_class is not None:
-                processing_class.save_pretrained(place)
+                processing_class.save_pretrained(made.folder)
+            made.publish()
 
     ranks.on_rank_zero(f"writing the adapter {name}", write)
 

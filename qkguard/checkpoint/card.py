@@ -7,45 +7,61 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 KEPT = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
 """Metadata taken over from the raw folder's card, where it has one."""
+
+OWN_TAGS = ("qkguard", "qk-restore")
 
 
 def model_card(manifest: Mapping[str, Any], raw_card: str | None = None) -> str:
     """README.md from the manifest; `raw_card` is the text of the raw checkpoint's own card."""
-    old = _front_matter(raw_card or "")
-    base = str(manifest["base"].get("id", ""))
-    meta: dict[str, Any] = {key: old[key] for key in KEPT if key in old}
-    if _is_hub_id(base):
-        meta |= {"base_model": base, "base_model_relation": "finetune"}
-    elif old.get("base_model"):
-        meta |= {"base_model": old["base_model"], "base_model_relation": "finetune"}
+    old, base = _metadata(raw_card), str(manifest["base"].get("id", ""))
+    kept = {key: old[key] for key in KEPT if key in old}
+    if named := base if _is_hub_id(base) else old.get("base_model"):
+        kept |= {"base_model": named, "base_model_relation": "finetune"}
     tags = old.get("tags") or []
-    meta["library_name"] = "transformers"
-    meta["tags"] = sorted({*(tags if isinstance(tags, list) else [tags]), "qkguard", "qk-restore"})
-    return f"---\n{yaml.safe_dump(meta, sort_keys=False)}---\n\n{_body(manifest, base)}"
+    tags = {*(tags if isinstance(tags, list) else [tags]), *OWN_TAGS}
+    return _card({**kept, "library_name": "transformers", "tags": sorted(tags)}, _body(manifest, base))
 
 
 def adapter_card(manifest: Mapping[str, Any], raw_card: str | None = None) -> str:
     """README.md of a restored adapter."""
-    old, base = _front_matter(raw_card or ""), str(manifest["base"]["id"])
-    meta: dict[str, Any] = {key: old[key] for key in KEPT if key in old}
+    old, base = _metadata(raw_card), str(manifest["base"]["id"])
+    kept = {key: old[key] for key in KEPT if key in old}
     if _is_hub_id(base):
-        meta |= {"base_model": base, "base_model_relation": "adapter"}
-    meta |= {"library_name": "peft", "tags": ["lora", "qk-restore", "qkguard"]}
-    changed = [
-        f"{len(manifest['removed'])} query and key modules were removed (`exclude_modules` names them)",
-        f"{len(manifest['rows'])} fused modules had the query and key rows of `lora_B` multiplied",
-        f"{len(manifest['scaled'])} query and key modules were scaled (`alpha_pattern`)",
-    ]
-    counts = [len(manifest[key]) for key in ("removed", "rows", "scaled")]
+        kept |= {"base_model": base, "base_model_relation": "adapter"}
+    changed = {
+        "removed": "query and key modules were removed (`exclude_modules` names them)",
+        "rows": "fused modules had the query and key rows of `lora_B` multiplied",
+        "scaled": "query and key modules were scaled (`alpha_pattern`)",
+    }
+    name = base if _is_hub_id(base) else Path(base).name
     lines = ["# Adapter without queries and keys", "", _WHY]
-    lines += [f"This is an adapter of `{base if _is_hub_id(base) else Path(base).name}` that leaves them to the base:"]
-    lines += [f"- {text}" for text, count in zip(changed, counts, strict=True) if count]
+    lines += [f"This is an adapter of `{name}` that leaves them to the base:"]
+    lines += [f"- {len(manifest[key])} {text}" for key, text in changed.items() if manifest[key]]
     lines += ["", "`qkguard verify .` checks it against `qkguard.json`.", ""]
-    return f"---\n{yaml.safe_dump(meta, sort_keys=False)}---\n\n" + "\n".join(lines)
+    return _card({**kept, "library_name": "peft", "tags": sorted({"lora", *OWN_TAGS})}, "\n".join(lines))
+
+
+def _card(metadata: Mapping[str, Any], body: str) -> str:
+    from huggingface_hub import ModelCardData  # half a second, and not every command writes a card
+
+    # `original_order` keeps ours: the class has one of its own
+    data = ModelCardData(**metadata, ignore_metadata_errors=True)
+    return f"---\n{data.to_yaml(original_order=list(metadata))}\n---\n\n{body}"
+
+
+def _metadata(card: str | None) -> dict[str, Any]:
+    """The metadata of a card's text; none where it cannot be read."""
+    from huggingface_hub import ModelCard
+    from yaml import YAMLError
+
+    if not card:
+        return {}
+    try:
+        return ModelCard(card, ignore_metadata_errors=True).data.to_dict()
+    except (ValueError, TypeError, YAMLError):  # TypeError: keys that are no text
+        return {}
 
 
 def _body(manifest: Mapping[str, Any], base: str) -> str:
@@ -175,15 +191,6 @@ def _projections(manifest: Mapping[str, Any]) -> str:
 
 def _is_hub_id(name: str) -> bool:
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
-
-
-def _front_matter(text: str) -> dict[str, Any]:
-    match = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
-    try:
-        found = yaml.safe_load(match[1]) if match else None
-    except yaml.YAMLError:
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def read_card(folder: Path) -> str | None:

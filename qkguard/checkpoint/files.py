@@ -1,4 +1,4 @@
-"""Copying and linking whole files, and folders that appear complete or not at all."""
+"""Whole files: copied, linked, written durably; and which files travel with a checkpoint's weights."""
 
 from __future__ import annotations
 
@@ -6,19 +6,68 @@ import errno
 import fcntl
 import json
 import os
-import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from qkguard.checkpoint.weights import TEMPORARY
 from qkguard.errors import QKGuardError
 
 FICLONE = 0x40049409  # ioctl: share all extents with another file (btrfs, xfs, bcachefs, overlay on them)
-CHUNK = 64 << 20
+COPY_BYTES = 64 << 20
 CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL
+
+TRAINING = [
+    "optimizer*",
+    "scheduler*",
+    "scaler.pt",
+    "rng_state*",
+    "random_states*",
+    "trainer_state.json",
+    "training_args.*",
+    "latest",
+    "zero_to_fp32.py",
+    "*_results.json",
+    "events.out.*",
+    "*.distcp",
+    "*.log",
+    "*.lock",
+]
+WEIGHTS = [
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.bin",
+    "*.bin.index.json",
+    "*.pt",
+    "*.pth",
+    "*.pkl",
+    "*.ckpt",
+    "*.h5",
+    "*.msgpack",
+    "*.gguf",
+    "*.onnx",
+    "*.npz",
+    "adapter_config.json",
+]
+OWN = ["README.md", "qkguard.json"]
+FOREIGN_FOLDERS = [
+    "_*",
+    ".*",
+    "checkpoint-*",
+    "global_step*",
+    "pytorch_model_fsdp*",
+    "optimizer_*",
+    "qk_restored",
+    "runs",
+    "logs",
+    "wandb",
+    "trackio",
+    "mlruns",
+    "original",
+    "onnx",
+]
+TEXT = {".py", ".json", ".jinja", ".txt", ".model", ".tiktoken", ".vocab", ".bpe", ".yaml", ".yml"}
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -28,10 +77,10 @@ def copy_file(source: Path, target: Path) -> None:
         os.fsync(dst.fileno())
 
 
-def copy_named(folder: Path, name: str, target: Path) -> None:
-    """`copy_file` from one folder to another, subfolders in the name included."""
-    (target / name).parent.mkdir(parents=True, exist_ok=True)
-    copy_file(folder / name, target / name)
+def copy_named(source: Path, target: Path) -> None:
+    """`copy_file` into a folder that may not exist yet."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    copy_file(source, target)
 
 
 def can_clone(source: Path, folder: Path) -> bool:
@@ -44,23 +93,28 @@ def can_clone(source: Path, folder: Path) -> bool:
     return True
 
 
-def copy_bytes(src: int, dst: int, tick: Callable[[int], None] = lambda count: None) -> None:
+def _nobody(count: int) -> None:
+    """Where nobody follows a copy."""
+
+
+def copy_bytes(src: int, dst: int, copied: Callable[[int], None] | None = None) -> None:
     """Copy all bytes between two open files: shared extents, else inside the kernel, else through a buffer.
 
-    `tick` is called with the number of bytes copied since the last call.
+    `copied` is called with the number of bytes copied since the last call.
     """
+    tell = copied or _nobody
     size, done = os.fstat(src).st_size, 0
     try:
         fcntl.ioctl(dst, FICLONE, src)
-        tick(size)
+        tell(size)
         return
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise
     try:
-        while done < size and (count := os.copy_file_range(src, dst, min(CHUNK, size - done), done, done)):
+        while done < size and (count := os.copy_file_range(src, dst, min(COPY_BYTES, size - done), done, done)):
             done += count
-            tick(count)
+            tell(count)
     except AttributeError:  # macOS
         pass
     except OSError as error:
@@ -68,13 +122,13 @@ def copy_bytes(src: int, dst: int, tick: Callable[[int], None] = lambda count: N
             raise
     # Across file systems and on some network ones the kernel declines, at once or half-way.
     while done < size:
-        view = memoryview(os.pread(src, min(CHUNK >> 3, size - done), done))
+        view = memoryview(os.pread(src, min(COPY_BYTES >> 3, size - done), done))
         if not view:
-            raise QKGuardError("a file became shorter while it was copied; let the writer finish and try again")
+            raise QKGuardError("A file became shorter while it was copied. Let its writer finish and try again.")
         while view:
             count = os.pwrite(dst, view, done)
             view, done = view[count:], done + count
-            tick(count)
+            tell(count)
 
 
 def link_or_copy(source: Path, target: Path, mode: int) -> bool:
@@ -121,112 +175,6 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-class Staging:
-    """A folder in the making: assembled under a name that no reader accepts, then renamed into place.
-
-    The temporary folder lies beside `out`, or in `parent` on the same file system. While its maker lives it holds a
-    lock on it, so that what a killed process left can be told from what another one is writing.
-    """
-
-    def __init__(self, out: Path, parent: Path | None = None) -> None:
-        self.out = out
-        self.path = (parent or out.parent) / f"{TEMPORARY}{out.parent.name}-{out.name}"
-        self._lock: int | None = None
-        self._created = False
-        self._made: list[Path] = []
-
-    def create(self) -> int:
-        """Clear what killed processes left, make the folder and lock it; return the file mode the umask gives."""
-        parent = self.path.parent
-        for folder in (self.out.parent, parent):
-            missing = [p for p in (folder, *folder.parents) if not p.exists()]
-            folder.mkdir(parents=True, exist_ok=True)
-            self._made += missing
-        if parent.stat().st_dev != self.out.parent.stat().st_dev:
-            raise QKGuardError(f"{parent} and {self.out.parent} are on different file systems; choose a nearer one")
-        for left in parent.glob(f"{TEMPORARY}*"):
-            if not remove_stale(left, certain=left == self.path) and left == self.path:
-                raise QKGuardError(f"another process is writing {self.out} right now; wait for it to finish")
-        self.path.mkdir()
-        self._created = True
-        self._lock = _try_lock(self.path)
-        return self.path.stat().st_mode & 0o666
-
-    def publish(self, *, replace: bool) -> None:
-        """Make the folder durable and rename it to `out`; with `replace` an older one there gives way."""
-        for folder, _, _ in os.walk(self.path):
-            sync_folder(Path(folder))
-        old = self.path.with_name(f"{self.path.name}-old")
-        if replace and self.out.exists():
-            os.rename(self.out, old)
-        os.rename(self.path, self.out)
-        self._created = False
-        sync_folder(self.out.parent)
-        self._unlock()
-        shutil.rmtree(old, ignore_errors=True)
-
-    def discard(self) -> None:
-        """Remove the temporary folder if this object made it, and parents made for it alone."""
-        if self._created:
-            shutil.rmtree(self.path, ignore_errors=True)
-            self._created = False
-        self._unlock()
-        for folder in self._made:
-            with suppress(OSError):  # something else lies in it by now
-                folder.rmdir()
-
-    def _unlock(self) -> None:
-        if self._lock is not None:
-            with suppress(OSError):  # a forked child (a data loader's worker) may hold the descriptor too
-                fcntl.flock(self._lock, fcntl.LOCK_UN)
-            os.close(self._lock)
-            self._lock = None
-
-
-@contextmanager
-def published(out: Path, parent: Path | None = None, *, replace: bool = True) -> Iterator[tuple[Path, int]]:
-    """A folder to fill, and the file mode the umask gives; it becomes `out` when the block ends without an error."""
-    staging = Staging(out, parent)
-    try:
-        mode = staging.create()
-        yield staging.path, mode
-        staging.publish(replace=replace)
-    except BaseException:
-        staging.discard()
-        raise
-
-
-def remove_stale(folder: Path, *, certain: bool) -> bool:
-    """Remove a temporary folder unless its maker is still alive; say whether it is gone.
-
-    On file systems without locks on folders that cannot be told, so there it stays unless the caller is `certain`.
-    """
-    try:
-        lock = _try_lock(folder)
-    except BlockingIOError:
-        return False
-    if lock is None and not certain:
-        return False
-    shutil.rmtree(folder, ignore_errors=True)
-    if lock is not None:
-        os.close(lock)
-    return not folder.exists()
-
-
-def _try_lock(folder: Path) -> int | None:
-    """Lock a folder for as long as the descriptor lives; None where the file system has no such locks."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        raise
-    except OSError:
-        os.close(fd)
-        return None
-    return fd
-
-
 def write_json(path: Path, data: dict[str, Any]) -> None:
     """Write and fsync a JSON file through a temporary name, so that it is there whole or not at all."""
     partial = path.with_name(f"_{path.name}.partial")
@@ -235,3 +183,41 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def auxiliary_files(raw: Path) -> tuple[list[str], list[str]]:
+    """(files to copy, files left out) of a checkpoint folder, as paths relative to it.
+
+    What travels with the weights: tokenizer, configs, chat templates, model code, licences; never training state. At
+    the top everything but weights and training state is taken; from subfolders (templates, packages of model code)
+    only text files. Folders of other checkpoints and of loggers are not entered.
+    """
+    taken: list[str] = []
+    left: list[str] = []
+    for folder, subfolders, files in os.walk(raw):
+        here = Path(folder)
+        subfolders[:] = sorted(d for d in subfolders if not _foreign(here / d))
+        for name in sorted(files):
+            path = (here / name).relative_to(raw)
+            if name.startswith(".") or _matches(name, OWN):
+                continue
+            fits = not _matches(name, TRAINING + WEIGHTS) and (here == raw or path.suffix in TEXT)
+            (taken if fits else left).append(path.as_posix())
+    return taken, left
+
+
+def copy_auxiliary(raw: Path, target: Path) -> list[str]:
+    """Copy what travels with the weights of a checkpoint folder; returns the names."""
+    names = auxiliary_files(raw)[0]
+    for name in names:
+        copy_named(raw / name, target / name)
+    return names
+
+
+def _foreign(folder: Path) -> bool:
+    holds_a_model = any((folder / name).exists() for name in ("config.json", "adapter_config.json", "qkguard.json"))
+    return folder.is_symlink() or holds_a_model or _matches(folder.name, FOREIGN_FOLDERS)
+
+
+def _matches(name: str, patterns: list[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)

@@ -8,24 +8,22 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from math import isfinite
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from qkguard.checkpoint.safetensors_io import read_header, sample_sha256
-from qkguard.checkpoint.weights import opened
+from qkguard.checkpoint.safetensors_io import Header, opened, sample_sha256
 from qkguard.errors import QKGuardError
 
 MANIFEST = "qkguard.json"
 FORMAT = 1
 
 
-def describe_file(path: Path) -> dict[str, Any]:
-    """Size, header hash (None for a pickle) and sampled hash of a weight file."""
+def describe_file(path: Path, header: Header) -> dict[str, Any]:
+    """Size, header hash and sampled hash of a weight file whose header was read before."""
     with opened(path) as fd:
         size = os.fstat(fd).st_size
-        sampled = sample_sha256(fd, size)
-    header = read_header(path).sha256 if path.suffix == ".safetensors" else None
-    return {"size": size, "header_sha256": header, "sample_sha256": sampled}
+        return {"size": size, "header_sha256": header.sha256, "sample_sha256": sample_sha256(fd, size)}
 
 
 def build_manifest(
@@ -33,60 +31,74 @@ def build_manifest(
     raw: str,
     base: Mapping[str, Any],
     method: Mapping[str, Any],
-    results: Sequence[Mapping[str, Any]],
-    companions: Sequence[str],
+    records: Sequence[Mapping[str, Any]],
+    auxiliary: Sequence[str],
     left_out: Sequence[str],
     partial: Sequence[str],
     warnings: Sequence[str],
     extra: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The manifest from the results of every file's job.
+    """The manifest from the records of every weight file.
 
     Args:
-        raw: path of the raw folder, relative to the restored one.
-        base: what the source says of itself.
-        method: its name and parameters.
-        results: one record per weight file (`RestoredWrite.run`).
-        companions, left_out: other files copied and not copied.
+        raw: path of the raw folder, relative to the new one.
+        base: what the base's rows say of themselves (`BaseRows.describe`).
+        method: its name and options.
+        records: one per weight file (`write_files`).
+        auxiliary, left_out: other files copied and not copied.
         partial: parameters with rows that feed keys and values alike and were left as tuned.
         warnings: sentences for people.
         extra: further top-level keys (step, probe results); its "warnings" and "nonfinite" are added to the others.
     """
-    nonfinite = sorted({name for r in results for name in r["nonfinite"]} | set(extra.get("nonfinite", ())))
-    sentences = [*warnings, *extra.get("warnings", ())]
+    nonfinite = sorted({name for r in records for name in r["nonfinite"]} | set(extra.get("nonfinite", ())))
+    layers = _in_order(records, "layers")
+    sentences = [*warnings, *fallback_warnings(str(method["name"]), layers), *extra.get("warnings", ())]
     if nonfinite:
-        sentences.append(
-            f"the tuned weights hold NaN or Inf in {len(nonfinite)} tensor(s): {', '.join(nonfinite[:5])}"
-            + (", ..." if len(nonfinite) > 5 else "")
-        )
+        sentences.append(f"the tuned weights hold NaN or Inf in {len(nonfinite)} tensor(s): {_first(nonfinite)}")
     if partial:
         sentences.append(
             f"partial: rows of {len(partial)} parameter(s) feed keys and values alike and stay tuned: "
-            + ", ".join(partial[:5])
-            + (", ..." if len(partial) > 5 else "")
+            + _first(partial)
         )
-    layers = sorted((layer for r in results for layer in r["layers"]), key=lambda layer: layer["index"])
-    tensors = sorted((tensor for r in results for tensor in r["tensors"]), key=lambda tensor: tensor["index"])
     manifest = {
         "format": FORMAT,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "base": dict(base),
-        "raw": {"path": raw, "files": {r["file"]: r["raw"] for r in results if r["raw"]}},
+        "raw": {"path": raw, "files": {r["from"]: r["raw"] for r in records if r["raw"]}},
         "method": dict(method),
         "partial": list(partial),
         "warnings": sentences,
         "nonfinite": nonfinite,
-        "files": {r["target"]: r["restored"] | {"made": r["made"], "from": r["file"] or None} for r in results},
-        "companions": list(companions),
+        "files": {r["file"]: r["written"] | {"made": r["made"], "from": r["from"]} for r in records},
+        "companions": list(auxiliary),
         "left_out": list(left_out),
-        "layers": [{k: v for k, v in layer.items() if k != "index"} for layer in layers],
-        "tensors": [{k: v for k, v in tensor.items() if k != "index"} for tensor in tensors],
+        "layers": layers,
+        "tensors": _in_order(records, "tensors"),
         "versions": versions(),
     }
     extra = {k: v for k, v in extra.items() if k not in ("warnings", "nonfinite")}
     if clash := sorted(set(extra) & set(manifest)):
         raise ValueError(f"extra manifest keys {clash} are taken")
     return manifest | extra
+
+
+def _in_order(records: Sequence[Mapping[str, Any]], key: str) -> list[dict[str, Any]]:
+    """The layers' or tensors' entries of all records, sorted by their index, without it."""
+    entries = sorted((entry for record in records for entry in record[key]), key=itemgetter("index"))
+    return [{name: value for name, value in entry.items() if name != "index"} for entry in entries]
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def fallback_warnings(method: str, layers: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One sentence for each reason for which a method did less than its name says, with the layers concerned."""
+    found: dict[str, list[str]] = {}
+    for layer in layers:
+        if "fallback" in layer:
+            found.setdefault(layer["fallback"], []).append(str(layer["layer"]))
+    return [f"{method} fell back in layer(s) {', '.join(where)} to {what}" for what, where in found.items()]
 
 
 def versions() -> dict[str, str]:
@@ -122,16 +134,16 @@ def load_manifest(folder: Path) -> dict[str, Any]:
         QKGuardError: no such folder, no manifest (half-written, or not qkguard's), unreadable or of a newer format.
     """
     if not folder.is_dir():
-        raise QKGuardError(f"no such folder: {folder}")
+        raise QKGuardError(f"There is no such folder: {folder}.")
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         number = manifest["format"]
     except FileNotFoundError:
         raise QKGuardError(
-            f"{folder} has no {MANIFEST}: it is incomplete or was not written by qkguard; restore it again"
+            f"{folder} has no {MANIFEST}: it is incomplete or was not written by qkguard. Restore it again."
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise QKGuardError(f"{folder / MANIFEST} is not a readable manifest ({error}); restore it again") from None
+        raise QKGuardError(f"{folder / MANIFEST} is not a readable manifest ({error}). Restore it again.") from None
     if number != FORMAT:
-        raise QKGuardError(f"{folder / MANIFEST} has format {number}, this version reads {FORMAT}; update qkguard")
+        raise QKGuardError(f"{folder / MANIFEST} has format {number}, this version reads {FORMAT}. Update qkguard.")
     return manifest

@@ -13,14 +13,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qkguard.checkpoint.files import write_json
-from qkguard.checkpoint.safetensors_io import sha256_of
-from qkguard.checkpoint.safetensors_writer import SafetensorsWriter
+from qkguard.checkpoint.safetensors_io import SafetensorsWriter, sha256_of
+from qkguard.checkpoint.weights import BaseRows
 from qkguard.distributed import collectives, ranks
 from qkguard.distributed.reference import Reference, same_bits
 from qkguard.errors import WrongReferenceError
 from qkguard.layout.spec import ParamMap
 
-TENSORS, MANIFEST = "reference.safetensors", "reference.json"
+REFERENCE, REFERENCE_MANIFEST = "reference.safetensors", "reference.json"
 
 
 def write_reference(reference: Reference, folder: Path, about: dict[str, Any], writer_rank: int = 0) -> None:
@@ -29,18 +29,18 @@ def write_reference(reference: Reference, folder: Path, about: dict[str, Any], w
     `writer_rank` writes, one parameter in memory at a time; the manifest comes last, so that a file without one is
     never taken for a reference. `about` goes into the manifest.
     """
-    partial = folder / f"{TENSORS}.partial"
+    partial = folder / f"{REFERENCE}.partial"
     tensors = {n: (reference.slices[n].dtype, m.compact_shape) for n, m in reference.maps.items()}
     digests: dict[str, str] = {}
 
     def begin() -> SafetensorsWriter:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / MANIFEST).unlink(missing_ok=True)
+        (folder / REFERENCE_MANIFEST).unlink(missing_ok=True)
         return SafetensorsWriter(partial, tensors)
 
     def finish(writer: SafetensorsWriter) -> None:
         writer.close()
-        os.replace(partial, folder / TENSORS)
+        os.replace(partial, folder / REFERENCE)
         described = {
             n: {
                 "shape": list(m.shape),
@@ -51,7 +51,7 @@ def write_reference(reference: Reference, folder: Path, about: dict[str, Any], w
             }
             for n, m in reference.maps.items()
         }
-        write_json(folder / MANIFEST, {"format": 1, **about, "tensors": described})
+        write_json(folder / REFERENCE_MANIFEST, {"format": 1, **about, "tensors": described})
 
     writer = ranks.held_by(writer_rank, "writing the reference", begin)
     for (name, pmap), shares in zip(reference.maps.items(), reference.slice_spans(list(reference.maps)), strict=True):
@@ -74,11 +74,11 @@ class ReferenceFile:
         self.folder = folder
         ways = "name the pre-SFT checkpoint with QKGuardConfig(base_model=...), or put the file back from a copy"
         try:
-            self.manifest = json.loads((folder / MANIFEST).read_text())
-            self._file = safe_open(folder / TENSORS, framework="pt")
+            self.manifest = json.loads((folder / REFERENCE_MANIFEST).read_text())
+            self._file = safe_open(folder / REFERENCE, framework="pt")
             self._names = set(self._file.keys())
         except FileNotFoundError as error:
-            missing = error.filename or folder / TENSORS
+            missing = error.filename or folder / REFERENCE
             raise WrongReferenceError(f"the pre-SFT reference is missing: no {missing}; {ways}") from None
         except (OSError, ValueError, SafetensorError) as error:
             raise WrongReferenceError(f"the pre-SFT reference in {folder} cannot be read ({error}); {ways}") from None
@@ -86,7 +86,7 @@ class ReferenceFile:
 
     @staticmethod
     def exists(folder: Path) -> bool:
-        return (folder / MANIFEST).is_file()
+        return (folder / REFERENCE_MANIFEST).is_file()
 
     def get(self, pmap: ParamMap) -> Tensor:
         """The compact tensor of one parameter, checked against its recorded hash."""
@@ -114,12 +114,12 @@ class ReferenceFile:
         """What the manifest of a restored checkpoint says of the reference."""
         return {
             **self.manifest["base"],
-            "reference": str(self.folder / TENSORS),
+            "reference": str(self.folder / REFERENCE),
             "taken_with": self.manifest["versions"],
         }
 
 
-def compare_with_base(reference: ReferenceFile, base: Any, maps: Sequence[ParamMap]) -> list[str]:
+def compare_with_base(reference: ReferenceFile, base: BaseRows, maps: Sequence[ParamMap]) -> list[str]:
     """Parameters whose reference differs from the base checkpoint's own files (rank 0 only).
 
     Equal means: the stored tensor cast to the step-0 dtype, directly or through half precision (a model loaded in

@@ -1,4 +1,4 @@
-"""safetensors files at byte level: headers, and reading or overwriting a few rows in place.
+"""safetensors files at byte level: headers, a few rows read or overwritten in place, a file written tensor by tensor.
 
 The safetensors library reads whole tensors and writes whole files. Restoring touches a few per cent of a checkpoint,
 so this module works on the format itself (8 bytes little-endian header length, JSON header, then the tensors' bytes
@@ -11,10 +11,10 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -25,16 +25,17 @@ from qkguard.layout.spec import ParamMap
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Dtypes whose rows can be restored; everything else in a Q/K tensor is a quantised or broken checkpoint."""
 
-PLAIN = {dtype: name for name, dtype in FLOATS.items()} | {
+NAMES = {dtype: name for name, dtype in FLOATS.items()} | {
     torch.int64: "I64",
     torch.int32: "I32",
     torch.int16: "I16",
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
 }
-NAMES = PLAIN | {torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}
-"""What torch's dtypes are called in a header; `PLAIN` has those that are not quantised."""
+"""What torch's dtypes are called in a header."""
 
 _NAMES_BY_BITS = {
     64: "F64 I64 U64 C64",
@@ -45,7 +46,7 @@ _NAMES_BY_BITS = {
     4: "F4",
 }
 BITS = {name: bits for bits, names in _NAMES_BY_BITS.items() for name in names.split()}
-MAX_HEADER = 100_000_000  # the library's own limit
+MAX_HEADER = 100_000_000  # bytes: the safetensors library's own limit
 SAMPLES, SAMPLE_BYTES = 256, 4096
 
 
@@ -78,7 +79,6 @@ class Header:
     size: int
     sha256: str
     tensors: Mapping[str, TensorEntry]
-    data_start: int
 
 
 def read_header(path: Path) -> Header:
@@ -104,7 +104,7 @@ def read_header(path: Path) -> Header:
     if size != expected:
         what = "truncated" if size < expected else "longer than its header says"
         raise QKGuardError(f"{path} is {what}: {size} bytes, expected {expected}; download or save it again")
-    return Header(path, size, hashlib.sha256(prefix + raw).hexdigest(), tensors, 8 + length)
+    return Header(path, size, hashlib.sha256(prefix + raw).hexdigest(), tensors)
 
 
 def _parse(path: Path, raw: bytes, data_start: int) -> dict[str, TensorEntry]:
@@ -127,22 +127,14 @@ def _parse(path: Path, raw: bytes, data_start: int) -> dict[str, TensorEntry]:
     return tensors
 
 
-def write_header(file: BinaryIO, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, TensorEntry]:
-    """Write the header of a new file for tensors given as name -> (dtype, shape), in order; return their places."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    spans, position = {}, 0
-    for name, (dtype, shape) in tensors.items():
-        spans[name] = (position, position + prod(shape) * BITS[dtype] // 8)
-        position = spans[name][1]
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": list(spans[name])}
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
-    file.write(len(raw).to_bytes(8, "little") + raw)
-    start = 8 + len(raw)
-    return {
-        name: TensorEntry(name, dtype, shape, start + spans[name][0], start + spans[name][1])
-        for name, (dtype, shape) in tensors.items()
-    }
+@contextmanager
+def opened(path: Path) -> Iterator[int]:
+    """A file descriptor for reading."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
@@ -218,3 +210,49 @@ def sample_sha256(fd: int, size: int) -> str:
         read_exactly(fd, memoryview(buffer), start, "sample")
         digest.update(buffer)
     return digest.hexdigest()
+
+
+class SafetensorsWriter:
+    """A safetensors file written one tensor at a time, so that memory stays at the largest tensor.
+
+    The header of name -> (dtype, shape) is written first, the tensors then in that order; `close` makes the file
+    durable. A write that fails (no space) is kept and raised by `close`, which then removes the file: the caller's
+    ranks may be gathering the next tensors together by then, and one of them must not leave the others waiting.
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+        self.path, self._pending = path, list(tensors.items())
+        self._failure: OSError | None = None
+        self._file = open(path, "wb")  # noqa: SIM115 - closed in `close`
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        start = 0
+        for name, (dtype, shape) in tensors.items():
+            stop = start + prod(shape) * dtype.itemsize
+            header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, stop]}
+            start = stop
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # the format aligns the tensors to 8 bytes
+        self._file.write(len(text).to_bytes(8, "little") + text)
+
+    def write(self, tensor: Tensor) -> None:
+        """Write the next tensor, from any device."""
+        name, expected = self._pending.pop(0)
+        assert (tensor.dtype, tuple(tensor.shape)) == expected, (name, expected, tensor.dtype, tensor.shape)
+        if self._failure is None:
+            try:
+                self._file.write(bytes_of(tensor.detach().cpu().contiguous()))
+            except OSError as error:
+                self._failure = error
+
+    def close(self) -> None:
+        """Finish the file; QKGuardError, and no file, where a write failed."""
+        assert not self._pending, f"{self.path}: {self._pending[0][0]} was never written"
+        try:
+            with self._file:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        except OSError as error:
+            self._failure = self._failure or error
+        if self._failure is not None:
+            self.path.unlink(missing_ok=True)
+            raise QKGuardError(f"Cannot write {self.path}: {self._failure.strerror}. Free some space and try again.")

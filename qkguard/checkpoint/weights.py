@@ -1,29 +1,43 @@
 """The weights of a checkpoint folder: which files, which tensor where, and a few rows at a time.
 
 `open_weights` looks at a folder the way `from_pretrained` does (one `model.safetensors`, else the index) and refuses
-everything it could only guess about. Nothing but headers is read until rows are asked for.
+everything it could only guess about. It reads every header once; nothing else is read until rows are asked for.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from contextlib import contextmanager
+import re
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from qkguard.checkpoint.safetensors_io import Header, TensorEntry, read_header, read_rows
+from qkguard.checkpoint.safetensors_io import (
+    FLOATS,
+    Header,
+    TensorEntry,
+    bytes_of,
+    opened,
+    read_exactly,
+    read_header,
+    read_rows,
+)
 from qkguard.errors import QKGuardError
 from qkguard.layout.spec import ParamMap
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-PICKLE_SINGLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 TEMPORARY = "_qkguard-tmp-"
-"""How every folder in the making is named; nothing with this name is ever read."""
+"""How the name of every folder in the making starts; nothing inside one is ever read."""
+SCAN_BYTES = 4 << 20  # small enough to stay in the cache between the read and the look for extremes
 
 
 @dataclass(frozen=True)
@@ -54,42 +68,78 @@ class WeightFolder:
         with opened(self.folder / self.where[name]) as fd:
             return read_rows(fd, self.entry(name), param)
 
+    def check(self, params: Iterable[ParamMap], names: Mapping[str, str], whose: str, advice: str) -> None:
+        """Refuse parameters that the folder lacks or holds in another shape or quantised.
 
-@contextmanager
-def opened(path: Path, flags: int = os.O_RDONLY):
-    """A file descriptor that is closed again."""
-    fd = os.open(path, flags)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
+        Args:
+            params: what will be read.
+            names: parameter name -> tensor name (`layout.disk_names`).
+            whose, advice: for the message: what the folder is, and what was expected of it.
+
+        Raises:
+            QKGuardError: naming the first such parameter.
+        """
+        for param in params:
+            name = names.get(param.name)
+            if name is None or name not in self.where:
+                raise QKGuardError(f"{whose} {self.folder} has no tensor for {param.name}: {advice}.")
+            if self.entry(name).shape != param.shape:
+                raise QKGuardError(
+                    f"{name} has shape {list(self.entry(name).shape)} in {whose} {self.folder}, expected "
+                    f"{list(param.shape)}: {advice}."
+                )
+            self.dtype(name)
 
 
-def open_weights(folder: Path) -> WeightFolder:
+def open_weights(folder: Path, headers: Mapping[str, Header] | None = None) -> WeightFolder:
     """The weights of a folder, headers checked, every tensor of the index found.
 
     Args:
         folder: a checkpoint as `save_pretrained` or `Trainer` writes it.
+        headers: those of its files that the caller has read already.
 
     Raises:
         QKGuardError: no such folder, no full weights in it, a missing, truncated or corrupt file, an index that
             points outside the folder, or pickles.
     """
-    if not folder.is_dir():
-        raise QKGuardError(f"no such folder: {folder}")
-    if folder.name.startswith(TEMPORARY):
-        raise QKGuardError(f"{folder} was left half-written by a killed process; delete it")
-    if entrance := safetensors_entrance(folder):
-        return _open_safetensors(folder, entrance)
-    if (folder / PICKLE_SINGLE).is_file() or (folder / PICKLE_INDEX).is_file():
+    index, where = weight_map(folder)
+    known = headers or {}
+    files = {name: known.get(name) or read_header(folder / name) for name in sorted(set(where.values()))}
+    if index is None:
+        (file,) = files
+        where = dict.fromkeys(files[file].tensors, file)
+    elif lost := [name for name, file in where.items() if name not in files[file].tensors]:
         raise QKGuardError(
-            f"{folder} holds its weights as pickles (pytorch_model*.bin), which qkguard does not read: loading them "
-            "can run code. Convert them once: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+            f"{folder / where[lost[0]]} lacks {lost[0]}, which {index} promises ({len(lost)} such tensors): shards of "
+            "two checkpoints were mixed, or one was cut short. Save or download it again."
         )
-    raise QKGuardError(_why_no_weights(folder))
+    return WeightFolder(folder, index, files, where)
 
 
-def safetensors_entrance(folder: Path) -> str | None:
+def weight_map(folder: Path) -> tuple[str | None, dict[str, str]]:
+    """(name of the index, tensor -> file) without reading a header; a folder of one file has no index and one entry.
+
+    Raises:
+        QKGuardError: as `open_weights`, as far as names tell.
+    """
+    if not folder.is_dir():
+        raise QKGuardError(f"There is no such folder: {folder}.")
+    refuse_temporary(folder)
+    start = starting_file(folder)
+    if start is None:
+        raise QKGuardError(_why_no_weights(folder))
+    if start.endswith(".json"):
+        return start, read_index(folder / start)
+    return None, {"": start}
+
+
+def refuse_temporary(folder: Path) -> None:
+    """Refuse a folder in the making: its maker still writes it, or was killed."""
+    if any(part.startswith(TEMPORARY) for part in (folder.name, folder.parent.name)):
+        raise QKGuardError(f"{folder} was left half-written by a killed process. Delete it.")
+
+
+def starting_file(folder: Path) -> str | None:
     """The file that `from_pretrained` starts from: one file of weights, or the index of several; None without any."""
     try:
         chosen = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("transformers_weights")
@@ -98,23 +148,9 @@ def safetensors_entrance(folder: Path) -> str | None:
     if chosen is not None:
         check_inside(chosen, folder / "config.json")
         if not (folder / chosen).is_file():
-            raise QKGuardError(f"{folder} lacks {chosen}, which its config names as transformers_weights")
+            raise QKGuardError(f"{folder} lacks {chosen}, which its config names as transformers_weights.")
         return chosen if chosen.endswith((".safetensors", ".safetensors.index.json")) else None
-    return next((name for name in (SINGLE, INDEX) if (folder / name).is_file()), None)
-
-
-def _open_safetensors(folder: Path, entrance: str) -> WeightFolder:
-    if not entrance.endswith(".json"):
-        header = read_header(folder / entrance)
-        return WeightFolder(folder, None, {entrance: header}, dict.fromkeys(header.tensors, entrance))
-    where = read_index(folder / entrance)
-    files = {name: read_header(folder / name) for name in sorted(set(where.values()))}
-    if lost := [name for name, file in where.items() if name not in files[file].tensors]:
-        raise QKGuardError(
-            f"{folder / where[lost[0]]} lacks {lost[0]}, which {entrance} promises ({len(lost)} such tensors); "
-            "shards of two checkpoints were mixed or one was cut short: save or download it again"
-        )
-    return WeightFolder(folder, entrance, files, where)
+    return next((name for name in (SINGLE_FILE, INDEX_FILE) if (folder / name).is_file()), None)
 
 
 def check_inside(file: str, named_in: Path) -> None:
@@ -124,7 +160,7 @@ def check_inside(file: str, named_in: Path) -> None:
     """
     parts = PurePosixPath(file).parts
     if not parts or PurePosixPath(file).is_absolute() or ".." in parts or "\\" in file or "\0" in file:
-        raise QKGuardError(f"{named_in} points outside its folder ({file!r}); do not use this checkpoint")
+        raise QKGuardError(f"{named_in} points outside its folder ({file!r}). Do not use this checkpoint.")
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -134,34 +170,37 @@ def read_index(path: Path) -> dict[str, str]:
         if not where or not all(isinstance(file, str) for file in where.values()):
             raise ValueError("weight_map is not a map from tensor names to file names")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise QKGuardError(f"{path} is not a readable weight index ({error}); download or save it again") from None
+        raise QKGuardError(f"{path} is not a readable weight index ({error}). Download or save it again.") from None
     for file in set(where.values()):
         check_inside(file, path)
     if missing := sorted({file for file in where.values() if not (path.parent / file).is_file()}):
+        more = f" and {len(missing) - 1} more files" if len(missing) > 1 else ""
         raise QKGuardError(
-            f"{path.parent} lacks {missing[0]}"
-            + (f" and {len(missing) - 1} more files" if len(missing) > 1 else "")
-            + f" named in {path.name}; download or copy the checkpoint again"
+            f"{path.parent} lacks {missing[0]}{more}, named in {path.name}. Download or copy the checkpoint again."
         )
     return where
 
 
 def _why_no_weights(folder: Path) -> str:
     names = {entry.name for entry in folder.iterdir()}
+    if names & set(PICKLES):
+        return (
+            f"{folder} holds its weights as pickles (pytorch_model*.bin), which qkguard does not read: loading them "
+            "can run code. Convert them once: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+        )
     if "adapter_config.json" in names:
         return (
-            f"{folder} is a PEFT adapter, not a full checkpoint; "
-            f"`qkguard merge --base BASE --adapter {folder} --out OUT` writes the full model with the base's queries "
-            "and keys"
+            f"{folder} is a PEFT adapter, not a full checkpoint. `qkguard merge --base BASE --adapter {folder} --out "
+            "OUT` writes the full model with the base's queries and keys."
         )
     if any(n.startswith(("global_step", "pytorch_model_fsdp")) or n.endswith(".distcp") for n in names):
         return (
-            f"{folder} holds only sharded training state; consolidate it first "
-            "(DeepSpeed: zero_to_fp32.py in that folder, FSDP: accelerate merge-weights)"
+            f"{folder} holds only sharded training state. Consolidate it first (DeepSpeed: zero_to_fp32.py in that "
+            "folder, FSDP: accelerate merge-weights)."
         )
     if any(n.endswith(".gguf") for n in names):
-        return f"{folder} holds GGUF weights, which are quantised; expected {SINGLE} or {INDEX}"
-    return f"{folder} holds no weights; expected {SINGLE} or {INDEX}"
+        return f"{folder} holds GGUF weights, which are quantised: expected {SINGLE_FILE} or {INDEX_FILE}."
+    return f"{folder} holds no weights: expected {SINGLE_FILE} or {INDEX_FILE}."
 
 
 def resolve_folder(name: str | os.PathLike[str]) -> Path:
@@ -174,10 +213,10 @@ def resolve_folder(name: str | os.PathLike[str]) -> Path:
     if path.is_dir():
         return path
     if path.exists():
-        raise QKGuardError(f"{path} is a file; expected the folder of a checkpoint")
+        raise QKGuardError(f"{path} is a file: expected the folder of a checkpoint.")
     text = str(name)
     if text.count("/") > 1 or text.startswith((".", "/", "~", "_")) or text.endswith("/") or " " in text:
-        raise QKGuardError(f"no such folder: {path}")
+        raise QKGuardError(f"There is no such folder: {path}.")
 
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
@@ -190,3 +229,102 @@ def resolve_folder(name: str | os.PathLike[str]) -> Path:
         raise QKGuardError(
             f"{text} is neither a folder here nor a model on the hub that can be read: {reason}"
         ) from None
+
+
+class BaseRows(Protocol):
+    """The query and key rows before SFT: a base checkpoint's folder (`BaseFolder`) or a run's reference file."""
+
+    def get(self, param: ParamMap, /) -> Tensor:
+        """The compact CPU tensor of one parameter: in the dtype held at step 0 where there was a step 0, else as
+        stored. The writer rounds it to the raw file's dtype."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """JSON values for the manifest: at least "id", the base model's hub id or folder."""
+        ...
+
+
+@dataclass(frozen=True)
+class BaseFolder:
+    """`BaseRows` from a base checkpoint's own files, read a parameter at a time.
+
+    Attributes:
+        weights: the base folder, opened by `open_weights`.
+        names: parameter name -> tensor name in the base files (`layout.disk_names`).
+        model_id: what the user called the base: a hub id or a folder; None is the folder.
+    """
+
+    weights: WeightFolder
+    names: Mapping[str, str]
+    model_id: str | None = None
+
+    def check(self, params: Iterable[ParamMap]) -> None:
+        """Fail before anything is copied if one of these parameters cannot be read."""
+        self.weights.check(params, self.names, "the base", "expected the checkpoint that the tuned model started from")
+
+    def get(self, param: ParamMap, /) -> Tensor:
+        return self.weights.read(self.names[param.name], param)
+
+    def describe(self) -> dict[str, Any]:
+        folder, files = self.weights.folder, self.weights.files
+        return {
+            **identify(self.model_id or str(folder), folder),
+            "files": {name: {"size": h.size, "header_sha256": h.sha256} for name, h in files.items()},
+        }
+
+
+def identify(name: str, folder: Path) -> dict[str, str]:
+    """The hub id (and revision) of a model, read off the cache's folder names if need be, else its path."""
+    cached = re.search(r"models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})/?$", str(folder))
+    if cached:
+        return {"id": f"{cached[1]}/{cached[2]}", "revision": cached[3]}
+    return {"id": name if not os.path.exists(name) else str(Path(name).resolve())}
+
+
+def has_nonfinite(tensor: Tensor) -> bool:
+    """Whether a floating-point tensor holds NaN or Inf: extremes tell, ten times faster than looking at each value."""
+    if not tensor.numel():
+        return False
+    low, high = tensor.aminmax()  # NaN if there is one
+    return not (isfinite(low) and isfinite(high))
+
+
+class NonfiniteScan:
+    """Looks for NaN and Inf in all weights of a folder, on a thread of its own, while the main one copies and patches.
+
+    Use as a context manager: leaving it stops the scan. Quantised and integer tensors are skipped.
+    """
+
+    def __init__(self, weights: WeightFolder) -> None:
+        self._weights, self._stop = weights, threading.Event()
+        self._pool = ThreadPoolExecutor(1)
+        self._found = self._pool.submit(self._scan)
+
+    def result(self) -> list[str]:
+        """Names of the tensors that hold NaN or Inf; waits for the scan to end."""
+        return self._found.result()
+
+    def __enter__(self) -> NonfiniteScan:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._pool.shutdown()
+
+    def _scan(self) -> list[str]:
+        found = []
+        for file, header in self._weights.files.items():
+            with opened(self._weights.folder / file) as fd:
+                for entry in header.tensors.values():
+                    if entry.dtype in FLOATS and any(has_nonfinite(chunk) for chunk in self._chunks(fd, entry)):
+                        found.append(entry.name)
+        return found
+
+    def _chunks(self, fd: int, entry: TensorEntry) -> Iterator[Tensor]:
+        buffer = torch.empty(min(SCAN_BYTES, entry.stop - entry.start), dtype=torch.uint8)
+        for start in range(entry.start, entry.stop, SCAN_BYTES):
+            if self._stop.is_set():
+                return
+            chunk = buffer[: entry.stop - start]
+            read_exactly(fd, bytes_of(chunk), start, entry.name)
+            yield chunk.view(FLOATS[entry.dtype])

@@ -49,7 +49,7 @@ def drift_report(
     layers = []
     for done, (spec, params) in enumerate(pair.selection, 1):
         post = {p.name: pair.weights.read(pair.names[p.name], p) for p in params}
-        pre = {p.name: pair.source.get(p).to(post[p.name].dtype) for p in params}
+        pre = {p.name: pair.base.get(p).to(post[p.name].dtype) for p in params}
         layers.append(_layer_report(spec, params, pre, post, pair.names, routing=routing))
         if progress:
             progress(done, len(pair.selection))

@@ -6,28 +6,38 @@ the queries and keys that are left out. Memory: the adapter, one base tensor and
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from qkguard.adapters.files import CONFIG, TENSORS, Adapter, open_adapter
-from qkguard.adapters.meta_model import Change, MetaPeftModel
-from qkguard.checkpoint.auxiliary import auxiliary_files
-from qkguard.checkpoint.card import read_card
-from qkguard.checkpoint.files import copy_named, write_text
-from qkguard.checkpoint.manifest import build_manifest, describe_file
-from qkguard.checkpoint.patched_folder import Job, OpenFile, PatchedFolder, Progress, check_target
+from qkguard.adapters.files import ADAPTER_CONFIG, ADAPTER_TENSORS, Adapter, open_adapter
+from qkguard.adapters.meta_model import AdaptedParam, MergeStep, MetaPeftModel
+from qkguard.checkpoint.files import auxiliary_files
+from qkguard.checkpoint.manifest import describe_file
 from qkguard.checkpoint.restored import describe_rows
-from qkguard.checkpoint.safetensors_io import sha256_of, write_rows
-from qkguard.checkpoint.safetensors_writer import SafetensorsWriter
-from qkguard.checkpoint.sources import FolderSource, identify
-from qkguard.checkpoint.weights import INDEX, WeightFolder, open_weights, resolve_folder
+from qkguard.checkpoint.safetensors_io import SafetensorsWriter, sha256_of, write_rows
+from qkguard.checkpoint.weights import INDEX_FILE, BaseFolder, WeightFolder, identify, open_weights, resolve_folder
+from qkguard.checkpoint.write import (
+    BytesProgress,
+    FilePlan,
+    FolderPlan,
+    OpenFile,
+    Patch,
+    Record,
+    check_target,
+    plan_files,
+    prepare,
+    publish,
+    write_files,
+)
 from qkguard.drift import projection_drift
 from qkguard.errors import QKGuardError
 from qkguard.layout.rows import RowOptions, RowSelection
@@ -36,7 +46,6 @@ from qkguard.layout.spec import Block, ParamMap
 from qkguard.offline.pair import folder_attention, tensor_names
 
 _BASE_CONFIGS = ("config.json", "generation_config.json")
-_ADDED = ""  # the raw file of a weight file that the base does not have
 
 
 def merge_adapter(
@@ -50,7 +59,7 @@ def merge_adapter(
     trust_remote_code: bool = False,
     overwrite: bool = False,
     extra: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
+    progress: BytesProgress | None = None,
     **rows: Unpack[RowOptions],
 ) -> dict[str, Any]:
     """Merge a LoRA adapter into its base model, with queries and keys left as they are in the base.
@@ -77,35 +86,29 @@ def merge_adapter(
         QKGuardError: bad input, an adapter that cannot be merged exactly, or a full disk; nothing is left behind.
     """
     if not 0.0 <= alpha <= 1.0:
-        raise QKGuardError(f"alpha={alpha} is not between 0 (queries and keys merged) and 1 (left out)")
+        raise QKGuardError(f"Invalid alpha={alpha}: expected 0 (queries and keys merged) to 1 (left out).")
     if keep_qk and alpha != 1.0:
-        raise QKGuardError(f"keep_qk merges queries and keys whole, alpha={alpha} in part; choose one of them")
+        raise QKGuardError(f"keep_qk merges queries and keys whole, alpha={alpha} in part: choose one of them.")
     sources = [Path(folder) for folder in (base, adapter) if os.path.isdir(folder)]
     check_target(sources, Path(out), overwrite)
     opened_adapter = open_adapter(adapter)
     weights = mergeable_weights(base)
-    folder = weights.folder
-    specs = folder_attention(folder, spec=spec, trust_remote_code=trust_remote_code)
+    specs = folder_attention(weights.folder, spec=spec, trust_remote_code=trust_remote_code)
     chosen = RowSelection.of(rows)
-    write = MergeWrite(
+    merge = bind(
         weights,
-        Path(out),
-        MetaPeftModel(folder, opened_adapter, trust_remote_code=trust_remote_code),
         opened_adapter,
         select(specs, chosen),
         base_id=os.fspath(base),
         qk_share=1.0 if keep_qk else 1.0 - alpha,
-        rows=chosen,
         by_hand=spec is not None,
         trust_remote_code=trust_remote_code,
-        overwrite=overwrite,
     )
-    try:
-        write.prepare()
-        return write.commit(write.run(progress=progress), extra)
-    except BaseException:
-        write.abort()
-        raise
+    plan = plan_merge(merge, Path(out), chosen, overwrite=overwrite)
+    with prepare(plan) as staging:
+        records = write_files(plan, progress=progress)
+        records[0]["layers"] = list(layer_drifts(merge))
+        return publish(plan, staging, records, {"adapter": describe_adapter(merge.adapter), **(extra or {})})
 
 
 def mergeable_weights(base: str | os.PathLike[str]) -> WeightFolder:
@@ -117,215 +120,213 @@ def mergeable_weights(base: str | os.PathLike[str]) -> WeightFolder:
     return weights
 
 
-class MergeWrite(PatchedFolder):
-    """One merged model in the making; the steps are those of `PatchedFolder`.
+@dataclass(frozen=True)
+class Merge:
+    """An adapter bound to its base's files.
 
-    Args:
+    Attributes:
         weights, base_id: the base's files, and what the user called it.
-        peft_model, adapter: the adapter bound to the base's class, and its folder.
-        selection: the queries and keys (`layout.select`).
+        adapter, peft_model: the adapter's folder, and the adapter on the base's class.
+        selection, qk: the queries and keys by layer (`layout.select`) and by parameter name.
         qk_share: how much of their adapters is merged: 1 all, 0 nothing.
-        rows: the options that `selection` was made with, for the manifest.
-        by_hand: the layout's names were given by hand.
-        trust_remote_code: allow the base's own model code to be imported.
+        names: parameter name -> tensor name in the base's files: adapted parameters, queries and keys.
     """
 
-    def __init__(
-        self,
-        weights: WeightFolder,
-        out: Path,
-        peft_model: MetaPeftModel,
-        adapter: Adapter,
-        selection: Selection,
-        *,
-        base_id: str,
-        qk_share: float,
-        rows: RowSelection,
-        by_hand: bool = False,
-        trust_remote_code: bool = False,
-        overwrite: bool = False,
-    ) -> None:
-        super().__init__(weights, out, overwrite=overwrite)
-        self.files = weights
-        self.peft_model, self.adapter, self.selection = peft_model, adapter, list(selection)
-        self.base_id, self.qk_share, self.chosen = base_id, qk_share, rows
-        self.qk = {p.name: p for _, params in self.selection for p in params}
-        self.changes = {change.name: change for change in peft_model.changes}
-        changed = [_whole(change) for change in self.changes.values()]
-        trusted = {"trust_remote_code": trust_remote_code}
-        self.names = tensor_names(changed, weights, weights.folder, **trusted) if changed else {}
-        self.qk_names = tensor_names(list(self.qk.values()), weights, weights.folder, by_hand=by_hand, **trusted)
-        for name in self.names.values():
-            weights.dtype(name)  # a quantised tensor is refused here, before anything is written
-        self.added = {n: (c, steps) for c in self.changes.values() for n, steps in c.untied}
-        self.jobs = self._jobs()
-        self.items = list(self.changes.values())
+    weights: WeightFolder
+    base_id: str
+    adapter: Adapter
+    peft_model: MetaPeftModel
+    selection: Selection
+    qk: Mapping[str, ParamMap]
+    qk_share: float
+    names: Mapping[str, str]
 
-    def _jobs(self) -> list[Job]:
-        items: dict[str, set[int]] = {file: set() for file in self.files.files}
-        for index, change in enumerate(self.changes.values()):
-            if self._rows(change):
-                items[self.files.where[self.names[change.name]]].add(index)
-        jobs = self.plan(items)
-        if not self.added:
-            return jobs
-        if self.files.index is None:  # one file becomes two and an index
-            jobs = [Job(jobs[0].file, "model-00001-of-00002.safetensors", jobs[0].items, jobs[0].nbytes)]
-        target = "model-00002-of-00002.safetensors" if self.files.index is None else "model-untied.safetensors"
-        return [*jobs, Job(_ADDED, target, (), 0)]
+    @property
+    def untied(self) -> dict[str, tuple[AdaptedParam, tuple[MergeStep, ...]]]:
+        """Names that shared a tensor with an adapted parameter and now get one of their own."""
+        return {name: (param, steps) for param in self.peft_model.adapted for name, steps in param.untied}
 
-    def _rows(self, change: Change) -> ParamMap | None:
-        """The rows of a parameter that differ from the base in the output; None where none does."""
-        qk = self.qk.get(change.name)
-        if qk is None or self.qk_share > 0:
-            return _whole(change)
-        blocks, position = [], 0
-        for lo, hi in (*qk.ranges, (qk.shape[qk.dim],) * 2):
-            if position < lo:
-                blocks.append(Block(position, lo, "v"))
-            position = hi
-        return ParamMap(qk.name, qk.shape, qk.dim, qk.kind, tuple(blocks)) if blocks else None
+    def read(self, param: AdaptedParam) -> Tensor:
+        """The base's whole tensor."""
+        return self.weights.read(self.names[param.name], _whole(param))
 
-    def _merged(self, change: Change, weight: Tensor) -> Tensor:
-        """The full parameter to write."""
-        full = self.peft_model.merged(change, weight)
-        qk = self.qk.get(change.name)
-        if qk is None or self.qk_share == 1:
-            return full
-        if self.qk_share == 0:
-            mixed = weight
-        elif all(step.kind in ("lora", "bias") and not step.dora for step in change.steps):
-            mixed = self.peft_model.merged(change, weight, scale=self.qk_share)
-        else:
-            wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-            before = weight.to(wide)
-            mixed = (before + self.qk_share * (self.peft_model.merged(change, before) - before)).to(weight.dtype)
-        if full is weight:
-            full = weight.clone()
-        qk.put(full, qk.take(mixed))
+
+def bind(
+    weights: WeightFolder,
+    adapter: Adapter,
+    selection: Selection,
+    *,
+    base_id: str,
+    qk_share: float,
+    by_hand: bool,
+    trust_remote_code: bool,
+) -> Merge:
+    """Put the adapter on its base's class and find every tensor it changes; `by_hand`: the layout's names were given.
+
+    Raises:
+        QKGuardError: the adapter does not fit the base, or a tensor it changes is quantised.
+    """
+    folder = weights.folder
+    peft_model = MetaPeftModel(folder, adapter, trust_remote_code=trust_remote_code)
+    qk = {param.name: param for _, params in selection for param in params}
+    adapted = [_whole(param) for param in peft_model.adapted]
+    names = tensor_names(list(qk.values()), weights, folder, by_hand=by_hand, trust_remote_code=trust_remote_code)
+    if adapted:
+        names = names | tensor_names(adapted, weights, folder, trust_remote_code=trust_remote_code)
+    for param in adapted:
+        weights.dtype(names[param.name])  # a quantised tensor is refused here, before anything is written
+    return Merge(weights, base_id, adapter, peft_model, selection, qk, qk_share, names)
+
+
+def plan_merge(merge: Merge, out: Path, rows: RowSelection, *, overwrite: bool = False) -> FolderPlan:
+    """The plan of the merged folder; `rows` are the options that the selection was made with, for the manifest."""
+    weights, adapter = merge.weights, merge.adapter
+    patches: dict[str, list[Patch]] = {}
+    for index, param in enumerate(merge.peft_model.adapted):
+        if rows_to_write(merge, param):
+            patches.setdefault(weights.where[merge.names[param.name]], []).append(partial(merge_rows, merge, index))
+    files = plan_files(weights, patches)
+    others: dict[str, Path | str] = {  # tokenizer and templates as training saved them, where it did
+        name: adapter.folder / name for name in auxiliary_files(adapter.folder)[0] if name not in _BASE_CONFIGS
+    }
+    if merge.untied:
+        files = _with_untied(merge, files)
+        others |= {INDEX_FILE: _untied_index(merge, files), "config.json": _untied_config(weights.folder)}
+    method = {"name": "merge", "keep_qk": merge.qk_share == 1, "alpha": 1 - merge.qk_share, **rows.to_json()}
+    return FolderPlan(
+        weights,
+        out,
+        files,
+        base=BaseFolder(weights, merge.names, merge.base_id).describe(),
+        method=method,
+        warnings=list(_warnings(merge)),
+        other_files=others,
+        cards=[adapter.folder],
+        overwrite=overwrite,
+    )
+
+
+def rows_to_write(merge: Merge, param: AdaptedParam) -> ParamMap | None:
+    """The rows of a parameter that differ from the base in the output; None where none does."""
+    qk = merge.qk.get(param.name)
+    if qk is None or merge.qk_share > 0:
+        return _whole(param)
+    blocks, position = [], 0
+    for lo, hi in (*qk.ranges, (qk.shape[qk.dim],) * 2):
+        if position < lo:
+            blocks.append(Block(position, lo, "v"))
+        position = hi
+    return ParamMap(qk.name, qk.shape, qk.dim, qk.kind, tuple(blocks)) if blocks else None
+
+
+def merged_weight(merge: Merge, param: AdaptedParam, weight: Tensor) -> Tensor:
+    """The full parameter to write, from the base's `weight`."""
+    model, share, qk = merge.peft_model, merge.qk_share, merge.qk.get(param.name)
+    full = model.merged(param, weight)
+    if qk is None or share == 1:
         return full
+    if share == 0:
+        mixed = weight
+    elif all(step.kind in ("lora", "bias") and not step.dora for step in param.steps):
+        mixed = model.merged(param, weight, scale=share)
+    else:
+        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        before = weight.to(wide)
+        mixed = (before + share * (model.merged(param, before) - before)).to(weight.dtype)
+    if full is weight:
+        full = weight.clone()
+    qk.put(full, qk.take(mixed))
+    return full
 
-    def _read(self, name: str) -> Tensor:
-        entry = self.files.entry(name)
-        return self.files.read(name, ParamMap(name, entry.shape, 0, "weight", (Block(0, entry.shape[0], "v"),)))
 
-    def patch(self, file: OpenFile, hashing: ThreadPoolExecutor) -> None:
-        for index in file.job.items:
-            change = self.items[index]
-            name, rows = self.names[change.name], self._rows(change)
-            assert rows is not None
-            weight = self._read(name)
-            before, after = rows.take(weight), rows.take(self._merged(change, weight))
-            hashes = {"before": hashing.submit(sha256_of, before), "after": hashing.submit(sha256_of, after)}
-            entry = file.entries[name]
-            write_rows(file.fd, entry, rows, after.contiguous())
-            kinds = [step.kind for step in change.steps] or ["copied"]
-            file.record["tensors"].append(
-                {"index": index, "file": file.job.target}
-                | describe_rows(rows, entry)
-                | {"roles": "", "changed_by": kinds}
-                | {f"sha256_{which}": h.result() for which, h in hashes.items()}
-            )
+def merge_rows(merge: Merge, index: int, file: OpenFile) -> Record:
+    """Patch one adapted parameter in the file that holds it."""
+    param = merge.peft_model.adapted[index]
+    rows = rows_to_write(merge, param)
+    assert rows is not None
+    entry, weight = file.tensors[merge.names[param.name]], merge.read(param)
+    before, after = rows.take(weight), rows.take(merged_weight(merge, param, weight)).contiguous()
+    hashes = {"before": file.hashing.submit(sha256_of, before), "after": file.hashing.submit(sha256_of, after)}
+    write_rows(file.fd, entry, rows, after)
+    tensor = {"index": index, "file": file.name} | describe_rows(rows, entry)
+    tensor |= {"roles": "", "changed_by": [step.kind for step in param.steps] or ["copied"]}
+    return {"tensors": [tensor | {f"sha256_{which}": h.result() for which, h in hashes.items()}]}
 
-    def _layers(self) -> Iterator[dict[str, Any]]:
-        """What the whole adapter does to the queries and keys, layer by layer."""
-        for index, (spec, params) in enumerate(self.selection):
-            pre, post, adapted = {}, {}, []
-            for param in params:
-                pre[param.name] = post[param.name] = self.files.read(self.qk_names[param.name], param)
-                if change := self.changes.get(param.name):
-                    full = self.peft_model.merged(change, self._read(self.qk_names[param.name]))
-                    post[param.name] = param.take(full)
-                    adapted.append(param.name)
-            yield (
-                {"index": index, "layer": spec.layer, "module": spec.module, "kind": spec.kind}
-                | {"drift": projection_drift(params, pre, post), "adapted": adapted}
-            )
 
-    def write_file(self, job: Job, mode: int, hashing: ThreadPoolExecutor, tick: Any) -> dict[str, Any]:
-        if job.file != _ADDED:
-            return super().write_file(job, mode, hashing, tick)
-        target = self.staging.path / job.target
-        layout = {n: (self.files.dtype(self.names[c.name]), c.shape) for n, (c, _) in self.added.items()}
-        writer = SafetensorsWriter(target, layout)
-        for change, steps in self.added.values():
-            writer.write(self.peft_model.merged(change, self._read(self.names[change.name]), steps))
-        writer.close()
-        record = {"file": job.file, "target": job.target, "made": "added", "raw": None}
-        return record | {"layers": [], "tensors": [], "nonfinite": [], "restored": describe_file(target)}
-
-    def write_index(self, results: Sequence[Mapping[str, Any]]) -> list[str]:
-        if not self.added:
-            return super().write_index(results)
-        targets = {job.file: job.target for job in self.jobs}
-        where = {name: targets[file] for name, file in self.files.where.items()} | dict.fromkeys(
-            self.added, targets[_ADDED]
-        )
-        index = {"metadata": {"total_size": sum(r["restored"]["size"] for r in results)}, "weight_map": where}
-        write_text(self.staging.path / INDEX, json.dumps(index, indent=2) + "\n")
-        return [INDEX]
-
-    def copy_companions(self) -> tuple[list[str], list[str]]:
-        """The base's configs; tokenizer and templates as training saved them beside the adapter, where it did."""
-        taken, left = auxiliary_files(self.raw)
-        mine = [n for n in auxiliary_files(self.adapter.folder)[0] if n not in _BASE_CONFIGS]
-        for name in sorted({*taken, *mine}):
-            copy_named(self.adapter.folder if name in mine else self.raw, name, self.staging.path)
-        if self.added:
-            path = self.staging.path / "config.json"
-            config = json.loads(path.read_text(encoding="utf-8"))
-            nested = config.get("text_config")
-            for part in (config, *([nested] if isinstance(nested, dict) and "tie_word_embeddings" in nested else [])):
-                part["tie_word_embeddings"] = False
-            write_text(path, json.dumps(config, indent=2) + "\n")
-        return sorted({*taken, *mine}), left
-
-    def card(self) -> str | None:
-        return read_card(self.adapter.folder) or read_card(self.raw)
-
-    def manifest(
-        self, results: Sequence[Mapping[str, Any]], taken: list[str], left: list[str], extra: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        results = [{**results[0], "layers": list(self._layers())}, *results[1:]]
-        about = {
-            "id": identify(str(self.adapter.folder), self.adapter.folder)["id"],
-            "base": self.adapter.base,
-            "config_sha256": sha256_of(
-                torch.frombuffer(bytearray((self.adapter.folder / CONFIG).read_bytes()), dtype=torch.uint8)
-            ),
-            **describe_file(self.adapter.folder / TENSORS),
-        }
-        return build_manifest(
-            raw=os.path.relpath(self.raw.resolve(), self.out.resolve()),
-            base=FolderSource(self.files, self.names, model_id=self.base_id).describe(),
-            method={
-                "name": "merge",
-                "keep_qk": self.qk_share == 1,
-                "alpha": 1 - self.qk_share,
-                **self.chosen.to_json(),
-            },
-            results=results,
-            companions=taken,
-            left_out=left,
-            partial=[],
-            warnings=list(self._warnings()),
-            extra={"adapter": about, **extra},
+def layer_drifts(merge: Merge) -> Iterator[dict[str, Any]]:
+    """What the whole adapter does to the queries and keys, layer by layer."""
+    adapted = {param.name: param for param in merge.peft_model.adapted}
+    for index, (spec, params) in enumerate(merge.selection):
+        pre = {p.name: merge.weights.read(merge.names[p.name], p) for p in params}
+        touched = [p for p in params if p.name in adapted]
+        whole = {p.name: merge.peft_model.merged(adapted[p.name], merge.read(adapted[p.name])) for p in touched}
+        post = pre | {p.name: p.take(whole[p.name]) for p in touched}
+        yield (
+            {"index": index, "layer": spec.layer, "module": spec.module, "kind": spec.kind}
+            | {"drift": projection_drift(params, pre, post), "adapted": [p.name for p in touched]}
         )
 
-    def _warnings(self) -> Iterator[str]:
-        named = self.adapter.base
-        same = named and (identify(named, Path(named))["id"] == identify(self.base_id, self.raw)["id"])
-        if named and not same:
-            yield f"the adapter names {named} as its base; it was merged onto {self.base_id}"
-        if self.added:
-            yield (
-                f"{', '.join(self.added)} was trained or kept apart from what it had been tied to: the merged model's "
-                "embeddings are no longer tied"
-            )
-        if self.qk_share < 1 and not any(c in self.qk for c in self.changes):
-            yield "the adapter does not touch queries and keys: leaving them out changes nothing"
+
+def _with_untied(merge: Merge, files: tuple[FilePlan, ...]) -> tuple[FilePlan, ...]:
+    """One more file, for tensors that the base does not have; a base of one file becomes two and an index."""
+    target = "model-untied.safetensors"
+    if merge.weights.index is None:
+        files = (replace(files[0], target="model-00001-of-00002.safetensors"),)
+        target = "model-00002-of-00002.safetensors"
+    return (*files, FilePlan(None, target, 0, make=partial(_write_untied, merge)))
 
 
-def _whole(change: Change) -> ParamMap:
-    shape = change.shape
-    return ParamMap(change.name, shape, 0, "weight" if len(shape) > 1 else "bias", (Block(0, shape[0], "v"),))
+def _write_untied(merge: Merge, target: Path) -> None:
+    dtypes = {name: merge.weights.dtype(merge.names[param.name]) for name, (param, _) in merge.untied.items()}
+    writer = SafetensorsWriter(target, {n: (dtypes[n], param.shape) for n, (param, _) in merge.untied.items()})
+    for param, steps in merge.untied.values():
+        writer.write(merge.peft_model.merged(param, merge.read(param), steps))
+    writer.close()
+
+
+def _untied_index(merge: Merge, files: tuple[FilePlan, ...]) -> str:
+    targets = {file.source: file.target for file in files}
+    where = {name: targets[file] for name, file in merge.weights.where.items()}
+    where |= dict.fromkeys(merge.untied, targets[None])
+    entries = [merge.weights.entry(name) for name in merge.weights.where]
+    entries += [merge.weights.entry(merge.names[param.name]) for param, _ in merge.untied.values()]
+    total = sum(entry.stop - entry.start for entry in entries)
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2) + "\n"
+
+
+def _untied_config(folder: Path) -> str:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    nested = config.get("text_config")
+    config["tie_word_embeddings"] = False
+    if isinstance(nested, dict) and "tie_word_embeddings" in nested:
+        nested["tie_word_embeddings"] = False
+    return json.dumps(config, indent=2) + "\n"
+
+
+def describe_adapter(adapter: Adapter) -> dict[str, Any]:
+    """What the manifest says of the adapter."""
+    return {
+        "id": identify(str(adapter.folder), adapter.folder)["id"],
+        "base": adapter.base,
+        "config_sha256": hashlib.sha256((adapter.folder / ADAPTER_CONFIG).read_bytes()).hexdigest(),
+        **describe_file(adapter.folder / ADAPTER_TENSORS, adapter.header),
+    }
+
+
+def _warnings(merge: Merge) -> Iterator[str]:
+    named, untied = merge.adapter.base, merge.untied
+    same = named and identify(named, Path(named))["id"] == identify(merge.base_id, merge.weights.folder)["id"]
+    if named and not same:
+        yield f"the adapter names {named} as its base; it was merged onto {merge.base_id}"
+    if untied:
+        yield (
+            f"{', '.join(untied)} was trained or kept apart from what it had been tied to: the merged model's "
+            "embeddings are no longer tied"
+        )
+    if merge.qk_share < 1 and not any(param.name in merge.qk for param in merge.peft_model.adapted):
+        yield "the adapter does not touch queries and keys: leaving them out changes nothing"
+
+
+def _whole(param: AdaptedParam) -> ParamMap:
+    shape = param.shape
+    return ParamMap(param.name, shape, 0, "weight" if len(shape) > 1 else "bias", (Block(0, shape[0], "v"),))

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qkguard.checkpoint.sources import FolderSource
-from qkguard.checkpoint.weights import WeightFolder, open_weights, resolve_folder
+from qkguard.checkpoint.weights import BaseFolder, WeightFolder, open_weights, resolve_folder
 from qkguard.errors import QKGuardError
 from qkguard.layout.cache import cached
 from qkguard.layout.rows import RowSelection
@@ -35,7 +34,7 @@ class Pair:
     specs: list[AttentionSpec]
     selection: Selection
     names: Mapping[str, str]
-    source: FolderSource
+    base: BaseFolder
     warnings: list[str]
 
 
@@ -91,11 +90,11 @@ def find_pair(
         base_names = names
     else:
         base_names = tensor_names(params, base_weights, weights.folder, **how)
-    source = FolderSource(base_weights, base_names, model_id=folders.base_id)
-    source.check(params)
+    base = BaseFolder(base_weights, base_names, folders.base_id)
+    base.check(params)
     if gains and (norms := unselected_norms(selection)):
         names = names | tensor_names(norms, weights, weights.folder, **how)
-    return Pair(weights, specs, selection, names, source, folders.warnings)
+    return Pair(weights, specs, selection, names, base, folders.warnings)
 
 
 def folder_attention(folder: Path, *, spec: Any = None, trust_remote_code: bool = False) -> list[AttentionSpec]:

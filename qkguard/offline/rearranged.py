@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from qkguard.checkpoint.sources import FolderSource
-from qkguard.checkpoint.weights import WeightFolder, open_weights
+from qkguard.checkpoint.weights import BaseFolder, WeightFolder, open_weights
 from qkguard.errors import QKGuardError
 from qkguard.layout.selection import Selection
 from qkguard.layout.spec import AttentionSpec, Block, ParamMap, true_ranges
@@ -28,7 +27,7 @@ def selection_on_disk(
     *,
     base_id: str,
     trust_remote_code: bool = False,
-) -> tuple[Selection, FolderSource]:
+) -> tuple[Selection, BaseFolder]:
     """The selection in terms of the tensors on disk, and the rows to write there.
 
     Args:
@@ -67,7 +66,7 @@ def selection_on_disk(
     if not out:
         raise QKGuardError("base and tuned model have the same queries and keys; there is nothing to restore")
     names = {p.name: p.name for _, params in out for p in params}
-    return out, FolderSource(saved, names, model_id=base_id)
+    return out, BaseFolder(saved, names, model_id=base_id)
 
 
 def _load(folder: Path, like: Path, trust_remote_code: bool) -> Any:

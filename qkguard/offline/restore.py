@@ -9,9 +9,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Unpack
 
-from qkguard.checkpoint.patched_folder import Progress, check_target
-from qkguard.checkpoint.restored import write_restored
-from qkguard.checkpoint.scan import BackgroundScan
+from qkguard.checkpoint.restored import plan_restored
+from qkguard.checkpoint.weights import NonfiniteScan
+from qkguard.checkpoint.write import BytesProgress, check_target, prepare, publish, write_files
 from qkguard.errors import QKGuardError, RearrangedError, current_names
 from qkguard.layout.rows import RowOptions, RowSelection
 from qkguard.layout.selection import select
@@ -34,7 +34,7 @@ def restore_checkpoint(
     trust_remote_code: bool = False,
     overwrite: bool = False,
     extra: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
+    progress: BytesProgress | None = None,
     **rows: Unpack[RowOptions],
 ) -> dict[str, Any]:
     """Write the tuned checkpoint with the base's queries and keys to a new folder, in bounded memory.
@@ -72,8 +72,7 @@ def restore_checkpoint(
     options = {"ridge": ridge, "alpha": alpha, "align": align, "per_layer": per_layer}
     options = check_options(method, options, chosen.projections)
     folders = open_folders(base, tuned)
-    with ExitStack() as stack:
-        scan = stack.enter_context(BackgroundScan(folders.tuned))
+    with NonfiniteScan(folders.tuned) as scan, ExitStack() as cleanup:
         gains = get_method(method).needs_gains(options)
         try:
             pair = find_pair(folders, rows=chosen, spec=spec, trust_remote_code=trust_remote_code, gains=gains)
@@ -83,22 +82,24 @@ def restore_checkpoint(
                     f"{error}; or use method restore, which goes through transformers by itself"
                 ) from None
             target.parent.mkdir(parents=True, exist_ok=True)
-            work = stack.enter_context(TemporaryDirectory(prefix="_qkguard-", dir=target.parent))
+            work = cleanup.enter_context(TemporaryDirectory(prefix="_qkguard-", dir=target.parent))
             pair = _through_transformers(folders, Path(work), chosen, trust_remote_code)
-        return write_restored(
-            pair.weights.folder,
+        plan = plan_restored(
+            pair.weights,
             target,
             pair.selection,
             pair.names,
-            pair.source,
+            pair.base,
             method=method,
             options=options,
             rows=chosen,
             device=device,
             overwrite=overwrite,
-            extra=lambda: {**(extra or {}), "warnings": pair.warnings, "nonfinite": scan.result()},
-            progress=progress,
         )
+        with prepare(plan) as staging:
+            records = write_files(plan, progress=progress)
+            found = {"warnings": pair.warnings, "nonfinite": scan.result()}
+            return publish(plan, staging, records, {**(extra or {}), **found})
 
 
 def _through_transformers(folders: Folders, work: Path, rows: RowSelection, trust_remote_code: bool) -> Pair:
@@ -106,7 +107,7 @@ def _through_transformers(folders: Folders, work: Path, rows: RowSelection, trus
     from qkguard.offline.rearranged import selection_on_disk
 
     specs = folder_attention(folders.tuned.folder, trust_remote_code=trust_remote_code)
-    selection, source = selection_on_disk(
+    selection, saved = selection_on_disk(
         folders.base,
         folders.tuned,
         select(specs, rows),
@@ -115,4 +116,4 @@ def _through_transformers(folders: Folders, work: Path, rows: RowSelection, trus
         trust_remote_code=trust_remote_code,
     )
     warning = "transformers cuts or joins tensors of this model, so it was loaded and saved to find the rows"
-    return Pair(folders.tuned, specs, selection, source.names, source, [*folders.warnings, warning])
+    return Pair(folders.tuned, specs, selection, saved.names, saved, [*folders.warnings, warning])

@@ -13,8 +13,8 @@ from typing import Any, Unpack
 import torch
 from torch import nn
 
-from qkguard.checkpoint.patched_folder import check_target
-from qkguard.checkpoint.restored import fallbacks
+from qkguard.checkpoint.manifest import fallback_warnings
+from qkguard.checkpoint.write import check_target
 from qkguard.choice.candidates import Candidate, control_candidates, layer_candidates, method_candidates
 from qkguard.choice.task import ROW_FORMATS, TaskResult, TaskRow, encode_rows, score_rows
 from qkguard.choice.verdict import Measurement, compare, describe_rule, explain, rank_layers, recommend, within
@@ -299,7 +299,7 @@ def _stored_dtype(tuned: Path, dtype: str) -> str:
 
 def _warnings(measured: Sequence[Measurement]) -> list[str]:
     methods = [m for m in measured if m.candidate.kind == "method"]
-    warnings = [text for m in methods for text in fallbacks(m.name, m.layers)]
+    warnings = [text for m in methods for text in fallback_warnings(m.name, m.layers)]
     if any(m.probe.not_finite for m in measured):
         warnings.append("some points gave NaN or infinite outputs; these samples count as wrong")
     return warnings

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qkguard.checkpoint.safetensors_io import sha256_of
-from qkguard.checkpoint.sources import FolderSource
+from qkguard.checkpoint.weights import BaseFolder
 from qkguard.choice.candidates import Candidate
 from qkguard.choice.value_output import find_value_output
 from qkguard.distributed.reference import same_bits
@@ -156,7 +156,7 @@ class CandidateSwap:
         source = self._source(params)
         out.rows += [(param, source.get(param).to(self.live[param.name].dtype)) for param in params]
 
-    def _source(self, params: Sequence[ParamMap]) -> FolderSource:
+    def _source(self, params: Sequence[ParamMap]) -> BaseFolder:
         """Where the base keeps these rows.
 
         Raises:
@@ -166,7 +166,7 @@ class CandidateSwap:
         missing = [p for p in params if p.name not in names]
         if missing:
             names |= self._disk_names(self.folders.base, missing)
-        source = FolderSource(self.folders.base, names, model_id=self.folders.base_id)
+        source = BaseFolder(self.folders.base, names, model_id=self.folders.base_id)
         source.check(params)
         return source
 

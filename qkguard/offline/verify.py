@@ -8,18 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from qkguard.checkpoint.manifest import MANIFEST, describe_file, load_manifest
-from qkguard.checkpoint.safetensors_io import read_exactly, sha256_of
-from qkguard.checkpoint.weights import (
-    TEMPORARY,
-    WeightFolder,
-    open_weights,
-    opened,
-    safetensors_entrance,
-)
+from qkguard.checkpoint.safetensors_io import Header, opened, read_exactly, read_header, sha256_of
+from qkguard.checkpoint.weights import WeightFolder, open_weights, refuse_temporary
 from qkguard.errors import QKGuardError
 from qkguard.layout.spec import Block, ParamMap
 
-CHUNK = 8 << 20
+COMPARE_BYTES = 8 << 20
 
 
 def verify(folder: str | os.PathLike[str], *, raw: bool = True, full: bool = False) -> dict[str, Any]:
@@ -39,8 +33,7 @@ def verify(folder: str | os.PathLike[str], *, raw: bool = True, full: bool = Fal
             a raw folder that has changed since.
     """
     path = Path(folder)
-    if path.name.startswith(TEMPORARY):
-        raise QKGuardError(f"{path} was left half-written by a killed process; delete it")
+    refuse_temporary(path)
     manifest = load_manifest(path)
     try:
         if manifest.get("kind") == "adapter":
@@ -49,32 +42,30 @@ def verify(folder: str | os.PathLike[str], *, raw: bool = True, full: bool = Fal
             return verify_adapter(path, manifest, raw=raw)
         return _verify(path, manifest, raw=raw, full=full)
     except (KeyError, TypeError, AttributeError) as error:
-        raise QKGuardError(f"{path / MANIFEST} is damaged ({error!r}); restore it again") from None
+        raise QKGuardError(f"{path / MANIFEST} is damaged ({error!r}). Restore it again.") from None
 
 
 def _verify(path: Path, manifest: Mapping[str, Any], *, raw: bool, full: bool) -> dict[str, Any]:
     for name in manifest["companions"]:
         if not (path / name).is_file():
-            raise QKGuardError(f"{path} lacks {name}, which it was written with; restore it again")
-    _check_files(path, manifest["files"], "restore it again")
-    weights = open_weights(path)
+            raise QKGuardError(f"{path} lacks {name}, which it was written with. Restore it again.")
+    headers = _check_files(path, manifest["files"], "Restore it again.")
+    weights = open_weights(path, headers)
     if extra := sorted(set(weights.files) - set(manifest["files"])):
-        raise QKGuardError(f"{path / extra[0]} is not in {MANIFEST}: something else was saved there; restore it again")
-    _check_rows(weights, manifest["tensors"], "after", "restore it again")
+        raise QKGuardError(f"{path / extra[0]} is not in {MANIFEST}: something else was saved here. Restore it again.")
+    _check_rows(weights, manifest["tensors"], "after", "Restore it again.")
 
     found = path / manifest["raw"]["path"]
-    readable = safetensors_entrance(found) is not None
     state = "not found" if raw else "not checked"
     if raw and any((found / name).is_file() for name in manifest["raw"]["files"]):
-        what = "the raw checkpoint has changed since; restore it again, or leave it out (--no-raw) if it may"
-        _check_files(found, manifest["raw"]["files"], what)
-        if readable:  # rows of a pickle are not read without leave
-            _check_rows(open_weights(found), manifest["tensors"], "before", what)
+        advice = "The raw checkpoint has changed since; restore it again, or leave it out (--no-raw) if it may."
+        headers = _check_files(found, manifest["raw"]["files"], advice)
+        _check_rows(open_weights(found, headers), manifest["tensors"], "before", advice)
         state = "unchanged"
     if full:
-        if state != "unchanged" or not readable:
-            raise QKGuardError(f"no safetensors files of the raw checkpoint are at {found} to compare every byte with")
-        _compare_whole(found, path, manifest)
+        if state != "unchanged":
+            raise QKGuardError(f"There is no raw checkpoint at {found} to compare every byte with.")
+        _compare_whole(found, weights, manifest)
     return {
         "folder": str(path),
         "base": manifest["base"].get("id"),
@@ -90,29 +81,32 @@ def _verify(path: Path, manifest: Mapping[str, Any], *, raw: bool, full: bool) -
     }
 
 
-def _check_files(folder: Path, files: Mapping[str, Mapping[str, Any]], advice: str) -> None:
+def _check_files(folder: Path, files: Mapping[str, Mapping[str, Any]], advice: str) -> dict[str, Header]:
+    """Refuse a file that is not as recorded; the headers read on the way."""
+    headers = {}
     for name, expected in files.items():
         file = folder / name
         if not file.is_file():
-            raise QKGuardError(f"{file} is missing; {advice}")
+            raise QKGuardError(f"{file} is missing. {advice}")
         size = file.stat().st_size
         if size != expected["size"]:
-            raise QKGuardError(f"{file} has {size} bytes, expected {expected['size']}; {advice}")
-        found = describe_file(file)
+            raise QKGuardError(f"{file} has {size} bytes, expected {expected['size']}. {advice}")
+        headers[name] = read_header(file)
+        found = describe_file(file, headers[name])
         for key, what in (("header_sha256", "header"), ("sample_sha256", "content")):
             if found[key] != expected[key]:
-                raise QKGuardError(f"{file} has another {what} than recorded; {advice}")
+                raise QKGuardError(f"{file} has another {what} than recorded. {advice}")
+    return headers
 
 
 def _check_rows(weights: WeightFolder, tensors: list[dict[str, Any]], which: str, advice: str) -> None:
     for tensor in tensors:
-        if tensor["name"] not in weights.where:
-            raise QKGuardError(f"{weights.folder} has no {tensor['name']}; {advice}")
-        if sha256_of(weights.read(tensor["name"], _param(tensor))) != tensor[f"sha256_{which}"]:
-            raise QKGuardError(
-                f"{weights.folder / weights.where[tensor['name']]}: the rows of {tensor['name']} differ from those "
-                f"recorded; {advice}"
-            )
+        name = tensor["name"]
+        if name not in weights.where:
+            raise QKGuardError(f"{weights.folder} has no {name}. {advice}")
+        if sha256_of(weights.read(name, _param(tensor))) != tensor[f"sha256_{which}"]:
+            file = weights.folder / weights.where[name]
+            raise QKGuardError(f"{file}: the rows of {name} differ from those recorded. {advice}")
 
 
 def _param(tensor: Mapping[str, Any]) -> ParamMap:
@@ -125,19 +119,18 @@ def _nbytes(weights: WeightFolder, tensor: Mapping[str, Any]) -> int:
     return _param(tensor).numel * weights.dtype(tensor["name"]).itemsize
 
 
-def _compare_whole(raw: Path, restored: Path, manifest: Mapping[str, Any]) -> None:
+def _compare_whole(raw: Path, weights: WeightFolder, manifest: Mapping[str, Any]) -> None:
     """Every byte of every weight file, but for the restored rows, is the raw file's."""
-    weights = open_weights(restored)
     for name, described in manifest["files"].items():
-        source = described.get("from", name)
+        source, file = described.get("from", name), weights.folder / name
         if source is None:  # a file that the raw checkpoint does not have
             continue
         spans = sorted(span for t in manifest["tensors"] if t["file"] == name for span in _spans(weights, t))
-        size = (restored / name).stat().st_size
-        with opened(raw / source) as a, opened(restored / name) as b:
+        size = weights.files[name].size
+        with opened(raw / source) as a, opened(file) as b:
             position = 0
             for lo, hi in [*spans, (size, size)]:
-                _same_bytes(a, b, position, lo, restored / name)
+                _same_bytes(a, b, position, lo, file)
                 position = hi
 
 
@@ -149,11 +142,11 @@ def _spans(weights: WeightFolder, tensor: Mapping[str, Any]) -> Iterator[tuple[i
 
 
 def _same_bytes(a: int, b: int, start: int, stop: int, file: Path) -> None:
-    for position in range(start, stop, CHUNK):
-        left, right = (bytearray(min(CHUNK, stop - position)) for _ in range(2))
+    for position in range(start, stop, COMPARE_BYTES):
+        left, right = (bytearray(min(COMPARE_BYTES, stop - position)) for _ in range(2))
         read_exactly(a, memoryview(left), position, file.name)
         read_exactly(b, memoryview(right), position, file.name)
         if left != right:
             raise QKGuardError(
-                f"{file} differs from the raw file outside the restored rows, near byte {position}; restore it again"
+                f"{file} differs from the raw file outside the restored rows, near byte {position}. Restore it again."
             )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from qkguard.checkpoint.manifest import MANIFEST
-from qkguard.checkpoint.reference_file import TENSORS
+from qkguard.checkpoint.reference_file import REFERENCE
 from qkguard.errors import QKGuardError, first_line
 from qkguard.layout.architecture import build_meta, find_architecture, plain_torch
 from qkguard.layout.layers import layer_types
@@ -196,7 +196,7 @@ def _files(settings: Settings) -> dict[str, str | None]:
         "raw": str(out / "checkpoint-N"),
         "restored": str(out / "checkpoint-N" / RESTORED) + adapter if guard.restore_on in ("save", "best") else None,
         "manifest": MANIFEST,
-        "reference": str(folder / TENSORS),
+        "reference": str(folder / REFERENCE),
         "metrics": str(folder / METRICS),
         "final": str(folder / "final") if final else None,
     }

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import TrainerState, TrainingArguments
 
 from qkguard.adapters.drift import AdapterDriftMonitor
-from qkguard.adapters.files import TENSORS
+from qkguard.adapters.files import ADAPTER_TENSORS
 from qkguard.adapters.live import adapted_weights
 from qkguard.adapters.restored import copy_adapter, export_adapter, no_restored_form, write_restored_adapter
 from qkguard.adapters.scaled import scaled_adapters
@@ -102,9 +102,8 @@ class AdapterSession(Session):
         best = args.load_best_model_at_end and state.best_model_checkpoint
         checkpoint = Path(best) if best else self.output_dir / f"checkpoint-{state.global_step}"
         for name in self.model.peft_config:
-            saved = next(
-                (f for f in (_place(checkpoint, name), checkpoint / "raw" / name) if (f / TENSORS).is_file()), None
-            )
+            places = (_place(checkpoint, name), checkpoint / "raw" / name)
+            saved = next((place for place in places if (place / ADAPTER_TENSORS).is_file()), None)
             found = ranks.agree("looking for the final adapter", lambda saved=saved: saved is not None)  # type: ignore[misc]
             out = final / "raw" / name
             if found[0]:
@@ -160,7 +159,7 @@ class AdapterSession(Session):
             place = _place(checkpoint, name)
             held = ranks.agree(
                 "waiting for the checkpoint",
-                lambda place=place: (place / TENSORS).is_file() if self.writes else True,  # type: ignore[misc]
+                lambda place=place: (place / ADAPTER_TENSORS).is_file() if self.writes else True,  # type: ignore[misc]
             )
             if not all(held):
                 place = checkpoint / "raw" / name

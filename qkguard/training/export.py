@@ -7,22 +7,22 @@ parameter. Models whose files differ from memory by more than names go through `
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
-from qkguard.checkpoint.auxiliary import auxiliary_files
-from qkguard.checkpoint.files import copy_named, link_or_copy, published
-from qkguard.checkpoint.safetensors_writer import SafetensorsWriter
-from qkguard.checkpoint.weights import INDEX, open_weights
-from qkguard.checkpoint.weights import SINGLE as WEIGHTS
+from qkguard.checkpoint.files import copy_auxiliary, copy_named, link_or_copy, write_text
+from qkguard.checkpoint.safetensors_io import SafetensorsWriter
+from qkguard.checkpoint.weights import INDEX_FILE, SINGLE_FILE, weight_map
+from qkguard.checkpoint.write import Staging, assembled_folder
 from qkguard.distributed import ranks, sharding
 
 SHARD_BYTES = 5 * 10**9
@@ -30,7 +30,7 @@ SHARD_BYTES = 5 * 10**9
 
 def holds_weights(folder: Path) -> bool:
     """Whether Trainer left model weights in Hugging Face's format in a checkpoint folder."""
-    return (folder / WEIGHTS).is_file() or (folder / INDEX).is_file()
+    return (folder / SINGLE_FILE).is_file() or (folder / INDEX_FILE).is_file()
 
 
 def link_checkpoint(raw: Path, out: Path) -> None:
@@ -38,12 +38,14 @@ def link_checkpoint(raw: Path, out: Path) -> None:
 
     Training state stays behind; the folder appears whole or not at all, replacing an older one.
     """
-    weights = open_weights(raw)
-    with published(out) as (folder, mode):
-        for name in [*weights.files, *([INDEX] if (raw / INDEX).is_file() else [])]:
-            link_or_copy(raw / name, folder / name, mode)
-        for name in auxiliary_files(raw)[0]:
-            copy_named(raw, name, folder)
+    index, where = weight_map(raw)
+    with Staging(out) as made:
+        for name in sorted(set(where.values())):
+            link_or_copy(raw / name, made.folder / name, made.mode)
+        if index is not None:
+            copy_named(raw / index, made.folder / index)
+        copy_auxiliary(raw, made.folder)
+        made.publish()
 
 
 def export_model(model: Any, folder: Path, processing_class: Any = None) -> None:
@@ -52,25 +54,21 @@ def export_model(model: Any, folder: Path, processing_class: Any = None) -> None
     The folder appears under its name only when it is whole. Dtypes are those of the weights the forward uses.
     """
     model = sharding.unwrap(model)
-    partial = folder.with_name(f"_{folder.name}.partial")
-
-    def begin() -> None:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-
-    ranks.on_rank_zero(f"preparing {folder}", begin)
-    if sharding.backend(model) in ("single", "replicated"):
-        ranks.on_rank_zero(f"writing {folder}", lambda: model.save_pretrained(partial))
-    else:
-        _export_sharded(model, partial)
+    place = assembled_folder(folder)
+    staging = ranks.held_by(0, f"preparing {folder}", partial(Staging, folder))
 
     def finish() -> None:
         if processing_class is not None:
-            processing_class.save_pretrained(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
+            processing_class.save_pretrained(place)
+        if staging is not None:
+            staging.publish()
 
-    ranks.on_rank_zero(f"finishing {folder}", finish)
+    with staging or nullcontext():
+        if sharding.backend(model) in ("single", "replicated"):
+            ranks.on_rank_zero(f"writing {folder}", partial(model.save_pretrained, place))
+        else:
+            _export_sharded(model, place)
+        ranks.on_rank_zero(f"finishing {folder}", finish)
 
 
 def _export_sharded(model: Any, folder: Path) -> None:
@@ -81,30 +79,24 @@ def _export_sharded(model: Any, folder: Path) -> None:
         _export_whole(model, folder, entries)
         return
 
-    ranks.on_rank_zero("writing the model's configuration", lambda: _save_configuration(model, folder))
-    shards = _shards(entries)
-    names = (
-        [WEIGHTS]
-        if len(shards) == 1
-        else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    ranks.on_rank_zero("writing the model's configuration", partial(_save_configuration, model, folder))
+    split = split_state_dict_into_shards_factory(
+        entries, get_storage_size=_nbytes, filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD_BYTES
     )
-    index: dict[str, str] = {}
-    for file, shard in zip(names, shards, strict=True):
-        layout = {name: (_dtype(entries[name]), _shape(entries[name])) for name in shard}
-
-        def begin(file: str = file, layout: Any = layout) -> SafetensorsWriter:
-            return SafetensorsWriter(folder / file, layout)
-
-        writer = ranks.held_by(0, f"opening {file}", begin)
-        for tensor in _gathered([entries[name] for name in shard]):
+    for file, names in split.filename_to_tensors.items():
+        layout = {name: (_dtype(entries[name]), _shape(entries[name])) for name in names}
+        writer = ranks.held_by(0, f"opening {file}", partial(SafetensorsWriter, folder / file, layout))
+        for tensor in _gathered([entries[name] for name in names]):
             if tensor is not None and writer is not None:
                 writer.write(tensor)
-        ranks.on_rank_zero(f"closing {file}", writer.close if writer else lambda: None)
-        index |= dict.fromkeys(shard, file)
-    if len(shards) > 1:
-        total = sum(_nbytes(value) for value in entries.values())
-        text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2)
-        ranks.on_rank_zero("writing the index", lambda: (folder / INDEX).write_text(text))
+        ranks.on_rank_zero(f"closing {file}", writer.close if writer else _nothing)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        ranks.on_rank_zero("writing the index", partial(write_text, folder / INDEX_FILE, json.dumps(index, indent=2)))
+
+
+def _nothing() -> None:
+    """What ranks without files do."""
 
 
 def _export_whole(model: Any, folder: Path, entries: dict[str, Tensor]) -> None:
@@ -112,13 +104,13 @@ def _export_whole(model: Any, folder: Path, entries: dict[str, Tensor]) -> None:
     for name, tensor in zip(entries, _gathered(list(entries.values())), strict=True):
         if tensor is not None:
             full[name] = tensor
-    ranks.on_rank_zero(f"writing {folder}", lambda: model.save_pretrained(folder, state_dict=full))
+    ranks.on_rank_zero(f"writing {folder}", partial(model.save_pretrained, folder, state_dict=full))
 
 
 def _save_configuration(model: Any, folder: Path) -> None:
     """Everything `save_pretrained` writes but the weights: config, generation config, remote code."""
     model.save_pretrained(folder, state_dict={})
-    for file in (WEIGHTS, INDEX):
+    for file in (SINGLE_FILE, INDEX_FILE):
         (folder / file).unlink(missing_ok=True)
 
 
@@ -139,18 +131,6 @@ def _gathered(values: list[Tensor]) -> Iterator[Tensor | None]:
     gathered = sharding.gather_full([v for v in values if isinstance(v, nn.Parameter)])
     for value in values:
         yield next(gathered) if isinstance(value, nn.Parameter) else (value.cpu() if ranks.rank() == 0 else None)
-
-
-def _shards(entries: dict[str, Tensor]) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, value in entries.items():
-        if shards[-1] and size + _nbytes(value) > SHARD_BYTES:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += _nbytes(value)
-    return shards
 
 
 def _shape(value: Any) -> tuple[int, ...]:

@@ -10,6 +10,8 @@ import logging
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,10 @@ import torch
 from torch import nn
 from transformers import TrainerState, TrainingArguments
 
-from qkguard.checkpoint.reference_file import TENSORS, ReferenceFile
-from qkguard.checkpoint.restored import RestoredWrite
+from qkguard.checkpoint.reference_file import REFERENCE, ReferenceFile
+from qkguard.checkpoint.restored import plan_restored
 from qkguard.checkpoint.weights import open_weights
+from qkguard.checkpoint.write import FolderPlan, Record, Staging, prepare, publish, write_files, write_folder
 from qkguard.choice.swap import restored
 from qkguard.distributed import collectives, ranks, sharding
 from qkguard.errors import QKGuardError
@@ -225,46 +228,57 @@ class Session:
         return checkpoint / "raw"
 
     def _write_restored(self, raw: Path, out: Path, step: int) -> None:
-        def build() -> RestoredWrite:
-            shapes = open_weights(raw).shapes()
-            maps = [pmap for _, pmaps in self.selection for pmap in pmaps]
-            if get_method(self.config.method).needs_gains(vars(self.config)):
-                maps += unselected_norms(self.selection)
-            names = disk_names(maps, shapes, self.model)
-            return RestoredWrite(
-                raw,
-                out,
-                self.selection,
-                names,
-                ReferenceFile(self.folder),
-                method=self.config.method,
-                options=self.config.method_options,
-                rows=self.config.rows,
-                staging=self.folder,
-                overwrite=True,
-            )
-
+        """ALL ranks must call this. Ranks that see rank 0's disk share the files, each of which is written once."""
         extra: dict[str, Any] = {"step": step, "drift": self.drift, **self.probe_record()}
         what = f"writing {out}"
+
+        def write_alone() -> None:
+            if self.writes:
+                write_folder(self._plan_restored(raw, out), extra)
+
         if self.each_node:  # every node has its own disk and its own copy of the raw files
-            ranks.agree(what, lambda: _alone(build(), extra) if self.writes else None)
+            ranks.agree(what, write_alone)
             return
 
-        def prepared() -> RestoredWrite:
-            write = build()
-            write.prepare()
-            return write
+        def begin() -> tuple[FolderPlan, Staging]:
+            plan = self._plan_restored(raw, out)
+            return plan, prepare(plan)
 
-        write = ranks.held_by(0, what, prepared)
-        try:
-            size, me = (ranks.world_size() if self._disk_is_shared() else 1), ranks.rank()
-            results = ranks.agree(what, lambda: (write or build()).run(me, size) if me < size else [])
-            records = [record for part in results for record in part]
-            ranks.on_rank_zero(what, lambda: bool(write and write.commit(records, extra)))
-        except BaseException:
-            if write:
-                write.abort()
-            raise
+        begun = ranks.held_by(0, what, begin)
+
+        def write_share() -> list[Record]:
+            if ranks.rank() >= world:
+                return []
+            plan = begun[0] if begun else self._plan_restored(raw, out)
+            return write_files(plan, ranks.rank(), world)
+
+        def finish(records: list[Record]) -> None:
+            if begun:
+                publish(*begun, records, extra)
+
+        with begun[1] if begun else nullcontext():  # what is not published is removed
+            world = ranks.world_size() if self._disk_is_shared() else 1
+            shares = ranks.agree(what, write_share)
+            ranks.on_rank_zero(what, partial(finish, [record for share in shares for record in share]))
+
+    def _plan_restored(self, raw: Path, out: Path) -> FolderPlan:
+        """What restoring changes in the files of `raw`; reads their headers, the same on every rank."""
+        weights = open_weights(raw)
+        maps = [pmap for _, pmaps in self.selection for pmap in pmaps]
+        if get_method(self.config.method).needs_gains(vars(self.config)):
+            maps += unselected_norms(self.selection)
+        return plan_restored(
+            weights,
+            out,
+            self.selection,
+            disk_names(maps, weights.shapes(), self.model),
+            ReferenceFile(self.folder),
+            method=self.config.method,
+            options=self.config.method_options,
+            rows=self.config.rows,
+            staging=self.folder,
+            overwrite=True,
+        )
 
     def _disk_is_shared(self) -> bool:
         """Whether every rank sees what rank 0 writes to the run folder; asked once."""
@@ -291,7 +305,7 @@ class Session:
             f"guarding the queries and keys of {len(layers)} softmax-attention layers"
             + (f" of {total} layers" if total else "")
             + f" ({show_layers(layers)}): {sum(m.numel for m in maps):,} elements in {len(maps)} parameters, "
-            f"{_megabytes(kept)} kept in CPU memory{share}. Reference {self.folder / TENSORS}: "
+            f"{_megabytes(kept)} kept in CPU memory{share}. Reference {self.folder / REFERENCE}: "
             f"{self.origin} ({seconds:.1f} s). Drift {pace(config.drift_steps)}, routing drift "
             f"{pace(config.routing_drift_steps)}, to {', '.join([METRICS, *(args.report_to or [])])}. "
             f"Restored checkpoints ({config.method}): {self._when(f'checkpoint-N/{RESTORED}')}."
@@ -309,15 +323,6 @@ class Session:
 def run_folder(config: QKGuardConfig, args: TrainingArguments) -> Path:
     """Where a run's reference, metrics and final models go."""
     return config.output_dir or Path(str(args.output_dir)) / RUN_FOLDER
-
-
-def _alone(write: RestoredWrite, extra: dict[str, Any]) -> None:
-    try:
-        write.prepare()
-        write.commit(write.run(), extra)
-    except BaseException:
-        write.abort()
-        raise
 
 
 def _megabytes(count: int) -> str:

@@ -11,11 +11,9 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from qkguard.checkpoint.manifest import MANIFEST as RESTORED_MANIFEST
-from qkguard.checkpoint.manifest import versions
+from qkguard.checkpoint.manifest import MANIFEST, versions
 from qkguard.checkpoint.reference_file import ReferenceFile, compare_with_base, write_reference
-from qkguard.checkpoint.sources import FolderSource, identify
-from qkguard.checkpoint.weights import open_weights, resolve_folder
+from qkguard.checkpoint.weights import BaseFolder, identify, open_weights, resolve_folder
 from qkguard.distributed import ranks, sharding
 from qkguard.distributed.reference import Reference
 from qkguard.errors import QKGuardError, WrongReferenceError
@@ -84,11 +82,11 @@ def _write(reference: Reference, folder: Path, model: Any, base: dict[str, Any],
         write_reference(reference, folder, about, writer)
 
 
-def base_source(base: str, maps: Sequence[ParamMap], model: Any) -> FolderSource:
+def base_source(base: str, maps: Sequence[ParamMap], model: Any) -> BaseFolder:
     """The rows of a base checkpoint's own files; QKGuardError where it does not fit the model."""
     folder = resolve_folder(base)
     weights = open_weights(folder)
-    source = FolderSource(weights, disk_names(maps, weights.shapes(), model), model_id=base)
+    source = BaseFolder(weights, disk_names(maps, weights.shapes(), model), model_id=base)
     source.check(maps)
     return source
 
@@ -140,7 +138,7 @@ def refuse_guarded_checkpoint(model: Any) -> None:
     if not name or not os.path.isdir(name):
         return
     here = Path(name).resolve()
-    own = (here / RESTORED_MANIFEST).is_file()
+    own = (here / MANIFEST).is_file()
     run = next((p for p in (here, *list(here.parents)[:3]) if ReferenceFile.exists(p / RUN_FOLDER)), None)
     run = run or next((p for p in list(here.parents)[:3] if ReferenceFile.exists(p)), None)
     if own or run:

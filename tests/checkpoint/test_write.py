@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qkguard.checkpoint import files, patched_folder
-from qkguard.checkpoint.restored import RestoredWrite, write_restored
-from qkguard.checkpoint.sources import FolderSource
-from qkguard.checkpoint.weights import open_weights
+from qkguard.checkpoint import files, write
+from qkguard.checkpoint.restored import plan_restored
+from qkguard.checkpoint.weights import BaseFolder, open_weights
+from qkguard.checkpoint.write import FolderPlan, prepare, publish, write_files, write_folder
 from qkguard.errors import QKGuardError
 from qkguard.layout import Block, ParamMap
 from qkguard.layout.spec import AttentionSpec
@@ -48,20 +48,20 @@ def by_hand(layers: int = 4) -> list[tuple[AttentionSpec, tuple[ParamMap, ...]]]
 
 
 class Parts:
-    """What `RestoredWrite` needs for one tiny llama, sharded and bf16 unless said otherwise."""
+    """What `plan_restored` needs for one tiny llama, sharded and bf16 unless said otherwise."""
 
     def __init__(self, folder: Path, **options: Any) -> None:
         self.base, self.raw = save_pair(folder, "llama", **({"dtype": torch.bfloat16, "shard": "60KB"} | options))
         self.selection = by_hand()
         self.names = {p.name: p.name for _, params in self.selection for p in params}
-        self.source: Any = FolderSource(open_weights(self.base), self.names)
+        self.source: Any = BaseFolder(open_weights(self.base), self.names)
         self.wanted = expected("llama", load_folder(self.base), load_folder(self.raw))
 
-    def write(self, out: Path, **settings: Any) -> RestoredWrite:
-        return RestoredWrite(self.raw, out, self.selection, self.names, self.source, **settings)
+    def plan(self, out: Path, **settings: Any) -> FolderPlan:
+        return plan_restored(open_weights(self.raw), out, self.selection, self.names, self.source, **settings)
 
-    def write_all(self, out: Path, **settings: Any) -> dict[str, Any]:
-        return write_restored(self.raw, out, self.selection, self.names, self.source, **settings)
+    def write_all(self, out: Path, extra: dict[str, Any] | None = None, **settings: Any) -> dict[str, Any]:
+        return write_folder(self.plan(out, **settings), extra)
 
 
 @pytest.fixture
@@ -80,12 +80,12 @@ def hashes(folder: Path) -> dict[str, str]:
 @pytest.mark.parametrize("world", [2, 3, 9])
 def test_ranks_share_the_files(world: int, parts: Parts, tmp_path: Path) -> None:
     one = parts.write_all(tmp_path / "one", extra={"step": 3})
-    ranks = [parts.write(tmp_path / "many") for _ in range(world)]
-    ranks[0].prepare()
-    results = [r for rank, write in enumerate(ranks) for r in write.run(rank, world)]
+    plans = [parts.plan(tmp_path / "many") for _ in range(world)]
+    staging = prepare(plans[0])
+    records = [record for rank, plan in enumerate(plans) for record in write_files(plan, rank, world)]
     with pytest.raises(QKGuardError, match="not every weight file"):
-        ranks[0].commit(results[1:])
-    many = ranks[0].commit(json.loads(json.dumps(results)), {"step": 3})
+        publish(plans[0], staging, records[1:])
+    many = publish(plans[0], staging, json.loads(json.dumps(records)), {"step": 3})
     assert many | {"created": 0} == one | {"created": 0}
     skip = {"qkguard.json", "README.md"}
     found = [{k: v for k, v in hashes(tmp_path / name).items() if k not in skip} for name in ("one", "many")]
@@ -152,7 +152,7 @@ def test_a_kernel_copy_that_stops_half_way_is_finished(tmp_path: Path, monkeypat
 def test_rows_pass_through_the_dtype_of_step_0(step0: str, tmp_path: Path) -> None:
     dtype = getattr(torch, step0)
 
-    class Kept(FolderSource):
+    class Kept(BaseFolder):
         def get(self, param: ParamMap, /) -> torch.Tensor:
             return super().get(param).to(dtype)
 
@@ -208,7 +208,7 @@ def test_the_card_names_a_base_from_the_hub(parts: Parts, tmp_path: Path) -> Non
     assert "base_model" not in (tmp_path / "local" / "README.md").read_text()
     assert local["base"]["id"] == str(parts.base)
     parts.base.rename(snapshot)
-    parts.source = FolderSource(open_weights(snapshot), parts.names, model_id=str(snapshot))
+    parts.source = BaseFolder(open_weights(snapshot), parts.names, model_id=str(snapshot))
     manifest = parts.write_all(tmp_path / "out")
     assert manifest["base"]["id"] == "Qwen/Qwen3-8B" and manifest["base"]["revision"] == "0123456789" * 4
     assert "base_model: Qwen/Qwen3-8B\nbase_model_relation: finetune" in (tmp_path / "out" / "README.md").read_text()
@@ -216,14 +216,14 @@ def test_the_card_names_a_base_from_the_hub(parts: Parts, tmp_path: Path) -> Non
 
 def test_staging_elsewhere(parts: Parts, tmp_path: Path) -> None:
     """A background upload of the checkpoint folder never sees a file in the making."""
-    write = parts.write(parts.raw / "qk_restored", staging=tmp_path / "run" / "_staging")
+    plan = parts.plan(parts.raw / "qk_restored", staging=tmp_path / "run" / "_staging")
     before = sorted(parts.raw.iterdir())
-    write.prepare()
-    results = write.run()
+    staging = prepare(plan)
+    records = write_files(plan)
     assert sorted(parts.raw.iterdir()) == before
     (temporary,) = (tmp_path / "run" / "_staging").iterdir()
     assert temporary.name.startswith("_")
-    write.commit(results)
+    publish(plan, staging, records)
     assert list((tmp_path / "run" / "_staging").iterdir()) == []
     verify(parts.raw / "qk_restored")
 
@@ -284,18 +284,18 @@ def test_an_exception_leaves_nothing(error: type[BaseException], parts: Parts, t
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(parts: Parts, tmp_path: Path, monkeypatch: Any) -> None:
     real, left = os.pwrite, [40_000]
 
-    def write(fd: int, data: Any, offset: int) -> int:
+    def short(fd: int, data: Any, offset: int) -> int:
         left[0] -= len(data)
         if left[0] < 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(fd, data, offset)
 
-    monkeypatch.setattr(os, "pwrite", write)
+    monkeypatch.setattr(os, "pwrite", short)
     with pytest.raises(QKGuardError, match=r"no space left for .*out"):
         parts.write_all(tmp_path / "out")
     verify_nothing_left(tmp_path)
     monkeypatch.undo()
-    monkeypatch.setattr(patched_folder.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    monkeypatch.setattr(write.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(QKGuardError, match=r"not enough space.* 0\.00 GB free"):
         parts.write_all(tmp_path / "out")
     verify_nothing_left(tmp_path)
@@ -312,8 +312,8 @@ def run_to(point: str, parts: Parts, out: Path, queue: Any) -> None:
     if point == "rows":
         parts.source = Failing(parts.source, lambda: hang(queue))
     elif point == "manifest":
-        real = patched_folder.write_text
-        patched_folder.write_text = lambda path, text: hang(queue) if path.name == "qkguard.json" else real(path, text)  # type: ignore[assignment]
+        real = write.write_text
+        write.write_text = lambda path, text: hang(queue) if path.name == "qkguard.json" else real(path, text)  # type: ignore[assignment]
     else:
         os.rename = lambda a, b: hang(queue)  # type: ignore[assignment]
     parts.write_all(out)
@@ -326,7 +326,7 @@ def test_a_killed_write_never_counts_and_the_next_one_succeeds(point: str, parts
     child = context.Process(target=run_to, args=(point, parts, tmp_path / "out", queue), daemon=True)
     child.start()
     assert queue.get() == "reached"
-    with pytest.raises(QKGuardError, match="another process is writing"):  # while its writer is alive
+    with pytest.raises(QKGuardError, match="Another process is writing"):  # while its writer is alive
         parts.write_all(tmp_path / "out")
     assert child.pid is not None
     os.kill(child.pid, signal.SIGKILL)

@@ -273,17 +273,17 @@ def wrong_start(folder: Path) -> None:
 
 def failing_write(folder: Path) -> None:
     """A write that fails on one rank: training goes on everywhere, and with `strict` it ends on all ranks alike."""
-    from qkguard.checkpoint.restored import RestoredWrite
+    from qkguard.training import session
 
     base = base_model(folder)
-    original = RestoredWrite.run
+    original = session.write_files
 
-    def broken(self, *args, **kwargs):
+    def broken(*args, **kwargs):
         if rank() == dist.get_world_size() - 1:
             raise OSError(28, "No space left on device")
-        return original(self, *args, **kwargs)
+        return original(*args, **kwargs)
 
-    RestoredWrite.run = broken
+    session.write_files = broken
     try:
         train(base, arguments(folder), QKGuardCallback())
         dist.barrier()  # rank 0 clears up after the others have heard of the failure
@@ -291,7 +291,7 @@ def failing_write(folder: Path) -> None:
         assert not list((folder / "run/_qkguard").glob("_*")), "a temporary folder was left"
         stops_if_strict(base, folder, f"failed on rank {dist.get_world_size() - 1}: ")
     finally:
-        RestoredWrite.run = original
+        session.write_files = original
 
 
 def failing_page(folder: Path) -> None:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 import qkguard
 from qkguard import QKGuardCallback, QKGuardConfig, QKGuardError
-from qkguard.checkpoint.restored import write_restored
-from qkguard.checkpoint.sources import FolderSource
-from qkguard.checkpoint.weights import open_weights
+from qkguard.checkpoint.restored import plan_restored
+from qkguard.checkpoint.weights import BaseFolder, open_weights
+from qkguard.checkpoint.write import write_folder
 from qkguard.layout import ParamMap
 from qkguard.offline.pair import find_pair, open_folders
 from qkguard.offline.restore import restore_checkpoint
@@ -231,7 +231,7 @@ def test_adapters_refuse_what_needs_full_weights(options: dict[str, Any], messag
 
 @pytest.mark.parametrize("method", ["restore", "qk-pro", "procrustes", "interpolate"])
 def test_one_layer_is_in_memory_at_a_time(method: str, tmp_path: Path) -> None:
-    class Watched(FolderSource):
+    class Watched(BaseFolder):
         """Counts how many of the rows that it has handed out are still held by somebody."""
 
         alive: ClassVar[list[Any]] = []
@@ -246,5 +246,6 @@ def test_one_layer_is_in_memory_at_a_time(method: str, tmp_path: Path) -> None:
     base, tuned = save_pair(tmp_path, "llama", num_hidden_layers=8)
     pair = find_pair(open_folders(base, tuned))
     source = Watched(open_weights(base), pair.names)
-    write_restored(tuned, tmp_path / "out", pair.selection, pair.names, source, method=method)
+    out = tmp_path / "out"
+    write_folder(plan_restored(pair.weights, out, pair.selection, pair.names, source, method=method))
     assert source.given == 16 and source.most <= 4, "queries and keys of a layer, and of the one before at most"

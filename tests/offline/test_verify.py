@@ -83,7 +83,7 @@ RESTORED: dict[str, tuple[Callable[[Path], object], str]] = {
     "a missing manifest": (lambda d: (d / "qkguard.json").unlink(), "no qkguard.json"),
     "a broken manifest": (lambda d: (d / "qkguard.json").write_text("{"), "not a readable manifest"),
     "an emptied manifest": (lambda d: (d / "qkguard.json").write_text('{"format": 1}'), "is damaged"),
-    "a newer manifest": (lambda d: (d / "qkguard.json").write_text('{"format": 99}'), "update qkguard"),
+    "a newer manifest": (lambda d: (d / "qkguard.json").write_text('{"format": 99}'), "Update qkguard"),
     "something else saved": (lambda d: shutil.copy(file_with(d, "norm"), d / "model.safetensors"), "something else"),
 }
 
@@ -118,7 +118,7 @@ RAW: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("case", RAW)
 def test_a_raw_folder_that_has_changed_fails(case: str, copy: Path) -> None:
     RAW[case](copy / "tuned")
-    with pytest.raises(QKGuardError, match="the raw checkpoint has changed since"):
+    with pytest.raises(QKGuardError, match="The raw checkpoint has changed since"):
         verify(copy / "tuned" / "qk_restored")
     assert verify(copy / "tuned" / "qk_restored", raw=False)["raw"] == "not checked"
 

@@ -268,12 +268,10 @@ def test_nan_weights_are_reported(base, tmp_path, caplog):
 
 
 def test_a_failed_write_lets_training_go_on_unless_strict(base, tmp_path, monkeypatch, caplog):
-    from qkguard.checkpoint.restored import RestoredWrite
-
-    def full(self, *args, **kwargs):
+    def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(RestoredWrite, "run", full)
+    monkeypatch.setattr("qkguard.training.session.write_files", full)
     logging.getLogger("qkguard").propagate = True
     with caplog.at_level(logging.ERROR, logger="qkguard"):
         trainer = train(base, arguments(tmp_path), QKGuardCallback())

@@ -1,0 +1,418 @@
+"""A folder made from a checkpoint's files: link what stays, copy and patch what changes, publish it with one rename.
+
+A `FolderPlan` says what changes in which file, and `write_folder` carries it out in one process. Ranks that share a
+disk take the same three steps together: `prepare` on rank 0, `write_files` on every rank, `publish` on rank 0. None
+of these is a collective: the caller keeps the ranks in step, and the records of `write_files` are JSON values.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
+
+from qkguard.checkpoint.card import model_card, read_card
+from qkguard.checkpoint.files import (
+    CREATE,
+    auxiliary_files,
+    can_clone,
+    copy_bytes,
+    copy_named,
+    link_or_copy,
+    sync_folder,
+    write_text,
+)
+from qkguard.checkpoint.manifest import MANIFEST, build_manifest, describe_file, dump
+from qkguard.checkpoint.safetensors_io import Header, TensorEntry, opened, read_header
+from qkguard.checkpoint.weights import TEMPORARY, WeightFolder
+from qkguard.errors import QKGuardError
+
+BytesProgress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all)."""
+
+Record = dict[str, Any]
+"""What the manifest will say of one weight file, in JSON values."""
+
+LOCK, ASSEMBLED, REPLACED = "lock", "new", "old"
+"""What is in a temporary folder: its maker's lock, the folder being assembled, the older one it replaces."""
+
+
+@dataclass(frozen=True)
+class OpenFile:
+    """A copied weight file, open for patching: where its tensors are, and a thread for the hashes."""
+
+    name: str
+    fd: int
+    tensors: Mapping[str, TensorEntry]
+    hashing: ThreadPoolExecutor
+
+
+Patch = Callable[[OpenFile], Record]
+"""Overwrites something in an open file; returns lists for the record: "layers", "tensors", "nonfinite"."""
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """One weight file of the new folder.
+
+    Attributes:
+        source: the raw folder's file that it is made from; None for a file that the raw folder lacks.
+        target: its name in the new folder.
+        nbytes: its size.
+        patches: what changes in a copy of `source`; without any the file is linked.
+        make: writes the file at a path, where there is no `source`.
+    """
+
+    source: str | None
+    target: str
+    nbytes: int
+    patches: tuple[Patch, ...] = ()
+    make: Callable[[Path], None] | None = None
+
+
+@dataclass(frozen=True)
+class FolderPlan:
+    """A new folder: its weight files, what goes beside them, and what its manifest says.
+
+    Attributes:
+        weights: the raw folder's weights, opened; never changed.
+        out: the folder to appear, complete or not at all.
+        files: the weight files, most work first, so that dealing them out to ranks balances it.
+        base, method: for the manifest: where the rows come from, and the method with its options.
+        partial: for the manifest: parameters with rows that feed keys and values alike and stay tuned.
+        warnings: for the manifest: sentences for people.
+        other_files: files beside those that travel with the raw weights, or in their place: name -> a file to copy,
+            or the text to write.
+        cards: folders whose model card lends its metadata; the first that has one counts.
+        staging: assemble in this folder (on the file system of `out`) instead of beside `out`; needed where a
+            background upload watches the folder around `out`.
+        overwrite: replace an earlier folder of qkguard's at `out`.
+    """
+
+    weights: WeightFolder
+    out: Path
+    files: tuple[FilePlan, ...]
+    base: Mapping[str, Any]
+    method: Mapping[str, Any]
+    partial: Sequence[str] = ()
+    warnings: Sequence[str] = ()
+    other_files: Mapping[str, Path | str] = field(default_factory=dict)
+    cards: Sequence[Path] = ()
+    staging: Path | None = None
+    overwrite: bool = False
+
+
+def plan_files(weights: WeightFolder, patches: Mapping[str, Sequence[Patch]]) -> tuple[FilePlan, ...]:
+    """A plan for every file of a folder from the patches in it; files that are only linked come last."""
+    plans = [FilePlan(file, file, header.size, tuple(patches.get(file, ()))) for file, header in weights.files.items()]
+    return tuple(sorted(plans, key=_work_first))
+
+
+def _work_first(file: FilePlan) -> tuple[int, str]:
+    return (-file.nbytes if file.patches else 0, file.target)
+
+
+def write_folder(
+    plan: FolderPlan, extra: Mapping[str, Any] | None = None, progress: BytesProgress | None = None
+) -> dict[str, Any]:
+    """Carry out a plan in one process; nothing is left behind after an error.
+
+    Args:
+        plan: what to write.
+        extra: further keys for the manifest, as for `publish`.
+        progress: called with (bytes done, bytes in all).
+
+    Returns:
+        The manifest, as written to `plan.out/qkguard.json`.
+    """
+    with prepare(plan) as staging:
+        return publish(plan, staging, write_files(plan, progress=progress), extra)
+
+
+def prepare(plan: FolderPlan) -> Staging:
+    """Rank 0: check the target and the space, make the temporary folder.
+
+    Raises:
+        QKGuardError: a target that is taken, too little space, or another process at work on the same target.
+    """
+    check_target([plan.weights.folder], plan.out, plan.overwrite)
+    with readable_errors(plan.out):
+        staging = Staging(plan.out, plan.staging)
+        try:
+            _check_space(plan, staging.folder)
+        except BaseException:
+            staging.discard()
+            raise
+    return staging
+
+
+def _check_space(plan: FolderPlan, folder: Path) -> None:
+    raw = plan.weights.folder
+    same_disk = folder.stat().st_dev == raw.stat().st_dev
+    need = sum(file.nbytes for file in plan.files if file.patches or not same_disk)
+    free = shutil.disk_usage(folder).free
+    if need > free and not can_clone(raw / next(iter(plan.weights.files)), folder):
+        raise QKGuardError(
+            f"There is not enough space for {plan.out}: {need / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free. Free "
+            "some, or choose another disk."
+        )
+
+
+def write_files(
+    plan: FolderPlan, rank: int = 0, world: int = 1, progress: BytesProgress | None = None
+) -> list[Record]:
+    """Write every `world`-th weight file of the plan, from the `rank`-th on, after `prepare`; no collective.
+
+    Returns:
+        A record of each file written, for `publish`.
+    """
+    files = plan.files[rank::world]
+    total, done = sum(file.nbytes for file in files), 0
+
+    def written(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress:
+            progress(done, total)
+
+    folder = assembled_folder(plan.out, plan.staging)
+    # Hashing releases the interpreter's lock, so it runs beside the reading and the drift sums.
+    with readable_errors(plan.out), ThreadPoolExecutor(1) as hashing:
+        return [_write_file(plan.weights, file, folder, hashing, written) for file in files]
+
+
+def _write_file(
+    weights: WeightFolder, file: FilePlan, folder: Path, hashing: ThreadPoolExecutor, written: Callable[[int], None]
+) -> Record:
+    target = folder / file.target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    record: Record = {"file": file.target, "from": file.source, "layers": [], "tensors": [], "nonfinite": []}
+    if file.source is None:
+        assert file.make is not None
+        file.make(target)
+        return record | {"made": "added", "raw": None, "written": describe_file(target, read_header(target))}
+    source, header = weights.folder / file.source, weights.files[file.source]
+    record["raw"] = describe_file(source, header)
+    if not file.patches:
+        linked = link_or_copy(source, target, mode=folder.stat().st_mode & 0o666)
+        written(file.nbytes)
+        return record | {"made": "linked" if linked else "copied", "written": record["raw"]}
+    _copy_and_patch(source, target, file, header, hashing, written, record)
+    return record | {"made": "patched", "written": describe_file(target, header)}
+
+
+def _copy_and_patch(
+    source: Path,
+    target: Path,
+    file: FilePlan,
+    header: Header,
+    hashing: ThreadPoolExecutor,
+    written: Callable[[int], None],
+    record: Record,
+) -> None:
+    with os.fdopen(os.open(target, CREATE, 0o666), "r+b") as copy:
+        with opened(source) as fd:
+            copy_bytes(fd, copy.fileno(), written)
+        for patch in file.patches:
+            for key, entries in patch(OpenFile(file.target, copy.fileno(), header.tensors, hashing)).items():
+                record[key] += entries
+        os.fsync(copy.fileno())
+
+
+def publish(
+    plan: FolderPlan, staging: Staging, records: Sequence[Record], extra: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Rank 0: add the other files, write the manifest last, rename the folder into place.
+
+    Args:
+        plan: what was written.
+        staging: from `prepare`.
+        records: everybody's, from `write_files`.
+        extra: further top-level keys for the manifest (step, probe results); its "warnings" and "nonfinite" (names of
+            tensors with NaN or Inf) are added to those found while writing.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        QKGuardError: a weight file without a record, or an error of the disk.
+    """
+    if sorted(record["file"] for record in records) != sorted(file.target for file in plan.files):
+        raise QKGuardError(f"{plan.out}: not every weight file was written, so nothing is published.")
+    with readable_errors(plan.out):
+        auxiliary, left_out = _write_other_files(plan, staging.folder)
+        manifest = build_manifest(
+            raw=os.path.relpath(plan.weights.folder.resolve(), plan.out.resolve()),
+            base=plan.base,
+            method=plan.method,
+            records=sorted(records, key=lambda record: record["file"]),
+            auxiliary=auxiliary,
+            left_out=left_out,
+            partial=plan.partial,
+            warnings=plan.warnings,
+            extra=extra or {},
+        )
+        cards = [card for folder in (*plan.cards, plan.weights.folder) if (card := read_card(folder))]
+        write_text(staging.folder / "README.md", model_card(manifest, cards[0] if cards else None))
+        write_text(staging.folder / MANIFEST, dump(manifest))
+        staging.publish(replace=plan.overwrite)
+    return json.loads(dump(manifest))
+
+
+def _write_other_files(plan: FolderPlan, folder: Path) -> tuple[list[str], list[str]]:
+    """(names written, names in the raw folder left out)."""
+    raw, index = plan.weights.folder, plan.weights.index
+    taken, left_out = auxiliary_files(raw)
+    files: dict[str, Path | str] = {name: raw / name for name in [*taken, *([index] if index else [])]}
+    files |= plan.other_files
+    for name, content in files.items():
+        if isinstance(content, str):
+            write_text(folder / name, content)
+        else:
+            copy_named(content, folder / name)
+    return list(files), [name for name in left_out if name not in plan.weights.files and name not in files]
+
+
+class Staging:
+    """A folder in the making: assembled under a name that no reader accepts, then renamed to `out`.
+
+    The temporary folder lies beside `out`, or in `parent` on the same file system. Its maker holds a lock in it for
+    as long as it lives: so what a killed process left is told from what another one is writing. Leaving the `with`
+    block without `publish` removes everything.
+
+    Raises:
+        QKGuardError: another process is writing `out`, or `parent` is on another file system.
+    """
+
+    def __init__(self, out: Path, parent: Path | None = None) -> None:
+        self.out, self.folder = out, assembled_folder(out, parent)
+        self.temporary = self.folder.parent
+        self._made: list[Path] = []
+        self._lock: BaseFileLock | None = None
+        try:
+            self._create()
+        except BaseException:
+            self.discard()
+            raise
+
+    def _create(self) -> None:
+        parent = self.temporary.parent
+        for folder in (self.out.parent, parent):
+            self._made += [p for p in (folder, *folder.parents) if not p.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+        if parent.stat().st_dev != self.out.parent.stat().st_dev:
+            raise QKGuardError(f"{parent} and {self.out.parent} are on different file systems. Choose a nearer one.")
+        for other in parent.glob(f"{TEMPORARY}*"):
+            if other != self.temporary:
+                _remove_abandoned(other)
+        self._lock = _try_lock(self.temporary)
+        if self._lock is None:
+            raise QKGuardError(
+                f"Another process is writing {self.out}. Wait for it to finish; if none is, delete {self.temporary}."
+            )
+        for left in (self.folder, self.temporary / REPLACED):  # by a killed process
+            if left.exists():
+                shutil.rmtree(left)
+        self.folder.mkdir()
+
+    @property
+    def mode(self) -> int:
+        """The mode that the umask gives a file."""
+        return self.folder.stat().st_mode & 0o666
+
+    def publish(self, *, replace: bool = True) -> None:
+        """Make the folder durable and rename it to `out`; with `replace` an older one there gives way."""
+        for folder, _, _ in os.walk(self.folder):
+            sync_folder(Path(folder))
+        if replace and self.out.exists():
+            os.rename(self.out, self.temporary / REPLACED)
+        os.rename(self.folder, self.out)
+        sync_folder(self.out.parent)
+        self._remove()
+
+    def discard(self) -> None:
+        """Remove the temporary folder, and the parents made for it alone; nothing after `publish`."""
+        self._remove()
+        for folder in self._made:
+            with suppress(OSError):  # something else lies in it by now
+                folder.rmdir()
+
+    def _remove(self) -> None:
+        if self._lock is not None:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+            self._lock.release()
+            self._lock = None
+
+    def __enter__(self) -> Staging:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.discard()
+
+
+def assembled_folder(out: Path, parent: Path | None = None) -> Path:
+    """Where `out` is assembled: in a temporary folder beside it, or in `parent`."""
+    return (parent or out.parent) / f"{TEMPORARY}{out.parent.name}-{out.name}" / ASSEMBLED
+
+
+def _try_lock(folder: Path) -> BaseFileLock | None:
+    """Make a temporary folder and lock it; None where another living process holds it.
+
+    On file systems without `flock` (ENOSYS, as filelock itself does; ENOLCK and EOPNOTSUPP from some network ones)
+    the lock is a file that names its process.
+    """
+    folder.mkdir(exist_ok=True)
+    # not `thread_local`: a write may end on another thread than it began on
+    lock: BaseFileLock = FileLock(folder / LOCK, thread_local=False)
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            lock = SoftFileLock(folder / f"{LOCK}.soft", thread_local=False)
+            lock.acquire(timeout=0)
+    except Timeout:
+        return None
+    return lock
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove a temporary folder whose maker is dead; one that cannot be judged or removed stays."""
+    with suppress(OSError):
+        lock = _try_lock(folder)
+        if lock is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            lock.release()
+
+
+def check_target(sources: Sequence[Path], out: Path, overwrite: bool) -> None:
+    """Refuse a target folder that is taken, or that is or holds what it is made from."""
+    for source in sources:
+        if out.resolve() in (source.resolve(), *source.resolve().parents):
+            raise QKGuardError(f"{out} is or contains a folder it is made from ({source}). Choose another one.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not overwrite:
+            raise QKGuardError(f"{out} exists. Remove it, choose another folder, or overwrite it (--overwrite).")
+        if not (out / MANIFEST).is_file():
+            raise QKGuardError(f"{out} exists and was not written by qkguard. Remove it yourself.")
+
+
+@contextmanager
+def readable_errors(out: Path) -> Iterator[None]:
+    """System errors as one sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise QKGuardError(f"There is no space left for {out}; nothing was written. Free some space.") from error
+        raise QKGuardError(f"Cannot write {out}: {error.strerror} ({error.filename or 'data'}).") from error
