@@ -1,4 +1,4 @@
-"""What a sweep measures: points, each a choice of tensors that come from before SFT, and how."""
+"""What a sweep measures: candidates, each a choice of tensors that come from before SFT, and how."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ USUAL: dict[str, list[dict[str, Any]]] = {
 """What a method stands for in a grid where no options are given."""
 
 GRID = ("restore", "restore:projections=k", "qk-pro", "interpolate")
-"""The default grid: 8 points; procrustes attends as restore does and shows only as the alignment of interpolate."""
+"""The default grid: 8 candidates. Procrustes attends as restore does: it shows only as alignment of interpolate."""
 
 CONTROLS: dict[str, tuple[str, ...]] = {"q": ("q",), "k": ("k",), "v": ("v",), "o": ("o",), "vo": ("v", "o")}
 """The experiment's controls: single projections taken back whole."""
@@ -47,28 +47,28 @@ class Candidate:
 
 
 def method_candidates(methods: Sequence[str] | str | None = None) -> list[Candidate]:
-    """The points of a grid.
+    """The candidates of a grid.
 
     Args:
         methods: entries `name` (that method's usual options) or `name:key=value:...`, several values of a key
             separated by slashes: "qk-pro:ridge=0.3/1/3", "interpolate:alpha=0.5:align", "restore:projections=k".
 
     Raises:
-        QKGuardError: an entry that is not of this form, or options that its method does not take.
+        QKGuardError: an entry that is not written so, or options that its method does not take.
     """
     if methods is None:
         methods = GRID
     entries = methods.replace(",", " ").split() if isinstance(methods, str) else list(methods)
-    points: dict[str, Candidate] = {}
+    found: dict[str, Candidate] = {}
     for entry in entries:
         name, *settings = entry.split(":")
         get_method(name)
         for options in _combinations(entry, settings) if settings else USUAL[name]:
-            point = _point(name, dict(options))
-            points[point.name] = point
-    if not points:
-        raise QKGuardError("the grid is empty; name methods such as restore,qk-pro:ridge=0.3/1,interpolate:alpha=0.5")
-    return list(points.values())
+            candidate = _method_candidate(name, dict(options))
+            found[candidate.name] = candidate
+    if not found:
+        raise QKGuardError("The grid is empty. Name methods: restore,qk-pro:ridge=0.3/1,interpolate:alpha=0.5.")
+    return list(found.values())
 
 
 def control_candidates(controls: Iterable[str] | str) -> list[Candidate]:
@@ -76,8 +76,9 @@ def control_candidates(controls: Iterable[str] | str) -> list[Candidate]:
     asked = controls.replace(",", " ").split() if isinstance(controls, str) else list(controls)
     if asked == ["all"]:
         asked = list(CONTROLS)
-    if unknown := [name for name in asked if name not in CONTROLS]:
-        raise QKGuardError(f"control {unknown[0]!r} is not known; expected some of {', '.join(CONTROLS)}, or all")
+    for name in asked:
+        if name not in CONTROLS:
+            raise QKGuardError(f"Unknown control {name!r}: expected some of {', '.join(CONTROLS)}, or all.")
     return [Candidate(f"{'+'.join(CONTROLS[name]).upper()} only", "control", CONTROLS[name]) for name in asked]
 
 
@@ -86,7 +87,7 @@ def layer_candidates(layers: Iterable[int | None]) -> list[Candidate]:
     return [Candidate(f"layer {n}", "layer", ("q", "k"), layers=(n,)) for n in layers if n is not None]
 
 
-def _point(method: str, options: dict[str, Any]) -> Candidate:
+def _method_candidate(method: str, options: dict[str, Any]) -> Candidate:
     projections = tuple(sorted(options.pop("projections", ("q", "k")), reverse=True))
     chosen = check_options(method, options, projections)
     said = [f"{key} {value:g}" for key, value in chosen.items() if key in ("ridge", "alpha")]
@@ -97,20 +98,19 @@ def _point(method: str, options: dict[str, Any]) -> Candidate:
 
 
 def _combinations(entry: str, settings: Sequence[str]) -> list[dict[str, Any]]:
+    """Every combination of the values that an entry's settings (`key=value/value`, or `key` for true) list."""
     choices: dict[str, list[Any]] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
         values = text.split("/") if equals else ["true"]
-        if not (current := current_names({key: values})):
-            continue
-        ((key, values),) = current.items()
-        try:
-            choices[key] = [_value(key, value) for value in values]
-        except (ValueError, KeyError):
-            raise QKGuardError(
-                f"{entry!r}: {setting!r} is not known; expected ridge=, alpha=, align or projections=, with "
-                "several values separated by slashes"
-            ) from None
+        for name, texts in current_names({key: values}).items():  # one, or none where it means nothing any more
+            try:
+                choices[name] = [_value(name, text) for text in texts]
+            except (ValueError, KeyError):
+                raise QKGuardError(
+                    f"Invalid {setting!r} in {entry!r}: expected ridge=, alpha=, align or projections=, with several "
+                    "values separated by slashes."
+                ) from None
     return [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
 
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from qkguard.errors import QKGuardError, first_line
 from qkguard.layout.spec import AttentionSpec, Block, ParamMap, true_ranges
-from qkguard.probe.attention import AttentionRecorder
+from qkguard.probe.attention import AttentionCall, watch_attention
 from qkguard.probe.passes import input_device, undisturbed
 
-TOKENS = 8
+TOKENS = 8  # of the pass that finds them: a few, so that positions attend to one another
 
 
 def find_value_output(
@@ -35,13 +35,13 @@ def find_value_output(
             calls = seen.get(spec.module)
             if calls is None or "q" not in calls:
                 raise QKGuardError(
-                    f"the attention of {spec.module} does not go through transformers' AttentionInterface, so its "
-                    f"{which.upper()} cannot be told from its other parameters; leave the controls v, o and vo out"
+                    f"The attention of {spec.module} does not go through transformers' AttentionInterface, so its "
+                    f"{which.upper()} cannot be told from its other parameters. Leave out the controls v, o and vo."
                 )
             found = _values(model, spec, calls) if which == "v" else _outputs(model, spec, calls)
             if not found:
                 raise QKGuardError(
-                    f"{spec.module} has no parameter of its own for {which.upper()} alone; leave that control out"
+                    f"{spec.module} has no parameter of its own for {which.upper()} alone. Leave out that control."
                 )
             out += [(spec, param) for param in found]
     return out
@@ -63,7 +63,8 @@ def _values(model: nn.Module, spec: AttentionSpec, calls: dict[str, Tensor]) -> 
         for role in "qk":
             if role in reached:
                 rows = rows & ~reached[role]
-        if blocks := tuple(Block(start, stop, "v") for start, stop in true_ranges(rows)):
+        blocks = tuple(Block(start, stop, "v") for start, stop in true_ranges(rows))
+        if blocks:
             out.append(ParamMap(name, tuple(param.shape), dim, "bias" if param.dim() == 1 else "weight", blocks))
     return out
 
@@ -87,42 +88,38 @@ def _gradients(tensor: Tensor, params: dict[str, nn.Parameter]) -> dict[str, Ten
     return {name: grad for name, grad in zip(params, grads, strict=True) if grad is not None}
 
 
-class _Catcher(AttentionRecorder):
+class _FirstCalls:
     """Keeps query, key and value (with their graphs) of the first attention inside each module that runs."""
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model, window=1)
+    def __init__(self) -> None:
         self.seen: dict[str, dict[str, Any]] = {}
         self.inside: list[str] = []
 
-    def _call(
-        self, inner: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **kw: Any
-    ) -> Any:
+    def keep(self, call: AttentionCall) -> None:
         if self.inside:
             seen = self.seen.setdefault(self.inside[-1], {})
             if not ("q" in seen and seen["q"].requires_grad):  # models that iterate run the first passes without
-                seen |= {"q": query, "k": key, "v": value}
-        return super()._call(inner, module, query, key, value, *rest, **kw)
+                seen |= {"q": call.query, "k": call.key, "v": call.value}
 
 
 @contextmanager
 def _watched(model: nn.Module, modules: Sequence[str]) -> Iterator[dict[str, dict[str, Any]]]:
     """Module name -> its query, key and value (with their graphs) and the module that made its output, of one pass."""
-    catcher = _Catcher(model)
+    calls = _FirstCalls()
     names = {id(model.get_submodule(name)): name for name in modules}
     made: dict[int, tuple[nn.Module, Tensor]] = {}  # the tensors are kept, so that no other one gets their id
 
     def enter(module: nn.Module, args: Any) -> None:
-        catcher.inside.append(names[id(module)])
+        calls.inside.append(names[id(module)])
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         first = output[0] if isinstance(output, tuple) else output
         if id(first) in made:
-            catcher.seen.setdefault(catcher.inside[-1], {})["last"] = made[id(first)][0]
-        catcher.inside.pop()
+            calls.seen.setdefault(calls.inside[-1], {})["last"] = made[id(first)][0]
+        calls.inside.pop()
 
     def note(module: nn.Module, args: Any, output: Any) -> None:
-        if catcher.inside and isinstance(output, Tensor):
+        if calls.inside and isinstance(output, Tensor):
             made[id(output)] = module, output
 
     hooks = [m.register_forward_pre_hook(enter) for m in model.modules() if id(m) in names]
@@ -130,7 +127,7 @@ def _watched(model: nn.Module, modules: Sequence[str]) -> Iterator[dict[str, dic
     hooks += [m.register_forward_hook(note) for m in model.modules() if m._parameters]  # dropout passes on
     grads = [(p, p.requires_grad) for p in model.parameters()]
     try:
-        with undisturbed(model), torch.enable_grad(), catcher:
+        with undisturbed(model), torch.enable_grad(), watch_attention(model, calls.keep):
             for param, _ in grads:
                 param.requires_grad_(param.is_floating_point())
             ids = torch.arange(1, TOKENS + 1, device=input_device(model))[None]
@@ -139,9 +136,9 @@ def _watched(model: nn.Module, modules: Sequence[str]) -> Iterator[dict[str, dic
             except Exception as error:
                 raise QKGuardError(
                     f"{type(model).__name__} does not run on a few bare tokens ({first_line(error)}), so its V and O "
-                    "cannot be found; leave the controls v, o and vo out"
+                    "cannot be found. Leave out the controls v, o and vo."
                 ) from error
-        yield catcher.seen
+        yield calls.seen
     finally:
         for hook in hooks:
             hook.remove()

@@ -1,4 +1,4 @@
-"""Which point to take, and what the sweep says about the run: pure functions on measured points."""
+"""Which candidate to take, and what the numbers say about the run: pure functions on measurements."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from qkguard.choice.candidates import Candidate
 from qkguard.choice.task import TaskResult
 from qkguard.probe.results import ProbeResult, wilson
 
-RESAMPLES = 2000
-FREE = 1e-3  # task points: a smaller loss counts as none when layers are ranked
+RESAMPLES = 2000  # bootstrap draws: the ends of a 95% interval have 50 of them beyond
+FREE = 1e-3  # of task quality: a smaller loss, less than one row in a thousand, counts as none when layers are ranked
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class Interval:
 
 @dataclass
 class Measurement:
-    """What came of one point.
+    """What came of one candidate.
 
     `recall` and `quality` (accuracy, or minus the loss in nats per token) with intervals; `gain` and `change` are
-    their paired differences from raw. `layers` is what the method did, `same_as` an earlier point with the same
-    weights, whose numbers these are.
+    their paired differences from raw. `layers` is what the method did, `same_as` an earlier candidate with the same
+    weights, whose numbers these are. `pareto`: no other one beats it.
     """
 
     candidate: Candidate
@@ -55,7 +55,7 @@ class Measurement:
 
 def compare(points: Sequence[Measurement], seed: int) -> None:
     """Fill in intervals, differences from raw, and which points no other one beats; the same draws for all."""
-    raw = next(p for p in points if p.candidate.kind == "raw")
+    raw = _first(points, "raw")
     random = np.random.default_rng(seed)
     draws = random.integers(len(raw.probe.sample_keys), size=(RESAMPLES, len(raw.probe.sample_keys)))
     rows = random.integers(len(raw.task.nll), size=(RESAMPLES, len(raw.task.nll))) if raw.task else None
@@ -82,7 +82,7 @@ def quality_of(task: TaskResult) -> float:
 
 def recommend(points: Sequence[Measurement], tolerance: float) -> Measurement:
     """The candidate that `describe_rule` describes."""
-    raw = next(p for p in points if p.candidate.kind == "raw")
+    raw = _first(points, "raw")
     allowed = [p for p in points if p.candidate.recommendable and p.gain.low > 0 and within(p, tolerance)]
     return max(allowed, key=lambda p: (p.recall.value, p.change.value if p.change else 0.0), default=raw)
 
@@ -107,52 +107,55 @@ def describe_rule(tolerance: float, metric: str | None) -> str:
 
 def explain(points: Sequence[Measurement], chosen: Measurement, tolerance: float) -> list[str]:
     """What the numbers say, in sentences, also where they speak against restoring."""
-    raw = next(p for p in points if p.candidate.kind == "raw")
+    raw = _first(points, "raw")
     base = next((p for p in points if p.candidate.kind == "base"), None)
     methods = [p for p in points if p.candidate.recommendable]
-    out = []
-    lost = None
-    if base is not None:
-        lost = Interval(-base.gain.value, -base.gain.high, -base.gain.low)
-        if base.gain.low > 0:
-            out.append(f"SFT took recall from {base.recall.value:.3f} to {raw.recall.value:.3f}.")
-        else:
-            out.append(
-                f"SFT cost no recall beyond noise on these samples ({base.recall.value:.3f} before, "
-                f"{raw.recall.value:.3f} after): there is nothing for a restore to bring back."
-            )
+    best = max(methods, key=_recall, default=None)
     whole = next((p for p in methods if p.candidate.method == "restore" and len(p.candidate.tensors) == 2), None)
+    controls = [p for p in points if p.candidate.kind == "control" and set(p.candidate.tensors) & {"v", "o"}]
+    sentences = []
+    if base is not None:
+        sentences.append(_damage(base, raw))
     if whole is not None:
-        out.append(_whole(whole, base, raw, lost))
-    elif methods:
-        best = max(methods, key=lambda p: p.recall.value)
-        out.append(f"The highest recall is {best.recall.value:.3f}, with {best.name} ({raw.recall.value:.3f} raw).")
-    carried = [p for p in points if p.candidate.kind == "control" and set(p.candidate.tensors) & {"v", "o"}]
-    if carried and methods:
-        most = max(carried, key=lambda p: p.recall.value)
-        best = max(methods, key=lambda p: p.recall.value)
-        if most.recall.value > best.recall.value:
-            out.append(
-                f"{most.name} brings back more ({most.recall.value:.3f}) than queries and keys: what changed is what "
-                "attention carries, rather than where it looks."
-            )
-        else:
-            out.append(f"Values and outputs alone bring recall to {most.recall.value:.3f} at most ({most.name}).")
-    out.append(_choice(chosen, raw, methods, tolerance))
-    return out
+        sentences.append(_whole(whole, base, raw))
+    elif best is not None:
+        sentences.append(
+            f"The highest recall is {best.recall.value:.3f}, with {best.name} ({raw.recall.value:.3f} raw)."
+        )
+    if controls and best is not None:
+        sentences.append(_values_and_outputs(max(controls, key=_recall), best))
+    return [*sentences, _choice(chosen, raw, methods, tolerance)]
 
 
-def _whole(whole: Measurement, base: Measurement | None, raw: Measurement, lost: Interval | None) -> str:
+def _first(points: Sequence[Measurement], kind: str) -> Measurement:
+    return next(p for p in points if p.candidate.kind == kind)
+
+
+def _recall(point: Measurement) -> float:
+    return point.recall.value
+
+
+def _damage(base: Measurement, raw: Measurement) -> str:
+    if base.gain.low > 0:
+        return f"SFT took recall from {base.recall.value:.3f} to {raw.recall.value:.3f}."
+    return (
+        f"SFT cost no recall beyond noise on these samples ({base.recall.value:.3f} before, "
+        f"{raw.recall.value:.3f} after): there is nothing for a restore to bring back."
+    )
+
+
+def _whole(whole: Measurement, base: Measurement | None, raw: Measurement) -> str:
+    """What restoring all queries and keys does."""
     numbers = f"{raw.recall.value:.3f} to {whole.recall.value:.3f}"
     price = ""
-    if whole.change is not None and whole.task is not None:
-        metric = "accuracy" if whole.task.accuracy is not None else "loss"
-        before, after = (abs(quality_of(p.task)) for p in (raw, whole) if p.task)
+    if raw.task is not None and whole.task is not None:
+        metric = "loss" if whole.task.accuracy is None else "accuracy"
+        before, after = abs(quality_of(raw.task)), abs(quality_of(whole.task))
         price = f", task {metric} from {before:.3f} to {after:.3f}"
     if whole.gain.low > 0:
         share = ""
-        if base is not None and lost is not None and lost.value < 0:
-            share = f", {min(1.0, whole.gain.value / -lost.value):.0%} of what was lost"
+        if base is not None and base.gain.value > 0:
+            share = f", {min(1.0, whole.gain.value / base.gain.value):.0%} of what was lost"
         return f"Restoring queries and keys whole takes recall from {numbers}{share}{price}."
     if base is not None and base.gain.low > 0:
         return (
@@ -160,6 +163,16 @@ def _whole(whole: Measurement, base: Measurement | None, raw: Measurement, lost:
             "cause on this run."
         )
     return f"Restoring queries and keys whole does not raise recall beyond noise ({numbers}{price})."
+
+
+def _values_and_outputs(control: Measurement, best: Measurement) -> str:
+    """How far values and output projections alone bring recall, against the best method."""
+    if control.recall.value > best.recall.value:
+        return (
+            f"{control.name} brings back more ({control.recall.value:.3f}) than queries and keys: what changed is "
+            "what attention carries, rather than where it looks."
+        )
+    return f"Values and outputs alone bring recall to {control.recall.value:.3f} at most ({control.name})."
 
 
 def _choice(chosen: Measurement, raw: Measurement, methods: Sequence[Measurement], tolerance: float) -> str:
@@ -174,22 +187,22 @@ def _choice(chosen: Measurement, raw: Measurement, methods: Sequence[Measurement
 
 
 def rank_layers(points: Sequence[Measurement]) -> list[dict[str, Any]]:
-    """Layers restored alone, by recall gained per task point lost; those that cost nothing first, by their gain."""
-    out: list[dict[str, Any]] = []
+    """Layers restored alone, by recall gained per task quality lost; those that cost nothing first, by their gain."""
+    rows: list[dict[str, Any]] = []
     for point in points:
-        if point.candidate.kind == "layer" and point.candidate.layers:
-            lost = None if point.change is None else max(0.0, -point.change.value)
-            free = lost is None or lost < FREE
-            ratio = None if free or point.gain.value <= 0 else point.gain.value / (lost or FREE)
-            row = {"layer": point.candidate.layers[0], "gain": point.gain.value, "lost": lost, "ratio": ratio}
-            out.append(row | {"gain_low": point.gain.low, "gain_high": point.gain.high})
+        if point.candidate.kind != "layer" or not point.candidate.layers:
+            continue
+        lost = None if point.change is None else max(0.0, -point.change.value)
+        ratio = None if lost is None or lost < FREE or point.gain.value <= 0 else point.gain.value / lost
+        row = {"layer": point.candidate.layers[0], "gain": point.gain.value, "lost": lost, "ratio": ratio}
+        rows.append(row | {"gain_low": point.gain.low, "gain_high": point.gain.high})
+    return sorted(rows, key=_layer_order)
 
-    def order(row: dict[str, Any]) -> tuple[int, float]:
-        if row["gain"] <= 0:
-            return 2, -row["gain"]
-        return (0, -row["gain"]) if row["ratio"] is None else (1, -row["ratio"])
 
-    return sorted(out, key=order)
+def _layer_order(row: dict[str, Any]) -> tuple[int, float]:
+    if row["gain"] <= 0:
+        return 2, -row["gain"]
+    return (0, -row["gain"]) if row["ratio"] is None else (1, -row["ratio"])
 
 
 def _beats(other: Measurement, point: Measurement) -> bool:

@@ -151,19 +151,22 @@ def sweep(
 ) -> SweepReport:
     """Measure which restore keeps recall and skill on a run: raw, base and a grid of methods and strengths.
 
-    The tuned model is loaded once; each point swaps its tensors in and out again to the bit. The base is loaded before
-    it and let go. Equal settings and seeds give equal numbers.
+        report = qkguard.sweep("base", "tuned", data="heldout.jsonl", lengths=(1024, 4096), write="restored")
+        print(report.recommended.name, *report.words)
+
+    The tuned model is loaded once; each candidate swaps its tensors in and out again to the bit. The base is loaded
+    before it and let go. Equal settings and seeds give equal numbers.
 
     Args:
         base, tuned: folders, or hub ids, in safetensors.
         data: rows held out from SFT, for task quality: a JSON-lines file or an iterable of mappings with "prompt" and
             "completion" or "answer", "messages", or "text" (`task.encode_rows`). "none" measures recall alone. By
             default those that the guarded run around `tuned` kept of its evaluation set.
-        methods: the grid (`points.method_candidates`); default restore, keys only, and qk-pro and interpolate at a few
-            strengths.
+        methods: the grid (`candidates.method_candidates`); by default restore, keys only, and qk-pro and interpolate
+            at a few strengths.
         controls: some of "q", "k", "v", "o", "vo", or "all": single projections taken back, to see what the cause is.
         each_layer: also restore one layer at a time.
-        tolerance: how much task quality a recommended point may lose: a share of accuracy, or nats per token of loss.
+        tolerance: how much task quality the recommended one may lose: a share of accuracy, or nats per token of loss.
         write: write the recommended checkpoint there (`restore_checkpoint`), unless it is raw.
         overwrite: replace an earlier restored folder at `write`.
         lengths, depths, samples, tasks, haystack, mode, seed, batch_tokens: of the probe (`ProbeSettings`); lengths
@@ -173,7 +176,7 @@ def sweep(
         dtype, device, trust_remote_code: how the models are loaded (`LoadOptions`).
         chunk: read longer contexts in pieces of this many tokens, where the model's cache allows it (0 for never).
         bar: called with a label, gives a context with a progress function.
-        selected: which rows are restored, as the fields of `RowSelection` but `projections`, which the points choose.
+        selected: which rows are restored, as fields of `RowSelection` but `projections`, which the candidates choose.
 
     Raises:
         QKGuardError: bad settings, data or checkpoints, found before anything is measured where that is possible.
@@ -194,24 +197,16 @@ def sweep(
     )
 
     folders = open_folders(base, tuned)
-    find_pair(
-        folders, rows=selection, spec=spec, trust_remote_code=trust_remote_code
-    )  # refuses what cannot be written
+    find_pair(folders, rows=selection, spec=spec, trust_remote_code=trust_remote_code)  # refuses before long work
     if write is not None:
         check_target([folders.base.folder, folders.tuned.folder], Path(write), overwrite)
     tokenizer = _tokenizer(folders, load)
     encoded, warnings = None, list(folders.warnings)
     if task_rows is not None:
         encoded, dropped = encode_rows(tokenizer, task_rows, max_length)
-        if dropped:
-            warnings.append(f"{dropped} rows are longer than {max_length} tokens and were left out")
+        warnings += [f"{dropped} rows are longer than {max_length} tokens and were left out"] if dropped else []
 
-    model = load_model(folders.base.folder, replace(load, dtype=_stored_dtype(folders.tuned.folder, dtype)))
-    settings = replace(settings, lengths=tuple(lengths or default_lengths(model)))
-    warnings += check_lengths(model, settings.lengths)
-    prober = Prober(tokenizer, settings)
-    prober.find_formats(model)
-    warnings += choose_chunk(model, prober, chunk)
+    model, prober, more = _open_base(folders, tokenizer, settings, load, chunk)
     measure = partial(_measure, prober, encoded, bar)
     measured = [Measurement(Candidate("base", "base"), *measure(model, "base"))]
     del model
@@ -226,14 +221,31 @@ def sweep(
     free_memory()
 
     compare(measured, seed)
+    warnings += [*more, *_warnings(measured)]
     asked = prober.record() | {"rows": len(encoded or ()), "tolerance": tolerance, "dtype": dtype}
     best = recommend(measured, tolerance)
-    warnings += _warnings(measured)
     report = SweepReport(os.fspath(base), os.fspath(tuned), measured, best, asked, tolerance, warnings)
     if write is not None and best.candidate.recommendable:
         _write(report, write, overwrite=overwrite, rows=selection, spec=spec, trust_remote_code=trust_remote_code)
     report.seconds = time.perf_counter() - began
     return report
+
+
+def _open_base(
+    folders: Folders, tokenizer: Any, settings: ProbeSettings, load: LoadOptions, chunk: int | None
+) -> tuple[nn.Module, Prober, list[str]]:
+    """The base, loaded, a prober that expects answers in its formats, and warnings."""
+    dtype = load.dtype
+    if dtype == "auto":  # that of the tuned files, as SFT had the base: rounding is no difference to measure
+        config = read_config(folders.tuned.folder)
+        stored = config.get("dtype") or config.get("torch_dtype")
+        dtype = stored if stored in FLOATS else "auto"
+    model = load_model(folders.base.folder, replace(load, dtype=dtype))
+    settings = replace(settings, lengths=tuple(settings.lengths or default_lengths(model)))
+    warnings = check_lengths(model, settings.lengths)
+    prober = Prober(tokenizer, settings)
+    prober.find_formats(model)
+    return model, prober, warnings + choose_chunk(model, prober, chunk)
 
 
 def measure_candidates(
@@ -288,13 +300,6 @@ def _tokenizer(folders: Folders, load: LoadOptions) -> Any:
             return load_tokenizer(folders.base.folder, load)
         except QKGuardError:
             raise error from None
-
-
-def _stored_dtype(tuned: Path, dtype: str) -> str:
-    """The base is loaded in the dtype of the tuned files, as SFT had it: rounding is no difference to measure."""
-    config = read_config(tuned)
-    stored = config.get("dtype") or config.get("torch_dtype") if dtype == "auto" else None
-    return stored if stored in FLOATS else dtype
 
 
 def _warnings(measured: Sequence[Measurement]) -> list[str]:

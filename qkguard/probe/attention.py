@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
@@ -106,15 +107,11 @@ class _Marks:
 
 
 class AttentionRecorder:
-    """Context manager that watches a model's softmax attention through transformers' `AttentionInterface`.
+    """Context manager that measures a model's softmax attention (`watch_attention`), beside its own computation.
 
-    The model's own function still computes the outputs; beside it the probabilities of the answer rows alone are
-    computed again from the same queries and keys, so memory is linear in the context. The function is wrapped under
-    its own name in the registries that the model's modules read: neither the configuration nor the masks, which
-    transformers chooses by that name, change. Everything is taken back on leaving, also after an exception.
-
-    Sums per group (`Target.group`; probes use the context length) and layer are in `sums`, keyed by module name.
-    Models that do not go through the interface (Bloom, MPT, remote code with its own kernels) leave it empty.
+    The probabilities of the answer rows alone are computed again from the same queries and keys, so memory is linear
+    in the context. Sums per group (`Target.group`; probes use the context length) and layer are in `sums`, keyed by
+    module name; models that do not go through transformers' interface leave it empty.
 
     Args:
         model: the model whose calls count; calls by other models pass through.
@@ -124,28 +121,20 @@ class AttentionRecorder:
     def __init__(self, model: nn.Module, window: int) -> None:
         self.window = window
         self.sums: dict[str, HeadSums] = {}
-        self._model = model
-        self._names = {id(module): name for name, module in model.named_modules()}
+        self._watch = watch_attention(model, self._measure)
         self._target: Target | None = None
         self._stop = 0
         self._marked: dict[tuple[int, int, torch.device], list[_Marks]] = {}  # one piece's, the same for most layers
-        self._undo: list[Callable[[], None]] = []
 
     def __enter__(self) -> AttentionRecorder:
-        try:
-            for registry in self._registries():
-                for name in self._implementations():
-                    if name == "eager" or name in registry:
-                        self._wrap(registry, name)
-        except BaseException:
-            self._restore()
-            raise
+        self._watch.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None:
-        self._restore()
+        self._target = None
+        self._watch.__exit__(kind, error, tb)
 
     def expect(self, target: Target | None) -> None:
         """Set what the next forward passes are to be measured for; None to pass through."""
@@ -181,65 +170,11 @@ class AttentionRecorder:
     def _layers(self) -> list[str]:
         return sorted(self.sums, key=_layer_order)
 
-    def _registries(self) -> list[AttentionInterface]:
-        """The registries in the source files of the model's modules: the shared one, and local ones."""
-        names = {type(m).__module__ for m in self._model.modules()}
-        files = [vars(sys.modules[name]) for name in names if name in sys.modules]
-        found = {id(v): v for file in files for v in file.values() if isinstance(v, AttentionInterface)}
-        return list(found.values())
-
-    def _implementations(self) -> set[str]:
-        configs = (getattr(m, "config", None) for m in self._model.modules())
-        names = {getattr(c, "_attn_implementation", None) for c in configs}
-        return {n for n in names if isinstance(n, str)}
-
-    def _wrap(self, registry: AttentionInterface, name: str) -> None:
-        inner = registry.get(name)  # None for "eager": that function belongs to each model's source file
-        # AttentionInterface (transformers 5.17) has no public way to tell its own entries from shared ones, which must
-        # not be overwritten for other models
-        local = registry._local_mapping
-        had, before = name in local, local.get(name)
-
-        def undo() -> None:
-            if had:
-                local[name] = before
-            else:
-                local.pop(name, None)
-
-        self._undo.append(undo)
-        registry[name] = partial(self._call, inner)
-
-    def _restore(self) -> None:
-        while self._undo:
-            self._undo.pop()()
-        self._target = None
-
-    def _call(
-        self,
-        inner: Callable[..., Any] | None,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Any,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        eager = inner is None
-        if inner is None:
-            inner = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-            if inner is None:
-                raise QKGuardError(
-                    f"{type(module).__name__} has no eager attention function to watch. "
-                    "Switch attention mass off for this model."
-                )
-        name = self._names.get(id(module))
-        if name is not None and self._target is not None:
-            sums = self.sums.setdefault(name, HeadSums(query.shape[1]))
-            self._measure(self._target, sums, _Call(module, query, key, attention_mask, eager, kwargs))
-        return inner(module, query, key, value, attention_mask, *args, **kwargs)
-
-    def _measure(self, target: Target, sums: HeadSums, call: _Call) -> None:
+    def _measure(self, call: AttentionCall) -> None:
+        target = self._target
+        if target is None:
+            return
+        sums = self.sums.setdefault(call.name, HeadSums(call.query.shape[1]))
         first_query = self._stop - call.query.shape[2]
         first_key = self._stop - call.key.shape[2]  # a sliding-window cache holds the latest keys only
         piece = (first_query, first_key, call.key.device)
@@ -269,12 +204,14 @@ class AttentionRecorder:
 
 
 @dataclass(frozen=True)
-class _Call:
-    """One call of a module's attention function; `query` and `key` are (batch, heads, positions, head size)."""
+class AttentionCall:
+    """One call of a module's attention function; query, key and value are (batch, heads, positions, head size)."""
 
+    name: str
     module: nn.Module
     query: Tensor
     key: Tensor
+    value: Tensor
     mask: Any
     eager: bool
     options: dict[str, Any]
@@ -313,6 +250,76 @@ class _Call:
     def _causal(self) -> bool:
         said = self.options.get("is_causal")
         return bool(getattr(self.module, "is_causal", True) if said is None else said)
+
+
+@contextmanager
+def watch_attention(model: nn.Module, on_call: Callable[[AttentionCall], None]) -> Iterator[None]:
+    """Tell `on_call` of every softmax attention of a model, before its own function computes the output.
+
+    That function is wrapped under its own name in transformers' `AttentionInterface`, in the registries that the
+    model's modules read: neither the configuration nor the masks, which transformers chooses by that name, change.
+    Everything is taken back on leaving, also after an exception. Models that do not go through the interface (Bloom,
+    MPT, remote code with its own kernels) are not seen.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+
+    def call(
+        own: Callable[..., Any] | None,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        *args: Any,
+        **options: Any,
+    ) -> Any:
+        compute = own or _eager_function(module)
+        if id(module) in names:
+            name = names[id(module)]
+            on_call(AttentionCall(name, module, query, key, value, attention_mask, own is None, options))
+        return compute(module, query, key, value, attention_mask, *args, **options)
+
+    with ExitStack() as stack:
+        for registry in _registries(model):
+            # Private in transformers 5.17: the entries of this registry alone. No public call removes an entry of its
+            # own and leaves the one that all registries share.
+            local = registry._local_mapping
+            stack.callback(_put_back, local, dict(local))
+            for name in _implementations(model):
+                if name == "eager" or name in registry:
+                    registry[name] = partial(call, registry.get(name))  # None for "eager"
+        yield
+
+
+def _registries(model: nn.Module) -> list[AttentionInterface]:
+    """The registries in the source files of the model's modules: the shared one, and local ones."""
+    names = {type(module).__module__ for module in model.modules()}
+    files = [vars(sys.modules[name]) for name in names if name in sys.modules]
+    found = {id(value): value for file in files for value in file.values() if isinstance(value, AttentionInterface)}
+    return list(found.values())
+
+
+def _implementations(model: nn.Module) -> set[str]:
+    """Names of the attention functions that the model's modules are set to."""
+    configs = (getattr(module, "config", None) for module in model.modules())
+    names = {getattr(config, "_attn_implementation", None) for config in configs}
+    return {name for name in names if isinstance(name, str)}
+
+
+def _eager_function(module: nn.Module) -> Callable[..., Any]:
+    """The function for "eager", which no registry holds: each model's source file has its own."""
+    found = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if found is None:
+        raise QKGuardError(
+            f"{type(module).__name__} has no eager attention function to watch. "
+            "Switch attention mass off for this model."
+        )
+    return found
+
+
+def _put_back(mapping: dict[str, Any], before: dict[str, Any]) -> None:
+    mapping.clear()
+    mapping.update(before)
 
 
 def layer_number(name: str) -> int | None:

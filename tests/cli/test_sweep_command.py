@@ -152,7 +152,7 @@ def test_mistakes_are_one_line(tuned: Path, tmp_path: Path, run: Run) -> None:
         (("--data", tmp_path / "bad.jsonl"), "row 1 has the keys question; expected rows with"),
         ((*rows, "--methods", "best"), "unknown restore method 'best'"),
         ((*rows, "--grid", "interpolate:alpha=3"), "from 0 (tuned) to 1"),
-        ((*rows, "--controls", "x"), "control 'x' is not known; expected some of q, k, v, o, vo, or all"),
+        ((*rows, "--controls", "x"), "Unknown control 'x': expected some of q, k, v, o, vo, or all"),
         ((*rows, "--tolerance", "-1"), "tolerance=-1.0"),
         ((*rows, "--samples", "0"), "'--samples'"),
         ((*rows, "--lengths", "much"), "not a list of lengths"),

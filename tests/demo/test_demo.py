@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from qkguard import QKGuardError
-from qkguard.choice.task import encode_rows, read_rows
+from qkguard.choice.task import encode_rows
 from qkguard.demo import MODEL, DemoSettings, run_demo
 from qkguard.demo.arithmetic import problems
 from qkguard.demo.scores import Scores, answer_of
 from qkguard.demo.show import reading, table
+from qkguard.offline.task_rows import read_rows
 from qkguard.probe import Prober, ProbeSettings, probe
 
 SMALL = DemoSettings(

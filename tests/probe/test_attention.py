@@ -193,7 +193,7 @@ def test_block_masks_of_flex_attention_are_read() -> None:
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.randn(1, 2, 40, 8, generator=generator) for _ in range(2))
     mask = create_block_mask(near, 1, 1, 40, 40, device="cpu")
-    call = attention._Call(nn.Identity(), query, key, mask, False, {"scaling": 0.3})
+    call = attention.AttentionCall("", nn.Identity(), query, key, key, mask, False, {"scaling": 0.3})
     rows = torch.tensor([5, 20, 39])
     found = call.probabilities(0, range(2), rows, rows, torch.arange(40))
     scores = (query @ key.transpose(2, 3) * 0.3)[0][:, rows]
