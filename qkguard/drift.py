@@ -1,7 +1,10 @@
 """How far queries and keys have moved from before SFT: pure functions of tensors.
 
-Everything is computed from differences W - W0 with float64 accumulation, never as |W|^2 + |W0|^2 - 2<W,W0>, which is
-noise below a relative drift of 1e-3 in float32.
+Top to bottom: sums over elements (relative drift, cosine), then per block and per projection of a layer; routing drift
+and singular values of a layer; and the names under which all of it is logged.
+
+W0 is before SFT, W now. Everything is computed from differences W - W0 with float64 accumulation, never as
+|W|^2 + |W0|^2 - 2<W,W0>, which is noise below a relative drift of 1e-3 in float32.
 """
 
 from __future__ import annotations
@@ -13,12 +16,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qkguard.layout.heads import find_heads
 from qkguard.layout.selection import Selection
 from qkguard.layout.spec import AttentionSpec, Block, ParamMap
 
-# CPU: small enough to stay in the cache; accelerators: large enough to be bound by memory
-_CHUNK = {"cpu": 1 << 18}
-_CHUNK_ACCELERATOR = 1 << 24
+# Elements at a time. CPU: small enough to stay in the cache; accelerators: large enough to be bound by memory.
+CPU_CHUNK = 1 << 18
+ACCELERATOR_CHUNK = 1 << 24
 
 
 class Sums(NamedTuple):
@@ -30,12 +34,14 @@ class Sums(NamedTuple):
 
     @property
     def rel(self) -> float:
-        """Relative Frobenius drift |W - W0| / |W0|."""
-        return sqrt(self.moved / self.base) if self.base else (0.0 if self.moved == 0 else float("inf"))
+        """Relative Frobenius drift |W - W0| / |W0|; infinite where W0 is zero and W is not."""
+        if self.base:
+            return sqrt(self.moved / self.base)
+        return float("inf") if self.moved else 0.0
 
     @property
     def one_minus_cos(self) -> float:
-        """1 - cos(W, W0), from |W - W0|^2 so that it is exact where cos rounds to 1."""
+        """1 - cos(W, W0), from |W - W0|^2 so that it is exact where cos rounds to 1; nan where W or W0 is zero."""
         norm0 = sqrt(self.base)
         norm = sqrt(max(0.0, self.base + 2 * self.cross + self.moved))
         if not norm0 or not norm:
@@ -45,13 +51,13 @@ class Sums(NamedTuple):
 
 
 def difference_sums(live: Tensor, pre: Tensor) -> Tensor:
-    """[|W - W0|^2, <W0, W - W0>] of two 1-D tensors of equal length, float64 on `live`'s device.
+    """[|W - W0|^2, <W0, W - W0>] of two 1-D tensors of equal length and any float dtype.
 
-    Differences are taken in float32; chunks are summed in float32 by torch.sum, whose cascade keeps 1e-7 where
-    torch.dot loses 1e-5, and added in float64.
+    Returns float64 on `live`'s device. Differences are taken in float32; chunks are summed in float32 by torch.sum,
+    whose cascade keeps 1e-7 where torch.dot loses 1e-5, and added in float64.
     """
     out = torch.zeros(2, dtype=torch.float64, device=live.device)
-    chunk = _CHUNK.get(live.device.type, _CHUNK_ACCELERATOR)
+    chunk = CPU_CHUNK if live.device.type == "cpu" else ACCELERATOR_CHUNK
     for start in range(0, live.numel(), chunk):
         w0 = pre[start : start + chunk].to(live.device, non_blocking=True).float()  # converted where live is
         delta = live[start : start + chunk].float() - w0
@@ -69,8 +75,64 @@ def add(sums: Sequence[Sums]) -> Sums:
     return Sums(*(sum(column) for column in zip(*sums, strict=True)))
 
 
+def rows_drift(post: Tensor, pre: Tensor) -> Sums:
+    """The sums of drift over two tensors of one shape, `pre` before SFT."""
+    flat, before = post.reshape(-1), pre.reshape(-1)
+    moved, cross = difference_sums(flat, before).tolist()
+    return Sums(moved, cross, square_sum(before))
+
+
+def block_drift(param: ParamMap, pre: Tensor, post: Tensor) -> list[tuple[Block, Sums]]:
+    """Sums for every block (rows of one role and head) of one parameter's compact tensors."""
+    out = []
+    for block, lo, hi in param.compact_blocks():
+        rows, before = post.narrow(param.dim, lo, hi - lo), pre.narrow(param.dim, lo, hi - lo)
+        out.append((block, rows_drift(rows, before)))
+    return out
+
+
+def projection_drift(
+    params: Sequence[ParamMap], pre: Mapping[str, Tensor], post: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """{q,k}_rel and {q,k}_1mcos of one layer's W_Q and W_K, from compact tensors by parameter name.
+
+    As in the metrics of training: all weights of a role count as one vector, biases and norms are left out, rows that
+    feed both queries and keys count for both.
+    """
+    blocks: list[tuple[Block, Sums]] = []
+    for param in params:
+        if param.kind == "weight":
+            blocks += block_drift(param, pre[param.name], post[param.name])
+    out: dict[str, float] = {}
+    for role in "qk":
+        out |= _role_drift(role, [sums for block, sums in blocks if role in block.role])
+    return out
+
+
+def _role_drift(role: str, sums: Sequence[Sums]) -> dict[str, float]:
+    """The drift of queries or keys as one vector, by metric name; empty where there are none."""
+    if not sums:
+        return {}
+    total = add(sums)
+    return {f"{role}_rel": total.rel, f"{role}_1mcos": total.one_minus_cos}
+
+
+def head_weights(
+    spec: AttentionSpec, maps: Sequence[ParamMap], compact: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor] | None:
+    """Query (heads, d_k, d) and key (kv_heads, d_k, d) weights in float64 from compact tensors by parameter name.
+
+    None where the routing matrix is not defined: it is where one weight makes the queries and one the keys, both from
+    the same input and head by head. MLA's factored projections are not of this form.
+    """
+    heads = find_heads(spec, maps)
+    if isinstance(heads, str):
+        return None
+    return heads.q.read(compact, with_bias=False), heads.k.read(compact, with_bias=False)
+
+
 def routing_drift(q: Tensor, q0: Tensor, k: Tensor, k0: Tensor) -> Tensor:
-    """|R - R0|_F / |R0|_F per query head, where R = W_Q^T W_K is the routing matrix.
+    """|R - R0|_F / |R0|_F per query head, where R = W_Q^T W_K is the routing matrix (arXiv 2606.11052).
 
     Args:
         q, q0: query weights now and before SFT, (heads, d_k, d).
@@ -80,31 +142,25 @@ def routing_drift(q: Tensor, q0: Tensor, k: Tensor, k0: Tensor) -> Tensor:
         float64, (heads,). R itself (d x d) is never formed: with dQ = Q - Q0 and dK = K - K0,
         |R - R0|^2 = tr(dQ dQ^T K K^T) + tr(Q0 Q0^T dK dK^T) + 2 tr(dQ Q0^T dK K^T).
     """
-    q, q0, k, k0 = (t.double() for t in (q, q0, k, k0))
+    q, q0, k, k0 = (weight.double() for weight in (q, q0, k, k0))
     group = q.shape[0] // k.shape[0]
     dq, dk = q - q0, k - k0
 
-    def gram(a: Tensor, b: Tensor) -> Tensor:
-        return a @ b.mT
+    def trace(queries: tuple[Tensor, Tensor], keys: tuple[Tensor, Tensor]) -> Tensor:
+        """tr(A B^T C D^T) per query head, of queries A, B and keys C, D."""
+        gram_q, gram_k = queries[0] @ queries[1].mT, keys[0] @ keys[1].mT
+        return (gram_q * gram_k.repeat_interleave(group, 0).mT).sum((-1, -2))
 
-    def traced(a: Tensor, b: Tensor) -> Tensor:  # tr(A B) per head
-        return (a * b.mT).sum((-1, -2))
-
-    def keys(a: Tensor) -> Tensor:
-        return a.repeat_interleave(group, 0)
-
-    moved = (
-        traced(gram(dq, dq), keys(gram(k, k)))
-        + traced(gram(q0, q0), keys(gram(dk, dk)))
-        + 2 * traced(gram(dq, q0), keys(gram(dk, k)))
-    )
-    return (moved.clamp_min(0) / traced(gram(q0, q0), keys(gram(k0, k0)))).sqrt()
+    moved = trace((dq, dq), (k, k)) + trace((q0, q0), (dk, dk)) + 2 * trace((dq, q0), (dk, k))
+    # Rounding can leave a head that did not move a little below zero.
+    return (moved.clamp_min(0) / trace((q0, q0), (k0, k0))).sqrt()
 
 
 def top_singular_value(delta: Tensor, iterations: int = 12) -> float:
     """Largest singular value of a matrix (n, d) by block power iteration in float64, from a fixed start.
 
-    A block of 8 vectors also finds it where the next ones lie close, as they do for a drift that is mostly noise.
+    A block of 8 vectors also finds it where the next ones lie close, as they do for a drift that is mostly noise
+    (`tests/test_drift.py`: to 0.5% there, to 1e-6 where one value stands out).
     """
     delta = delta.double()
     if not delta.isfinite().all():  # reported as such; the factorisations below would raise
@@ -117,33 +173,36 @@ def top_singular_value(delta: Tensor, iterations: int = 12) -> float:
     return float(torch.linalg.matrix_norm(delta @ block, 2))
 
 
-def head_weights(
-    spec: AttentionSpec, maps: Sequence[ParamMap], compact: dict[str, Tensor]
-) -> tuple[Tensor, Tensor] | None:
-    """Query (heads, d_k, d) and key (kv_heads, d_k, d) weights from compact tensors, or None where R is not defined.
+class LayerRouting(NamedTuple):
+    """Routing drift per query head (empty where R is not defined), and the top singular values of W - W0.
 
-    It is defined where one weight makes the queries and one the keys, both from the same input and head by head;
-    MLA's factored projections are not of this form.
+    A singular value is None where no weight, or more than one, makes that projection.
     """
-    whole = [p for p in spec.params if p.kind == "weight"]
-    sources = {role: {p.name for p in whole if any(role in b.role for b in p.blocks)} for role in "qk"}
-    if any(len(names) != 1 for names in sources.values()) or any(b.shared for p in whole for b in p.blocks):
+
+    per_head: list[float]
+    q_top_sv: float | None
+    k_top_sv: float | None
+
+
+def layer_routing(
+    spec: AttentionSpec, maps: Sequence[ParamMap], pre: Mapping[str, Tensor], live: Mapping[str, Tensor]
+) -> LayerRouting:
+    """What one layer's compact weights, before SFT and now, say of its routing."""
+    now, before = head_weights(spec, maps, live), head_weights(spec, maps, pre)
+    routing = routing_drift(now[0], before[0], now[1], before[1]).tolist() if now and before else []
+    return LayerRouting(routing, _top_sv(maps, pre, live, "q"), _top_sv(maps, pre, live, "k"))
+
+
+def _top_sv(
+    maps: Sequence[ParamMap], pre: Mapping[str, Tensor], live: Mapping[str, Tensor], role: str
+) -> float | None:
+    owners = [p for p in maps if p.kind == "weight" and any(role in block.role for block in p.blocks)]
+    if len(owners) != 1:
         return None
-    stacked: dict[str, Tensor] = {}
-    for role, count in (("q", spec.num_heads), ("k", spec.num_kv_heads)):
-        heads: list[list[Tensor]] = [[] for _ in range(count)]
-        for pmap in maps:
-            if pmap.kind == "weight" and pmap.name in sources[role]:
-                for block, lo, hi in pmap.compact_blocks():
-                    if block.role == role and block.head is not None:
-                        rows = compact[pmap.name].narrow(pmap.dim, lo, hi - lo)
-                        heads[block.head].append(rows if pmap.dim == 0 else rows.mT)
-        joined = [torch.cat(rows) for rows in heads if rows]
-        if len(joined) != count or len({t.shape for t in joined}) != 1:
-            return None
-        stacked[role] = torch.stack(joined)
-    q, k = stacked["q"], stacked["k"]
-    return (q, k) if q.shape[1:] == k.shape[1:] and len(q) % len(k) == 0 else None
+    param = owners[0]
+    rows = torch.cat([torch.arange(lo, hi) for block, lo, hi in param.compact_blocks() if role in block.role])
+    delta = live[param.name].double() - pre[param.name].double().to(live[param.name].device)
+    return top_singular_value(delta.index_select(param.dim, rows.to(delta.device)))
 
 
 def layer_label(index: int, selection: Selection) -> str:
@@ -153,30 +212,28 @@ def layer_label(index: int, selection: Selection) -> str:
     return f"layer_{layer}" if len(twins) == 1 else f"layer_{layer}_{twins.index(index)}"
 
 
-def layer_metrics(selection: Selection, sums: dict[tuple[str, str], Sums]) -> dict[str, float]:
+def layer_metrics(selection: Selection, sums: Mapping[tuple[str, str], Sums]) -> dict[str, float]:
     """Drift metrics by key from the sums of every (parameter, role): per layer, then mean and max over layers.
 
     `q_rel` and `k_rel` are of the projection weights W_Q and W_K (all weights that feed only queries, or only keys, of
     a layer, as one vector); biases have their own numbers in `drift_report`.
     """
-    out: dict[str, float] = {}
-    means: dict[str, list[float]] = {"q_rel": [], "k_rel": []}
+    per_layer: dict[str, float] = {}
     for i, (_, maps) in enumerate(selection):
-        label = layer_label(i, selection)
+        weights = [param.name for param in maps if param.kind == "weight"]
         for role in "qk":
-            mine = [s for p in maps if p.kind == "weight" for (n, r), s in sums.items() if n == p.name and role in r]
-            if mine:
-                total = add(mine)
-                out[f"{label}/{role}_rel"] = total.rel
-                out[f"{label}/{role}_1mcos"] = total.one_minus_cos
-                means[f"{role}_rel"].append(total.rel)
-    return _summarised(out, means)
+            own = []
+            for weight in weights:
+                own += [found for (name, roles), found in sums.items() if name == weight and role in roles]
+            drift = _role_drift(role, own)
+            per_layer |= {f"{layer_label(i, selection)}/{name}": value for name, value in drift.items()}
+    return _summarised(per_layer, ("q_rel", "k_rel"))
 
 
 def routing_metrics(
-    selection: Selection, layers: Mapping[str, tuple[list[float], float | None, float | None]]
+    selection: Selection, layers: Mapping[str, LayerRouting]
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """Metrics by key, and per-head routing drift by layer label, from what `layer_routing` gave for every label."""
+    """Metrics by key, and per-head routing drift by layer label, from `layer_routing` by layer label."""
     per_layer: dict[str, float] = {}
     heads: dict[str, list[float]] = {}
     for label in (layer_label(i, selection) for i in range(len(selection))):
@@ -184,76 +241,24 @@ def routing_metrics(
         if routing:
             heads[label] = routing
             per_layer[f"{label}/routing_rel"] = sum(routing) / len(routing)
-        per_layer |= {f"{label}/{n}": v for n, v in (("q_top_sv", q_top), ("k_top_sv", k_top)) if v is not None}
-    means = {"routing_rel": [v for k, v in per_layer.items() if k.endswith("/routing_rel")]}
-    return _summarised(per_layer, means), heads
+        if q_top is not None:
+            per_layer[f"{label}/q_top_sv"] = q_top
+        if k_top is not None:
+            per_layer[f"{label}/k_top_sv"] = k_top
+    return _summarised(per_layer, ("routing_rel",)), heads
+
+
+def _summarised(per_layer: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
+    """Mean and largest over the layers of the metrics called `names`, then the layers, under their public keys."""
+    out: dict[str, float] = {}
+    for name in names:
+        values = [value for key, value in per_layer.items() if key.endswith(f"/{name}")]
+        if values:
+            out[name] = sum(values) / len(values)
+            out[f"{name}/max"] = largest(values)
+    return {f"qkguard/drift/{name}": value for name, value in {**out, **per_layer}.items()}
 
 
 def largest(values: Sequence[float]) -> float:
     """The maximum; nan where a value is not finite, which `max` would show or hide by their order."""
     return max(values) if all(map(isfinite, values)) else float("nan")
-
-
-def _summarised(per_layer: dict[str, float], means: dict[str, list[float]]) -> dict[str, float]:
-    """Mean and largest of each kind over the layers, then the layers, under the names of the metrics."""
-    out = {}
-    for name, values in means.items():
-        if values:
-            out[name] = sum(values) / len(values)
-            out[f"{name}/max"] = largest(values)
-    return {f"qkguard/drift/{name}": value for name, value in (out | per_layer).items()}
-
-
-def layer_routing(
-    spec: AttentionSpec, maps: Sequence[ParamMap], pre: dict[str, Tensor], live: dict[str, Tensor]
-) -> tuple[list[float], float | None, float | None]:
-    """(routing drift per head, top singular value of W_Q - W_Q0, of W_K - W_K0) of one layer from compact tensors.
-
-    The routing list is empty where R is not defined (`head_weights`); a singular value is None where no weight, or
-    more than one, makes that part.
-    """
-    now, before = head_weights(spec, maps, live), head_weights(spec, maps, pre)
-    routing = routing_drift(now[0], before[0], now[1], before[1]).tolist() if now and before else []
-    tops: list[float | None] = []
-    for role in "qk":
-        owners = [p for p in maps if p.kind == "weight" and any(role in b.role for b in p.blocks)]
-        if len(owners) != 1:
-            tops.append(None)
-            continue
-        pmap = owners[0]
-        rows = torch.cat([torch.arange(lo, hi) for b, lo, hi in pmap.compact_blocks() if role in b.role])
-        delta = live[pmap.name].double() - pre[pmap.name].double().to(live[pmap.name].device)
-        tops.append(top_singular_value(delta.index_select(pmap.dim, rows.to(delta.device))))
-    return routing, tops[0], tops[1]
-
-
-def rows_drift(post: Tensor, pre: Tensor) -> Sums:
-    """The sums of drift over two tensors of one shape."""
-    flat, before = post.reshape(-1), pre.reshape(-1)
-    moved, cross = difference_sums(flat, before).tolist()
-    return Sums(moved, cross, square_sum(before))
-
-
-def block_drift(param: ParamMap, pre: Tensor, post: Tensor) -> list[tuple[Block, Sums]]:
-    """Sums for every block (rows of one role and head) of one parameter's compact tensors."""
-    return [
-        (block, rows_drift(post.narrow(param.dim, lo, hi - lo), pre.narrow(param.dim, lo, hi - lo)))
-        for block, lo, hi in param.compact_blocks()
-    ]
-
-
-def projection_drift(
-    params: Sequence[ParamMap], pre: Mapping[str, Tensor], post: Mapping[str, Tensor]
-) -> dict[str, float]:
-    """{q,k}_rel and {q,k}_1mcos of one layer's W_Q and W_K, from compact tensors before and after SFT.
-
-    As in the metrics of training: all weights of a role count as one vector, biases and norms are left out, rows that
-    feed both queries and keys count for both.
-    """
-    blocks = [pair for p in params if p.kind == "weight" for pair in block_drift(p, pre[p.name], post[p.name])]
-    out: dict[str, float] = {}
-    for role in "qk":
-        if mine := [sums for block, sums in blocks if role in block.role]:
-            total = add(mine)
-            out |= {f"{role}_rel": total.rel, f"{role}_1mcos": total.one_minus_cos}
-    return out

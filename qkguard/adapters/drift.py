@@ -15,7 +15,15 @@ from torch import Tensor, nn
 
 from qkguard.adapters.live import AdaptedWeight, Factors, replicate
 from qkguard.distributed import collectives, ranks, sharding
-from qkguard.drift import Sums, head_weights, layer_label, layer_metrics, routing_metrics, top_singular_value
+from qkguard.drift import (
+    LayerRouting,
+    Sums,
+    head_weights,
+    layer_label,
+    layer_metrics,
+    routing_metrics,
+    top_singular_value,
+)
 from qkguard.layout.selection import Selection
 from qkguard.layout.spec import ParamMap
 
@@ -130,7 +138,7 @@ class AdapterDriftMonitor:
         """
         me, size = ranks.rank(), ranks.world_size()
         params, state = self._params(model), self._state(model)
-        mine: dict[str, tuple[list[float], float | None, float | None]] = {}
+        mine: dict[str, LayerRouting] = {}
         first = not self._gathered
         for i, (spec, maps) in enumerate(self.selection):
             label = layer_label(i, self.selection)
@@ -147,7 +155,7 @@ class AdapterDriftMonitor:
                 self._grams[label] = (pair[0] @ pair[0].mT, pair[1] @ pair[1].mT)
             routing = self._routing(i, state) if label in self._grams else []
             tops = [self._top(role, maps, state, base) for role in "qk"]
-            mine[label] = (routing, tops[0], tops[1])
+            mine[label] = LayerRouting(routing, *tops)
         self._gathered = True
         parts = ranks.agree("measuring routing drift", lambda: mine)
         return routing_metrics(self.selection, {k: v for part in parts for k, v in part.items()})

@@ -77,7 +77,7 @@ def _layer_report(
     drift = projection_drift(params, pre, post)
     out: dict[str, Any] = {"layer": spec.layer, "module": spec.module, "kind": spec.kind, "drift": drift}
     if routing:
-        per_head, q_top, k_top = layer_routing(spec, params, dict(pre), dict(post))
+        per_head, q_top, k_top = layer_routing(spec, params, pre, post)
         if per_head:
             drift["routing_rel"] = sum(per_head) / len(per_head)
             out["routing_per_head"] = per_head

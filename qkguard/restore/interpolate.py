@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from qkguard.layout.heads import find_heads
 from qkguard.layout.spec import AttentionSpec, ParamMap
-from qkguard.restore.heads import find_heads
 from qkguard.restore.plain import Restored, restore
 from qkguard.restore.procrustes import allowed_rotations, rotate_towards
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qkguard.layout.heads import LayerHeads, find_heads, short_name
 from qkguard.layout.spec import AttentionSpec, ParamMap
-from qkguard.restore.heads import LayerHeads, find_heads, short_name
 from qkguard.restore.plain import Restored, restore
 
 

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from qkguard.layout.heads import find_heads
 from qkguard.layout.spec import AttentionSpec, ParamMap
-from qkguard.restore.heads import find_heads
 from qkguard.restore.plain import Restored, restore
 
 

@@ -9,7 +9,16 @@ from torch import Tensor, nn
 
 from qkguard.distributed import collectives, ranks
 from qkguard.distributed.reference import Reference
-from qkguard.drift import Sums, difference_sums, layer_label, layer_metrics, layer_routing, routing_metrics, square_sum
+from qkguard.drift import (
+    LayerRouting,
+    Sums,
+    difference_sums,
+    layer_label,
+    layer_metrics,
+    layer_routing,
+    routing_metrics,
+    square_sum,
+)
 from qkguard.layout.selection import Selection
 
 
@@ -61,7 +70,7 @@ class DriftMonitor:
         ALL ranks must take part. Returns scalar metrics by key, and per-head routing drift by layer label.
         """
         me, size = ranks.rank(), ranks.world_size()
-        mine: dict[str, tuple[list[float], float | None, float | None]] = {}
+        mine: dict[str, LayerRouting] = {}
         for i, (spec, maps) in enumerate(self.selection):
             pairs = {p.name: self.reference.gather(model, p.name, dst=i % size) for p in maps if p.kind == "weight"}
             if i % size == me:

@@ -1,7 +1,7 @@
 """A layer's queries and keys head by head: from compact tensors to batches of matrices, and back.
 
-The methods beyond copying are formulas on one head's W_Q and W_K. Where the rows of a head lie (side by side, gated,
-fused with the keys and values, transposed) is settled here, once.
+Restore methods and routing drift are formulas on one head's W_Q and W_K. Where the rows of a head lie (side by side,
+gated, fused with the keys and values, transposed) is settled here, once.
 """
 
 from __future__ import annotations
