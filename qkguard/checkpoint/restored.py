@@ -23,7 +23,8 @@ from qkguard.errors import QKGuardError
 from qkguard.layout.rows import RowSelection
 from qkguard.layout.selection import Selection, unselected_norms
 from qkguard.layout.spec import ParamMap
-from qkguard.restore import Method, check_device, check_options, check_per_layer, get_method, restore_layer
+from qkguard.restore.apply import check_device, restore_layer
+from qkguard.restore.registry import Method, check_options, check_per_layer, get_method
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from qkguard.distributed import collectives, ranks, sharding
 from qkguard.distributed.reference import Reference
 from qkguard.layout.selection import unselected_norms
-from qkguard.restore import check_options, check_per_layer, get_method, restore_layer
+from qkguard.restore.apply import restore_layer
+from qkguard.restore.registry import check_options, check_per_layer, get_method
 
 
 @contextmanager

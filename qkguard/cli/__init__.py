@@ -1,4 +1,7 @@
-"""The command line: `qkguard ...`. One small module per command, each a thin layer over a documented function."""
+"""The command line, `qkguard ...`: one thin module per command.
+
+May import every other room. Public: `main`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`qkguard demo`: the whole guard on a small hybrid that ships with the package, in minutes on a CPU."""
+"""`qkguard demo`: the whole guard on a small hybrid that ships with the package.
+
+May import `training` and the rooms below it. Public: `run.run_demo`, `run.DemoSettings`, `show.reading`.
+"""
 
 from qkguard.demo.run import MODEL, DemoReport, DemoSettings, run_demo
 

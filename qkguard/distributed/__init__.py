@@ -1,1 +1,5 @@
-"""TODO."""
+"""Ranks that agree, tensors in shards: nothing else knows ZeRO, FSDP2 or DTensor.
+
+May import `layout` and the rooms below it. Public: `ranks.agree`, `sharding.read`, `sharding.write`,
+`collectives.all_reduce_sum`, `reference.Reference`.
+"""

@@ -1,7 +1,7 @@
-"""Which rows of which tensors are queries and keys, layer by layer, found by what a model does.
+"""Which rows of which tensors are queries and keys, found by what a model does.
 
-May import nothing but `errors`. Public: `find_attention`, `prove_layout`, `disk_names`, `select` and what they speak
-of, `AttentionSpec`, `ParamMap`, `Block` and `RowSelection`.
+May import `errors` alone. Public: `discover.find_attention`, `proof.prove_layout`, `names.disk_names`,
+`selection.select`, and what they speak of: `spec.AttentionSpec`, `spec.ParamMap`, `spec.Block`, `rows.RowSelection`.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from qkguard.errors import QKGuardError, RearrangedError, current_names
 from qkguard.layout.rows import RowOptions, RowSelection
 from qkguard.layout.selection import select
 from qkguard.offline.pair import Folders, Pair, find_pair, folder_attention, open_folders
-from qkguard.restore import check_options, get_method
+from qkguard.restore.registry import check_options, get_method
 
 
 def restore_checkpoint(

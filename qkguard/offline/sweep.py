@@ -37,7 +37,7 @@ from qkguard.offline.task_rows import find_rows, read_rows
 from qkguard.probe.prober import Prober
 from qkguard.probe.results import ProbeResult
 from qkguard.probe.settings import DEFAULT_TASKS, ProbeSettings, check_lengths, default_lengths
-from qkguard.restore import check_device
+from qkguard.restore.apply import check_device
 
 TASK_TOKENS = 4096  # in one forward pass that scores task rows: their logits take the memory
 FLOATS = ("float32", "bfloat16", "float16")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -154,7 +155,7 @@ def _spread(intervals: Sequence[tuple[float, float, float]]) -> list[list[float]
 
 
 def _layers(axis: Any, layers: Sequence[dict[str, Any]], metric: str | None) -> None:
-    rows = sorted(layers, key=lambda row: row["layer"], reverse=True)
+    rows = sorted(layers, key=itemgetter("layer"), reverse=True)
     places = range(len(rows))
     spread = _spread([(r["gain"], r["gain_low"], r["gain_high"]) for r in rows])
     gains = [r["gain"] for r in rows]

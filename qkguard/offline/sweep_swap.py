@@ -22,7 +22,8 @@ from qkguard.layout.rows import RowSelection
 from qkguard.layout.selection import select, unselected_norms
 from qkguard.layout.spec import ParamMap
 from qkguard.offline.pair import Folders, tensor_names
-from qkguard.restore import get_method, restore_layer
+from qkguard.restore.apply import restore_layer
+from qkguard.restore.registry import get_method
 
 
 @dataclass

@@ -1,7 +1,8 @@
 """Recall probes: needle-in-a-haystack tasks, scored by one forward pass per sample.
 
-Pure: no configuration, no pages, no files of runs. May import `distributed`, `layout` and `errors`. A needle goes from
-`tasks` (text) to `samples` (tokens), `scoring` (forward passes) and `results`; `Prober` leads it through.
+Pure: no configuration, no pages, no files of runs. May import `distributed` and the rooms below it. Public:
+`prober.probe`, `prober.Prober`, `settings.ProbeSettings`, `results.ProbeResult`. A needle goes from `tasks` (text) to
+`samples` (tokens), `scoring` (forward passes) and `results`; `Prober` leads it through.
 """
 
 from importlib import import_module

@@ -1,4 +1,5 @@
-"""A run read back from its files and shown: sentences, pictures, pages.
+"""A run's files read back and shown: sentences, pictures and pages.
 
-May import `adapters` and what is below it. Public: `build.write_report`, `run.load_run`.
+May import `adapters` and the rooms below it. Public: `run.load_run`, `sentences.describe`, `run_page.write_report`,
+`run_page.write_comparison`, `page.render`.
 """

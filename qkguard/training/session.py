@@ -30,7 +30,7 @@ from qkguard.layout import disk_names, find_attention, select
 from qkguard.layout.selection import show_layers, unselected_norms
 from qkguard.offline.task_rows import keep_rows
 from qkguard.report.run import METRICS, RUN_FOLDER
-from qkguard.restore import check_per_layer, get_method
+from qkguard.restore.registry import check_per_layer, get_method
 from qkguard.training.attempt import attempt
 from qkguard.training.config import QKGuardConfig, pace
 from qkguard.training.drift_monitor import DriftMonitor, Tracker

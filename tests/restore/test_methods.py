@@ -18,9 +18,12 @@ from qkguard.layout import find_attention
 from qkguard.layout.rows import RowSelection
 from qkguard.layout.selection import select
 from qkguard.layout.spec import AttentionSpec, Block, ParamMap
-from qkguard.restore import METHODS, check_options, interpolate, procrustes, qk_pro, restore, restore_layer
-from qkguard.restore.procrustes import allowed_rotations, closest_rotation
-from qkguard.restore.qk_pro import correct_queries
+from qkguard.restore.apply import restore_layer
+from qkguard.restore.interpolate import interpolate
+from qkguard.restore.plain import restore
+from qkguard.restore.procrustes import allowed_rotations, closest_rotation, procrustes
+from qkguard.restore.qk_pro import correct_queries, qk_pro
+from qkguard.restore.registry import METHODS, check_options
 from tests.support.models import SMALL, noised, tiny_config, tiny_model
 
 Compact = dict[str, Tensor]
