@@ -57,23 +57,16 @@ def encode_rows(tokenizer: Any, rows: Iterable[Mapping[str, Any]], max_length: i
     found = [_encode(tokenizer, row, number) for number, row in enumerate(rows, 1)]
     kept = [row for row in found if len(row.ids) <= max_length]
     if not kept:
-        raise QKGuardError(f"every row is longer than {max_length} tokens; raise --max-length")
+        raise QKGuardError(f"Every row is longer than {max_length} tokens. Raise --max-length.")
     answered = {row.answer is not None for row in kept}
     if len(answered) == 2:
-        raise QKGuardError('some rows have an "answer" and some have none; give all of them one, or none')
+        raise QKGuardError('Some rows have an "answer" and some have none. Give all of them one, or none.')
     return kept, len(found) - len(kept)
 
 
 def _encode(tokenizer: Any, row: Mapping[str, Any], number: int) -> TaskRow:
     if "input_ids" in row and "labels" in row:
-        begin = next((i for i, label in enumerate(row["labels"]) if label != -100 and i), None)
-        if begin is None:
-            raise QKGuardError(f"row {number} has nothing to score: all of its labels are -100")
-        if -100 in row["labels"][begin:]:
-            raise QKGuardError(
-                f"row {number} is scored in several places; expected labels of -100 before one end alone"
-            )
-        return TaskRow(tuple(row["input_ids"]), begin, None)
+        return _encoded(row, number)
     before, after, answer = _texts(tokenizer, row, number)
     prompt, special = [], True
     if before is not None:
@@ -88,15 +81,26 @@ def _encode(tokenizer: Any, row: Mapping[str, Any], number: int) -> TaskRow:
         start += 1
     start = max(1, start)  # the first token has nothing before it that could predict it
     if start >= len(full):
-        raise QKGuardError(f"row {number} has nothing to score after its prompt; expected {ROW_FORMATS}")
+        raise QKGuardError(f"Row {number} has nothing to score after its prompt; expected {ROW_FORMATS}.")
     span = None
     if answer is not None:
         at = len(before or "") + after.rfind(answer)
         inside = [i for i, (lo, hi) in enumerate(offsets) if lo < at + len(answer) and hi > at and i >= start]
         if not answer.strip() or after.rfind(answer) < 0 or not inside:
-            raise QKGuardError(f"row {number}: its answer {answer!r} is not in its completion")
+            raise QKGuardError(f"Row {number}: its answer {answer!r} is not in its completion.")
         span = (inside[0], inside[-1] + 1)
     return TaskRow(tuple(full), start, span)
+
+
+def _encoded(row: Mapping[str, Any], number: int) -> TaskRow:
+    """A row that is tokenised already."""
+    ids, labels = row["input_ids"], row["labels"]
+    begin = next((i for i, label in enumerate(labels) if label != -100 and i), None)
+    if begin is None:
+        raise QKGuardError(f"Row {number} has nothing to score: all of its labels are -100.")
+    if -100 in labels[begin:]:
+        raise QKGuardError(f"Row {number} is scored in several places; expected labels of -100 at its start alone.")
+    return TaskRow(tuple(ids), begin, None)
 
 
 def _texts(tokenizer: Any, row: Mapping[str, Any], number: int) -> tuple[str | None, str, str | None]:
@@ -120,11 +124,11 @@ def _texts(tokenizer: Any, row: Mapping[str, Any], number: int) -> tuple[str | N
             begun = tokenizer.apply_chat_template(messages[:turns], tokenize=False)
         if whole.startswith(begun):
             return begun, whole[len(begun) :], answer
-        raise QKGuardError(f"row {number}: the chat template writes the prompt differently with its completion")
+        raise QKGuardError(f"Row {number}: the chat template writes the prompt differently with its completion.")
     if isinstance(row.get("text"), str):
         text = row["text"]
         return None, text if text.endswith(end) else text + end, answer
-    raise QKGuardError(f"row {number} has the keys {', '.join(row) or 'none'}; expected {ROW_FORMATS}")
+    raise QKGuardError(f"Row {number} has the keys {', '.join(row) or 'none'}; expected {ROW_FORMATS}.")
 
 
 def _ids(tokenizer: Any, text: str, special: bool) -> list[int]:

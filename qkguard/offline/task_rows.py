@@ -12,7 +12,7 @@ from qkguard.errors import QKGuardError
 from qkguard.report.run import METRICS, RUN_FOLDER
 
 HELDOUT = "heldout.jsonl"
-ROWS = 128
+ROWS = 128  # kept of an evaluation set, at most
 
 
 def read_rows(data: Any, limit: int | None = None) -> list[Mapping[str, Any]]:
@@ -26,15 +26,16 @@ def read_rows(data: Any, limit: int | None = None) -> list[Mapping[str, Any]]:
     else:
         path = Path(data)
         if not path.is_file():
-            raise QKGuardError(f"no such file: {path}; expected JSON lines, {ROW_FORMATS}")
+            raise QKGuardError(f"{path}: no such file; expected JSON lines, {ROW_FORMATS}.")
         try:
             text = path.read_text(encoding="utf-8")
             whole = text.lstrip().startswith("[")
             rows = json.loads(text) if whole else [json.loads(line) for line in text.splitlines() if line.strip()]
         except ValueError as error:
-            raise QKGuardError(f"{path} is not JSON lines ({error}); expected {ROW_FORMATS}") from None
+            raise QKGuardError(f"{path} is not JSON lines ({error}); expected {ROW_FORMATS}.") from None
     if not rows or not all(isinstance(row, Mapping) for row in rows):
-        raise QKGuardError(f"{data if isinstance(data, str | Path) else 'data'} holds no rows; expected {ROW_FORMATS}")
+        name = data if isinstance(data, str | Path) else "data"
+        raise QKGuardError(f"{name} holds no rows; expected {ROW_FORMATS}.")
     return rows[:limit]
 
 

@@ -113,13 +113,13 @@ def read_prompts(path: Path) -> list[Prompt]:
             for row in rows
         ]
     except OSError as error:
-        raise QKGuardError(f"{path}: {error.strerror}; give a JSON-lines file of prompts") from error
+        raise QKGuardError(f"{path}: {error.strerror}; give a JSON-lines file of prompts.") from error
     except (ValueError, KeyError, TypeError) as error:
         raise QKGuardError(
-            f"{path}: expected JSON lines with input and outputs, as RULER writes them; found {error}"
+            f"{path}: expected JSON lines with input and outputs, as RULER writes them; found {error}."
         ) from error
     if not prompts or not all(p.answers for p in prompts):
-        raise QKGuardError(f"{path}: no prompts, or prompts without outputs")
+        raise QKGuardError(f"{path}: no prompts, or prompts without outputs.")
     return prompts
 
 

@@ -20,7 +20,7 @@ from qkguard.errors import QKGuardError
 from qkguard.probe.passes import random_states
 
 MAX_CHARACTERS = 8_000_000
-"""How much of a source is read: some two million tokens, enough for the longest haystack without repeating much."""
+"""How much of a source is read: some two million tokens (four characters each), more than the longest haystack."""
 
 _LONGEST_SENTENCE = 60  # words; text without full stops (lists, code, formulas) is cut here, so that depths stay fine
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
@@ -80,7 +80,7 @@ def load_prose(
     with random_states():
         sentences = tuple(_sentences(texts, without))
     if not sentences:
-        raise QKGuardError(f"haystack {origin or found}: no text found; give a text file, or rows with text in them")
+        raise QKGuardError(f"haystack {origin or found}: no text found. Give a text file, or rows with text in them.")
     return Prose(sentences, origin or found)
 
 
@@ -94,11 +94,11 @@ def _looks_like_path(source: str) -> bool:
 
 def _read(path: Path) -> Iterable[str]:
     if not path.is_file():
-        raise QKGuardError(f"haystack {path}: no such file; give a .txt, .md, .json or .jsonl file")
+        raise QKGuardError(f"haystack {path}: no such file. Give a .txt, .md, .json or .jsonl file.")
     kind = path.suffix.lower()
     if kind not in (".txt", ".md", ".json", ".jsonl"):
         raise QKGuardError(
-            f"haystack {path}: cannot read {kind or 'a file without suffix'}; expected .txt, .md, .json or .jsonl"
+            f"haystack {path}: cannot read {kind or 'a file without suffix'}; expected .txt, .md, .json or .jsonl."
         )
     try:
         with path.open(encoding="utf-8") as file:

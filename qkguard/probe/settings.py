@@ -69,8 +69,8 @@ def check_lengths(model: nn.Module, lengths: Sequence[int]) -> list[str]:
     hard, soft = hard_limit(model), soft_limit(model)
     if hard is not None and hard < max(lengths):
         raise QKGuardError(
-            f"the model has learned positions up to {hard + SLACK}, so contexts of {max(lengths)} tokens cannot be "
-            f"probed; give lengths up to {hard}"
+            f"The model has learned positions up to {hard + SLACK}, so contexts of {max(lengths)} tokens cannot be "
+            f"probed; give lengths up to {hard}."
         )
     if soft is not None and soft < max(lengths):
         return [f"lengths above {soft} tokens are beyond the model's max_position_embeddings"]
@@ -80,7 +80,7 @@ def check_lengths(model: nn.Module, lengths: Sequence[int]) -> list[str]:
 def hard_limit(model: nn.Module) -> int | None:
     """The longest context that learned position embeddings leave room for; None without any."""
     tables = [
-        module.num_embeddings - SLACK  # another form of the answer may take a few tokens more
+        module.num_embeddings - SLACK  # the answer in another format may take a few tokens more
         for name, module in model.named_modules()
         if isinstance(module, nn.Embedding)
         and name.rpartition(".")[2] in ("wpe", "embed_positions", "position_embeddings")

@@ -85,8 +85,8 @@ class Batches:
     def _templates(self, tokenizer) -> None:
         task = tasks.find_task("single_2")
         needle = tasks.NEEDLE.format(kind="numbers", key=KEY, value=VALUE)
-        puzzle = tasks.Puzzle(task, ((needle, 0.0),), 1, (KEY,), (VALUE,))
-        texts = puzzle.opening, needle, f"{puzzle.question} {puzzle.answer_prefix} {VALUE}."
+        sample = tasks.TextSample(task, ((needle, 0.0),), 1, (KEY,), (VALUE,))
+        texts = sample.opening, needle, f"{sample.question} {sample.answer_prefix} {VALUE}."
         self.opening, self.needle, self.question = (torch.tensor(t, device=self.device) for t in self._encode(texts))
         adjective, noun = tokenizer.convert_tokens_to_ids(KEY.split("-"))
         self.slots = {}

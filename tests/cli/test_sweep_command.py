@@ -149,7 +149,7 @@ def test_mistakes_are_one_line(tuned: Path, tmp_path: Path, run: Run) -> None:
     for args, message in (
         ((), "no data to measure task quality on: the tuned checkpoint lies in no guarded run"),
         (("--data", tmp_path / "none.jsonl"), "no such file"),
-        (("--data", tmp_path / "bad.jsonl"), "row 1 has the keys question; expected rows with"),
+        (("--data", tmp_path / "bad.jsonl"), "Row 1 has the keys question; expected rows with"),
         ((*rows, "--methods", "best"), "unknown restore method 'best'"),
         ((*rows, "--grid", "interpolate:alpha=3"), "from 0 (tuned) to 1"),
         ((*rows, "--controls", "x"), "Unknown control 'x': expected some of q, k, v, o, vo, or all"),

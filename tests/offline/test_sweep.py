@@ -267,8 +267,8 @@ def test_forms_of_rows(demo: tuple[Any, Any], tmp_path: Path) -> None:
     for bad, message in (
         ([{"question": "x"}], "has the keys question; expected rows with"),
         ([chain | {"answer": "nowhere"}], "is not in its completion"),
-        ([chain, chain | {"answer": chain["completion"][-1]}], "some rows have an"),
-        ([chain | {"completion": chain["completion"] * 20}], "every row is longer"),
+        ([chain, chain | {"answer": chain["completion"][-1]}], "Some rows have an"),
+        ([chain | {"completion": chain["completion"] * 20}], "Every row is longer"),
     ):
         with pytest.raises(QKGuardError, match=message):
             encode_rows(tokenizer, bad, 300)

@@ -73,25 +73,25 @@ def test_the_needle_lies_at_its_depth(depth: float) -> None:
 
 
 def test_depth_is_measured_in_sizes() -> None:
-    puzzle = draw(TASKS["single_1"], Random(0), 0.5)
-    text, ((start, stop),) = weave(["a", "b", "c"], puzzle, sizes=[10, 1, 1])
-    assert text[start:stop] == puzzle.needles[0][0]
+    sample = draw(TASKS["single_1"], Random(0), 0.5)
+    text, ((start, stop),) = weave(["a", "b", "c"], sample, sizes=[10, 1, 1])
+    assert text[start:stop] == sample.needles[0][0]
     assert text.split("\n")[1] == text[start:stop]  # 10 of 12 tokens lie in the first unit
 
 
 def test_needles_asked_together_are_spread_and_in_reading_order() -> None:
-    puzzle = draw(TASKS["multivalue"], Random(5), 0.1)
-    depths = sorted(d for _, d in puzzle.needles)
+    sample = draw(TASKS["multivalue"], Random(5), 0.1)
+    depths = sorted(d for _, d in sample.needles)
     assert depths == pytest.approx([0.1, 0.35, 0.6, 0.85])
-    text, spans = weave([NOISE] * 40, puzzle)
-    assert [text[a:b] for a, b in spans] == [s for s, _ in puzzle.needles]
-    assert sorted(puzzle.answers, key=text.index) == list(puzzle.answers)
+    text, spans = weave([NOISE] * 40, sample)
+    assert [text[a:b] for a, b in spans] == [s for s, _ in sample.needles]
+    assert sorted(sample.answers, key=text.index) == list(sample.answers)
 
 
 def test_the_haystack_never_repeats_an_asked_key() -> None:
-    puzzle = draw(TASKS["multikey_2"], Random(0), 0.5)
-    lines = list(islice(haystack_units(puzzle, Random(1)), 20_000))
-    assert not any(puzzle.keys[0] in line for line in lines)
+    sample = draw(TASKS["multikey_2"], Random(0), 0.5)
+    lines = list(islice(haystack_units(sample, Random(1)), 20_000))
+    assert not any(sample.keys[0] in line for line in lines)
     other = draw(TASKS["multikey_2"], Random(2), 0.5)
     assert any(other.keys[0] in line for line in lines)  # a twin that is not left out does occur
 
