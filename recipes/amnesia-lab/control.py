@@ -107,7 +107,7 @@ def fine_tune(base: Path, out: Path, seed: int, args) -> dict:
         args=config,
         train_dataset=Dataset.from_list([{"prompt": p.prompt, "completion": p.completion} for p in made]),
         processing_class=AutoTokenizer.from_pretrained(base),
-        callbacks=[QKGuardCallback(routing_drift_steps="0", probe_steps="0")],
+        callbacks=[QKGuardCallback(routing_drift_steps=0, probe_steps=0)],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()

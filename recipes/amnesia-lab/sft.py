@@ -96,7 +96,7 @@ def main() -> None:
         router_aux_loss_coef=0.0,  # one expert has nothing to balance
     )
     # Recall is measured afterwards, on more samples than a probe in between would take
-    guard = QKGuardCallback(routing_drift_steps="0", probe_steps="0", merge_at_end=args.way == "lora")
+    guard = QKGuardCallback(routing_drift_steps=0, probe_steps=0, merge_at_end=args.way == "lora")
     trainer = SFTTrainer(
         model=model,
         args=config,
