@@ -28,7 +28,7 @@ role kv.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -84,11 +84,17 @@ def parse_specs(text: str, where: str) -> list[AttentionSpec]:
         raise QKGuardError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
     _check_keys(data, where, ("version", "attention"), ())
     if data["version"] != VERSION:
-        raise QKGuardError(f"{where} has version {data['version']!r}, this qkguard reads {VERSION}")
+        raise QKGuardError(f"{where} has version {data['version']!r}; this qkguard reads version {VERSION}")
     if not isinstance(data["attention"], list) or not data["attention"]:
         raise QKGuardError(f"{where}: attention must be a list with one entry per kind of layer")
-    specs = [s for i, entry in enumerate(data["attention"]) for s in _specs(entry, f"{where}: attention[{i}]")]
-    return sorted(specs, key=lambda s: (s.layer is None, s.layer or 0))
+    specs: list[AttentionSpec] = []
+    for i, entry in enumerate(data["attention"]):
+        specs += _specs(entry, f"{where}: attention[{i}]")
+    return sorted(specs, key=_layer_order)
+
+
+def _layer_order(spec: AttentionSpec) -> tuple[bool, int]:
+    return spec.layer is None, spec.layer or 0
 
 
 def _template(spec: AttentionSpec) -> AttentionSpec:
@@ -99,22 +105,28 @@ def _template(spec: AttentionSpec) -> AttentionSpec:
     def general(name: str) -> str:
         return ".".join("{layer}" if part == str(spec.layer) else part for part in name.split("."))
 
-    params = tuple(replace(p, name=general(p.name)) for p in spec.params)
+    params = tuple(replace(param, name=general(param.name)) for param in spec.params)
     return replace(spec, layer=None, module=general(spec.module), params=params)
 
 
 def _entry(template: AttentionSpec, layers: Sequence[int | None]) -> dict[str, Any]:
     entry: dict[str, Any] = {} if layers[0] is None else {"layers": list(layers)}
     entry |= {key: getattr(template, key) for key in REQUIRED if key != "params"}
-    entry |= {f.name: v for f in fields(template) if f.name in OPTIONAL and (v := getattr(template, f.name))}
-    if "notes" in entry:
-        entry["notes"] = list(entry["notes"])
+    for key in OPTIONAL:
+        value = getattr(template, key)
+        if value:
+            entry[key] = list(value) if isinstance(value, tuple) else value
     entry["params"] = [
-        {"name": p.name, "kind": p.kind, "shape": list(p.shape), "dim": p.dim}
-        | {"blocks": [[b.start, b.stop, b.role, *([] if b.head is None else [b.head])] for b in p.blocks]}
-        for p in template.params
+        {"name": param.name, "kind": param.kind, "shape": list(param.shape), "dim": param.dim}
+        | {"blocks": [_block_values(block) for block in param.blocks]}
+        for param in template.params
     ]
     return entry
+
+
+def _block_values(block: Block) -> list[Any]:
+    values = [block.start, block.stop, block.role]
+    return values if block.head is None else [*values, block.head]
 
 
 def _specs(entry: Any, where: str) -> list[AttentionSpec]:
@@ -135,12 +147,8 @@ def _specs(entry: Any, where: str) -> list[AttentionSpec]:
     params = tuple(_param(param, f"{where}.params[{i}]") for i, param in enumerate(entry["params"]))
     options = {key: entry[key] for key in OPTIONAL if key in entry}
     options["notes"] = tuple(options.get("notes") or ())
-    template = AttentionSpec(
-        layer=None,
-        **{key: entry[key] for key in REQUIRED if key != "params"},
-        params=params,
-        **options,
-    )
+    values = {key: entry[key] for key in REQUIRED if key != "params"}
+    template = AttentionSpec(layer=None, **values, params=params, **options)
     return [_numbered(template, layer) for layer in layers]
 
 
@@ -187,7 +195,8 @@ def _check_keys(entry: Any, where: str, required: Sequence[str], optional: Seque
         if key not in (*required, *optional):
             near = get_close_matches(str(key), (*required, *optional), 1)
             raise QKGuardError(f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    if missing := [key for key in required if key not in entry]:
+    missing = [key for key in required if key not in entry]
+    if missing:
         raise QKGuardError(f"{where}: {', '.join(missing)} missing")
 
 

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qkguard.layout import cache as remembered
-from qkguard.layout import find_attention
+from qkguard.layout import cache, find_attention
 from qkguard.layout.cache import cached as ask
 from qkguard.layout.spec_file import dump_specs, parse_specs
 from qkguard.offline.pair import folder_attention
@@ -30,7 +29,7 @@ def test_asked_once(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ask("attention", {"a": 1}, find) == ask("attention", {"a": 1}, find) == [1]
     assert ask("attention", {"a": 2}, find) == [2], "other inputs are another question"
     assert ask("names", {"a": 1}, find) == [3]
-    monkeypatch.setattr(remembered, "_code", lambda: "another version")
+    monkeypatch.setattr(cache, "_code", lambda: "another version")
     assert ask("attention", {"a": 1}, find) == [4], "other code is another question"
     monkeypatch.undo()
     monkeypatch.setenv("QKGUARD_CACHE", "")

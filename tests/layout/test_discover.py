@@ -334,7 +334,7 @@ class TestWrappedModels:
             find_attention(model)
 
 
-class TestVerify:
+class TestProof:
     def test_right(self) -> None:
         verdicts = prove_layout(zoo.tiny_config("deepseek_v3"))
         assert [(v.ok, v.layers) for v in verdicts] == [(True, [0, 1, 2, 3])]

@@ -81,8 +81,8 @@ def test_type(model_type: str) -> None:
     model = zoo.tiny_model(model_type, "eager" if model_type in EAGER else zoo.ORACLE)
     specs = find_attention(model)
     assert "| {} | {} | {} |".format(model_type, *describe_specs(specs)) in DOCUMENT, "python docs/supported_models.py"
-    entangled = any(b.shared for s in specs for p in s.params for b in p.blocks if p.kind != "norm")
-    assert entangled == (model_type in PARTIAL)
+    shared_rows = any(b.shared for s in specs for p in s.params for b in p.blocks if p.kind != "norm")
+    assert shared_rows == (model_type in PARTIAL)
     assert len({p.name for s in specs for p in s.params}) == len({(p.name, p.blocks) for s in specs for p in s.params})
     (judge_eager if model_type in EAGER else judge)(model, specs)
     if model_type in FUSED:

@@ -451,11 +451,11 @@ def test_layers_without_heads_fall_back_as_documented() -> None:
     factored = layer()
     extra = ParamMap("q_a.weight", (8, 24), 0, "weight", (Block(0, 8, "q"),))
     factored = replace(factored, params=(extra, *factored.params))
-    entangled = replace(
+    shared = replace(
         layer(), params=(layer().params[0], ParamMap("kv.weight", (32, 24), 0, "weight", (Block(0, 32, "kv"),)))
     )
     borrowed = replace(layer(), params=layer().params[:1])
-    for spec, why in ((factored, "several weights"), (entangled, "make values too"), (borrowed, "no keys of its own")):
+    for spec, why in ((factored, "several weights"), (shared, "make values too"), (borrowed, "no keys of its own")):
         maps, pre, post = chosen(spec), drawn(spec, 0), drawn(spec, 1)
         for method in (qk_pro, procrustes):
             new = method(spec, maps, pre, post)
