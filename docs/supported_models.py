@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import transformers
 
 from qkguard import QKGuardError, find_attention
-from qkguard.layout import AttentionSpec
+from qkguard.layout import AttentionSpec, ParamMap
 from tests.support import zoo
 
 TARGET = Path(__file__).with_name("SUPPORTED_MODELS.md")
@@ -22,7 +22,7 @@ INTRO = """\
 # Supported models
 
 What `qkguard inspect` finds in every causal-LM type of transformers {version}, on a tiny config of each, by what the
-model does: nothing here is a list of names in the code, so a type that is new tomorrow is looked at in the same way.
+model does: none of it comes from a list of names, so a new type is treated in the same way.
 Written by `python docs/supported_models.py`; `tests/layout/test_zoo.py` checks each row map against an
 independent computation, `tests/offline/test_zoo.py` restores a checkpoint of each and compares bits, queries,
 keys and values.
@@ -65,16 +65,17 @@ def describe(model_type: str) -> tuple[str, str]:
 def describe_specs(specs: list[AttentionSpec]) -> tuple[str, str]:
     """(exact or partial; the place) of a layout."""
     text = "; ".join(dict.fromkeys(map(place, specs)))
-    mixed = sorted(
-        {_last(p.name) for s in specs for p in s.params if p.kind != "norm" and any(b.shared for b in p.blocks)}
-    )
-    return ("partial", f"{text}; rows of {', '.join(mixed)} feed keys and values") if mixed else ("exact", text)
+    params = [param for spec in specs for param in spec.params if param.kind != "norm"]
+    shared = {_last(param.name) for param in params if any(block.shared for block in param.blocks)}
+    if not shared:
+        return "exact", text
+    return "partial", f"{text}; rows of {', '.join(sorted(shared))} feed keys and values"
 
 
 def place(spec: AttentionSpec) -> str:
     """The weights that make one layer's queries and keys, and how they lie there."""
     kinds = {}
-    for param in sorted(spec.params, key=lambda p: min(b.role != "q" for b in p.blocks)):
+    for param in sorted(spec.params, key=_queries_first):
         if param.kind != "weight":
             continue
         roles = "".join(r for r in "qkv" if any(r in b.role for b in param.blocks))
@@ -83,6 +84,10 @@ def place(spec: AttentionSpec) -> str:
         unit = ("columns" if param.dim else "rows") if part else ""
         kinds[f"`{_last(param.name)}`"] = f"{roles}{part} {unit}".strip()
     return ", ".join(f"{name} ({what})" for name, what in kinds.items())
+
+
+def _queries_first(param: ParamMap) -> bool:
+    return all(block.role != "q" for block in param.blocks)
 
 
 def _last(name: str) -> str:

@@ -53,7 +53,7 @@ def find_architecture(model_or_config: Any, *, trust_remote_code: bool = False) 
         config = getattr(model, "config", None)
         if config is None or not hasattr(type(model), "config_class"):
             raise UnknownLayoutError(
-                f"{type(model).__name__} is no transformers model (no config to build a second copy from); {BY_HAND}"
+                f"{type(model).__name__} is not a transformers model: it has no config to build a copy from; {BY_HAND}"
             )
         if config.model_type in RULES:
             return Architecture(None, RuleConfig(**config.to_dict()))

@@ -182,8 +182,9 @@ def _single_tensor(
     if rearranged:
         raise RearrangedError(f"{param.name}: transformers rearranges {key} while loading it; {WAY_OUT}")
     if tuple(keys[key]) != param.shape:
+        shape = tuple(keys[key])
         raise QKGuardError(
-            f"{key}: the file has shape {tuple(keys[key])}, the model {param.shape}; the checkpoint is another model's"
+            f"{key}: the file has shape {shape}, the model {param.shape}; the checkpoint belongs to another model"
         )
     return key
 

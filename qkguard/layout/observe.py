@@ -38,8 +38,9 @@ def observed(model: nn.Module) -> Iterator[tuple[Trace, list[Attention]]]:
         UnknownLayoutError: nothing runs, or nothing attends.
     """
     config: Any = model.config
-    if known := KNOWN_WITHOUT.get(config.model_type):
-        raise UnknownLayoutError(f"{type(model).__name__} {known}; choose a model with softmax attention")
+    if config.model_type in KNOWN_WITHOUT:
+        why = KNOWN_WITHOUT[config.model_type]
+        raise UnknownLayoutError(f"{type(model).__name__} {why}; choose a model with softmax attention")
     failures: list[str] = []
     for device in ("meta", "cpu"):
         real = materialised(model, set(), Fill()) if device == "cpu" else contextlib.nullcontext()

@@ -61,11 +61,10 @@ class RowSelection:
             QKGuardError: an argument that is not known.
         """
         given: dict[str, Any] = current_names(options)
-        if unknown := sorted(set(given) - set(cls.__dataclass_fields__)):
-            raise QKGuardError(
-                f"Unknown argument {unknown[0]!r}: which rows are restored is said by "
-                f"{', '.join(cls.__dataclass_fields__)}."
-            )
+        unknown = sorted(set(given) - set(cls.__dataclass_fields__))
+        if unknown:
+            known = ", ".join(cls.__dataclass_fields__)
+            raise QKGuardError(f"Unknown argument {unknown[0]!r}: the rows to restore are chosen by {known}.")
         for name in ("projections", "layers"):
             if given.get(name) is not None:
                 given[name] = tuple(given[name])

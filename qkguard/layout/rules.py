@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from qkguard.errors import UnknownLayoutError
@@ -96,7 +97,7 @@ def _layer(rule: Rule, values: Mapping[str, Any], index: int, kind: str) -> Atte
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        params=tuple(sorted(params, key=lambda param: param.name)),
+        params=tuple(sorted(params, key=attrgetter("name"))),
         rotary="half" if rotary else "none",
         rotary_dim=head_dim if rotary else 0,
     )

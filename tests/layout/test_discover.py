@@ -389,7 +389,7 @@ class TestRefusals:
             find_attention(3)
 
     def test_a_model_without_config(self) -> None:
-        with pytest.raises(UnknownLayoutError, match=r"Linear is no transformers model.*spec=FILE"):
+        with pytest.raises(UnknownLayoutError, match=r"Linear is not a transformers model.*spec=FILE"):
             find_attention(nn.Linear(2, 2))
 
     def test_remote_code(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
