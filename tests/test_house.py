@@ -27,7 +27,7 @@ UNMET = {  # being rebuilt: goes to nothing
             "choice/verdict",
         ),
         *("cli/__init__", "cli/demo", "cli/options", "cli/sweep", "distributed/collectives", "distributed/ranks"),
-        *("distributed/sharding", "layout/spec_file", "offline/inspect", "probe/tasks", "sft/data", "sft/launch"),
+        *("distributed/sharding", "offline/inspect", "probe/tasks", "sft/data", "sft/launch"),
         *("sft/packing", "sft/plan", "sft/preflight", "training/adapter_session", "training/callback"),
         *("training/metrics_log", "training/session", "training/start"),
     )
