@@ -82,10 +82,10 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         config["peft_type"]
     except FileNotFoundError:
-        raise QKGuardError(f"{folder} is not a PEFT adapter: it has no {ADAPTER_CONFIG}") from None
+        raise QKGuardError(f"{folder} is not a PEFT adapter: it has no {ADAPTER_CONFIG}.") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise QKGuardError(
-            f"{folder / ADAPTER_CONFIG} is not a readable adapter config ({error}); save it again"
+            f"{folder / ADAPTER_CONFIG} is not a readable adapter config ({error}). Save it again."
         ) from None
     return config
 
@@ -94,25 +94,25 @@ def check_config(config: Mapping[str, Any], where: str, *, merging: bool) -> Non
     """Refuse, by name, what is not reproduced here; some settings stand in the way of merging alone."""
     kind = str(getattr(config["peft_type"], "value", config["peft_type"]))
     if kind != "LORA":
-        raise QKGuardError(f"{where} is a {kind} adapter; only LoRA (with rsLoRA and DoRA) is supported")
+        raise QKGuardError(f"{where} is a {kind} adapter: only LoRA (with rsLoRA and DoRA) is supported.")
     for name in _UNSUPPORTED + (_UNMERGEABLE if merging else ()):
         if config.get(name):
-            what = "cannot be merged here; merge it with PEFT" if name in _UNMERGEABLE else "is not supported"
+            what = "cannot be merged here. Merge it with PEFT." if name in _UNMERGEABLE else "is not supported."
             raise QKGuardError(f"{where} uses {name}={config[name]!r}, which {what}")
     if config.get("bias", "none") != "none":
-        raise QKGuardError(f"{where} trains the base model's biases (bias={config['bias']!r}), which is not supported")
+        raise QKGuardError(f"{where} trains the base's biases (bias={config['bias']!r}), which is not supported.")
     start = config.get("init_lora_weights", True)
     if start not in _PLAIN_STARTS:
         raise QKGuardError(
-            f"{where} was started with init_lora_weights={start!r}, which changes the base weights; convert it to a "
-            "plain LoRA adapter first (path_initial_model_for_weight_conversion in PEFT's save_pretrained)"
+            f"{where} was started with init_lora_weights={start!r}, which changes the base weights. Convert it to a "
+            "plain LoRA adapter first (path_initial_model_for_weight_conversion in PEFT's save_pretrained)."
         )
 
 
 def check_tensors(shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
     """Refuse empty tensors and flattened LoRA factors: parameters that were not gathered before they were saved."""
     if not shapes:
-        raise QKGuardError(f"{where} holds no tensors; the adapter was not gathered when it was saved")
+        raise QKGuardError(f"{where} holds no tensors: the adapter was not gathered when it was saved.")
     broken = [
         name
         for name, shape in shapes.items()
@@ -122,6 +122,6 @@ def check_tensors(shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
     if broken:
         raise QKGuardError(
             f"{where}: {len(broken)} of {len(shapes)} tensors are empty or were cut into pieces, first {broken[0]} "
-            f"{list(shapes[broken[0]])}: the parameters were not gathered before saving (ZeRO-3, FSDP); save the "
-            "adapter again from gathered parameters"
+            f"{list(shapes[broken[0]])}: the parameters were not gathered before saving (ZeRO-3, FSDP). Save the "
+            "adapter again from gathered parameters."
         )

@@ -84,8 +84,8 @@ class MetaPeftModel:
                 self.model: Any = get_peft_model(bare, settings, adapter_name=NAME, low_cpu_mem_usage=True)
             except (ValueError, KeyError, TypeError, RuntimeError) as error:
                 raise QKGuardError(
-                    f"PEFT cannot put the adapter {adapter.folder} on {base}: {first_line(error)}; expected the "
-                    "base model it was trained on"
+                    f"PEFT cannot put the adapter {adapter.folder} on {base}: {first_line(error)}. Expected the "
+                    "base model it was trained on."
                 ) from error
             self._tied_tokens: list[str] = []
             self.adapted = self._adapted_params()
@@ -110,7 +110,7 @@ class MetaPeftModel:
             if isinstance(module, ModulesToSaveWrapper):
                 inside += (key,)
                 if any(isinstance(m, BaseTunerLayer) for m in module.modules()):
-                    raise QKGuardError(f"{key} is in modules_to_save and carries an adapter too: not supported")
+                    raise QKGuardError(f"{key} is in modules_to_save and carries an adapter: this is not supported.")
                 for tensor, param in module.original_module.named_parameters():
                     canonical(param)
                     own[f"{key}.{tensor}"] = [MergeStep("saved", module.modules_to_save[NAME], key, tensor)]
@@ -128,10 +128,10 @@ class MetaPeftModel:
                 shared.setdefault(canonical(base.weight), []).append(MergeStep("lora", module, key))
                 if module.lora_bias.get(NAME):
                     if base.bias is None:
-                        raise QKGuardError(f"{key} has lora_bias but no bias of its own: it cannot be merged")
+                        raise QKGuardError(f"{key} has lora_bias but no bias of its own, so it cannot be merged.")
                     shared.setdefault(canonical(base.bias), []).append(MergeStep("bias", module, key))
             elif isinstance(module, BaseTunerLayer):
-                raise QKGuardError(f"{key}: PEFT layers of type {type(module).__name__} are not supported")
+                raise QKGuardError(f"{key}: PEFT layers of type {type(module).__name__} are not supported.")
         return [_adapted(name, groups[name], shapes[name], shared.get(name, []), own) for name in groups]
 
     def _load(self, adapter: Adapter, base: Path) -> None:
@@ -146,8 +146,8 @@ class MetaPeftModel:
                 result: Any = set_peft_model_state_dict(self.model, state, adapter_name=NAME)
         except (KeyError, RuntimeError, ValueError) as error:
             raise QKGuardError(
-                f"{adapter.folder} does not fit {base}: {first_line(error)}; expected the base model it was "
-                "trained on (and its vocabulary size)"
+                f"{adapter.folder} does not fit {base}: {first_line(error)}. Expected the base model it was "
+                "trained on (and its vocabulary size)."
             ) from error
         missing = [
             key
@@ -160,7 +160,7 @@ class MetaPeftModel:
                 if missing
                 else f"has {result.unexpected_keys[0]}, which the base has no place for"
             )
-            raise QKGuardError(f"{adapter.folder} {what}; expected the base model it was trained on")
+            raise QKGuardError(f"{adapter.folder} {what}: expected the base model it was trained on.")
 
     def _take_copies(self, state: dict[str, Tensor], base: Path) -> None:
         """Take out the base's own embeddings, which PEFT saves beside an adapter on them and loads into the base."""
@@ -176,8 +176,8 @@ class MetaPeftModel:
             tensor, name = state.pop(key), canonical[name]
             if tuple(tensor.shape) != shapes[name]:
                 raise QKGuardError(
-                    f"the adapter holds {name} of shape {list(tensor.shape)}, {base} has {list(shapes[name])}: the "
-                    "vocabulary was resized; resize the base model, save it, and merge onto that"
+                    f"The adapter holds {name} of shape {list(tensor.shape)}, {base} has {list(shapes[name])}: the "
+                    "vocabulary was resized. Resize the base model, save it, and merge onto that."
                 )
             self.copies[name] = tensor
             if name not in known:
@@ -198,7 +198,7 @@ class MetaPeftModel:
         for step in param.steps if steps is None else steps:
             weight = _run(step, weight, scale)
             if not bool(torch.isfinite(weight).all()):
-                raise QKGuardError(f"{param.name}: NaN or Inf in the merged weights; the adapter is damaged")
+                raise QKGuardError(f"{param.name}: NaN or Inf in the merged weights: the adapter is damaged.")
         return weight
 
 
@@ -218,9 +218,9 @@ def _all_steps(param: AdaptedParam) -> tuple[MergeStep, ...]:
 def _check_layer(key: str, module: lora.LoraLayer) -> None:
     variant = module.lora_variant.get(NAME)
     if type(module) not in (lora.Linear, lora.Embedding):
-        raise QKGuardError(f"{key}: LoRA on {type(module).__name__} is not supported; expected Linear or Embedding")
+        raise QKGuardError(f"{key}: LoRA on {type(module).__name__} is not supported: expected Linear or Embedding.")
     if variant is not None and type(variant) not in DORA:
-        raise QKGuardError(f"{key}: {type(variant).__name__} is not supported; expected LoRA, rsLoRA or DoRA")
+        raise QKGuardError(f"{key}: {type(variant).__name__} is not supported: expected LoRA, rsLoRA or DoRA.")
 
 
 def _materialise(step: MergeStep, dtype: torch.dtype) -> None:

@@ -115,7 +115,7 @@ def restrict(
         if not keys:
             continue
         if any("lora_magnitude_vector" in key for key in keys) and (share or not pmap.whole):
-            raise QKGuardError(f"{no_restored_form(module, share)}; `qkguard merge` writes the merged model")
+            raise QKGuardError(f"{no_restored_form(module, share)}. `qkguard merge` writes the merged model.")
         if pmap.whole and not share:
             removed.append(module)
             for key in keys:
@@ -135,7 +135,7 @@ def restrict(
                 rows.append({"tensor": key, "ranges": [list(r) for r in pmap.ranges], "factor": share})
     if not any(".lora_" in key for key in tensors):
         raise QKGuardError(
-            "the adapter is on queries and keys alone: without them nothing is left, the restored model is the base"
+            "The adapter is on queries and keys alone: without them nothing is left, the restored model is the base."
         )
     if removed:
         config["exclude_modules"] = _excluding(config.get("exclude_modules"), removed)
@@ -165,7 +165,7 @@ def verify_adapter(folder: Path, manifest: Mapping[str, Any], *, raw: bool = Tru
     """Check a restored adapter against its manifest and, where it still exists, the adapter it was made from."""
     for name in manifest["companions"]:
         if not (folder / name).is_file():
-            raise QKGuardError(f"{folder} lacks {name}, which it was written with; restore it again")
+            raise QKGuardError(f"{folder} lacks {name}, which it was written with. Restore it again.")
     adapter = open_adapter(folder, merging=False)
     if describe_file(folder / ADAPTER_TENSORS, adapter.header) != manifest["files"][ADAPTER_TENSORS]:
         raise QKGuardError(f"{folder / ADAPTER_TENSORS} has another content than recorded. Restore it again.")
@@ -204,7 +204,7 @@ def _compare(ours: dict[str, Tensor], raw: dict[str, Tensor], manifest: Mapping[
                 wanted[lo:hi] = wanted[lo:hi] * rows[key]["factor"] if rows[key]["factor"] else 0
         found = ours.get(_loadable(key))
         if (found is None) != (wanted is None) or (wanted is not None and not same_bits(found, wanted)):  # type: ignore[arg-type]
-            raise QKGuardError(f"{folder}: {key} is not what its manifest says it is; restore it again")
+            raise QKGuardError(f"{folder}: {key} is not what its manifest says it is. Restore it again.")
 
 
 def copy_adapter(raw: Path, out: Path) -> None:

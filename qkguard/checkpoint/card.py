@@ -17,8 +17,9 @@ def model_card(manifest: Mapping[str, Any], raw_card: str | None = None) -> str:
     """README.md from the manifest; `raw_card` is the text of the raw checkpoint's own card."""
     old, base = _metadata(raw_card), str(manifest["base"].get("id", ""))
     kept = {key: old[key] for key in KEPT if key in old}
-    if named := base if _is_hub_id(base) else old.get("base_model"):
-        kept |= {"base_model": named, "base_model_relation": "finetune"}
+    base_model = base if _is_hub_id(base) else old.get("base_model")
+    if base_model:
+        kept |= {"base_model": base_model, "base_model_relation": "finetune"}
     tags = old.get("tags") or []
     tags = {*(tags if isinstance(tags, list) else [tags]), *OWN_TAGS}
     return _card({**kept, "library_name": "transformers", "tags": sorted(tags)}, _body(manifest, base))
@@ -75,8 +76,9 @@ def _body(manifest: Mapping[str, Any], base: str) -> str:
     lines += _recall(manifest.get("probe") or {})
     if manifest["warnings"]:
         lines += ["## Warnings", "", *(f"- {sentence}" for sentence in manifest["warnings"]), ""]
-    if said := (manifest.get("sweep") or {}).get("words"):
-        lines += ["## What was measured", "", *(f"- {sentence}" for sentence in said), ""]
+    measured = (manifest.get("sweep") or {}).get("words")
+    if measured:
+        lines += ["## What was measured", "", *(f"- {sentence}" for sentence in measured), ""]
     lines += [
         f"## {heading}",
         "",

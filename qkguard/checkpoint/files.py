@@ -112,7 +112,10 @@ def copy_bytes(src: int, dst: int, copied: Callable[[int], None] | None = None) 
         if error.errno == errno.ENOSPC:
             raise
     try:
-        while done < size and (count := os.copy_file_range(src, dst, min(COPY_BYTES, size - done), done, done)):
+        while done < size:
+            count = os.copy_file_range(src, dst, min(COPY_BYTES, size - done), done, done)
+            if count == 0:
+                break
             done += count
             tell(count)
     except AttributeError:  # macOS

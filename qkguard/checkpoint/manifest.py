@@ -77,7 +77,8 @@ def build_manifest(
         "versions": versions(),
     }
     extra = {k: v for k, v in extra.items() if k not in ("warnings", "nonfinite")}
-    if clash := sorted(set(extra) & set(manifest)):
+    clash = sorted(set(extra) & set(manifest))
+    if clash:
         raise ValueError(f"extra manifest keys {clash} are taken")
     return manifest | extra
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -65,8 +66,8 @@ class TensorEntry:
         """The dtype of a restorable tensor; QKGuardError for quantised ones."""
         if self.dtype not in FLOATS:
             raise QKGuardError(
-                f"{self.name} is stored as {self.dtype}, which is a quantised format; "
-                "expected one of " + ", ".join(FLOATS) + ". Use the unquantised checkpoint"
+                f"{self.name} is stored as {self.dtype}, which is a quantised format: expected one of "
+                f"{', '.join(FLOATS)}. Use the unquantised checkpoint."
             )
         return FLOATS[self.dtype]
 
@@ -93,17 +94,17 @@ def read_header(path: Path) -> Header:
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or length > min(MAX_HEADER, size - 8):
-                raise QKGuardError(f"{path} is not a safetensors file or is truncated ({size} bytes); write it again")
+                raise QKGuardError(f"{path} is not a safetensors file or is truncated ({size} bytes). Write it again.")
             raw = file.read(length)
     except FileNotFoundError:
-        raise QKGuardError(f"{path} is missing; download or save the checkpoint again") from None
+        raise QKGuardError(f"{path} is missing. Download or save the checkpoint again.") from None
     except OSError as error:
-        raise QKGuardError(f"cannot read {path}: {error.strerror}") from error
+        raise QKGuardError(f"Cannot read {path}: {error.strerror}.") from error
     tensors = _parse(path, raw, 8 + length)
     expected = max((entry.stop for entry in tensors.values()), default=8 + length)
     if size != expected:
         what = "truncated" if size < expected else "longer than its header says"
-        raise QKGuardError(f"{path} is {what}: {size} bytes, expected {expected}; download or save it again")
+        raise QKGuardError(f"{path} is {what}: {size} bytes, expected {expected}. Download or save it again.")
     return Header(path, size, hashlib.sha256(prefix + raw).hexdigest(), tensors)
 
 
@@ -118,12 +119,12 @@ def _parse(path: Path, raw: bytes, data_start: int) -> dict[str, TensorEntry]:
                     raise ValueError(f"{name} has {hi - lo} bytes for {entry.dtype} {entry.shape}")
                 tensors[name] = entry
         position = data_start
-        for entry in sorted(tensors.values(), key=lambda e: (e.start, e.stop)):
+        for entry in sorted(tensors.values(), key=attrgetter("start", "stop")):
             if entry.start != position or entry.stop < entry.start:
                 raise ValueError(f"{entry.name} does not start where the tensor before it ends")
             position = entry.stop
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise QKGuardError(f"{path} has a corrupt safetensors header ({error}); download or save it again") from None
+        raise QKGuardError(f"{path} has a corrupt safetensors header ({error}). Download or save it again.") from None
     return tensors
 
 
@@ -163,7 +164,7 @@ def write_rows(fd: int, entry: TensorEntry, param: ParamMap, compact: Tensor) ->
     if compact.dtype != entry.torch_dtype or tuple(compact.shape) != param.compact_shape:
         raise QKGuardError(
             f"{entry.name}: rows of {compact.dtype} {tuple(compact.shape)} do not fit "
-            f"{entry.torch_dtype} {param.compact_shape}"
+            f"{entry.torch_dtype} {param.compact_shape}."
         )
     for offset, piece in _pieces(entry, param, bytes_of(compact.contiguous())):
         while piece:
@@ -176,7 +177,7 @@ def _pieces(entry: TensorEntry, param: ParamMap, view: memoryview) -> Iterator[t
     if entry.shape != param.shape:
         raise QKGuardError(
             f"{entry.name} has shape {list(entry.shape)}, expected {list(param.shape)} ({param.name}): "
-            "the checkpoint belongs to another model"
+            "the checkpoint belongs to another model."
         )
     itemsize, position = entry.torch_dtype.itemsize, 0
     for lo, hi in param.flat_ranges(0, param.full_numel):
@@ -190,7 +191,7 @@ def read_exactly(fd: int, view: memoryview, offset: int, what: str) -> None:
     while view:
         count = os.preadv(fd, [view], offset)
         if count == 0:
-            raise QKGuardError(f"{what}: the file ended early; it was changed while it was read")
+            raise QKGuardError(f"{what}: the file ended early: it was changed while it was read.")
         view, offset = view[count:], offset + count
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -254,15 +255,15 @@ def publish(
             raw=os.path.relpath(plan.weights.folder.resolve(), plan.out.resolve()),
             base=plan.base,
             method=plan.method,
-            records=sorted(records, key=lambda record: record["file"]),
+            records=sorted(records, key=itemgetter("file")),
             auxiliary=auxiliary,
             left_out=left_out,
             partial=plan.partial,
             warnings=plan.warnings,
             extra=extra or {},
         )
-        cards = [card for folder in (*plan.cards, plan.weights.folder) if (card := read_card(folder))]
-        write_text(staging.folder / "README.md", model_card(manifest, cards[0] if cards else None))
+        cards = [read_card(folder) for folder in (*plan.cards, plan.weights.folder)]
+        write_text(staging.folder / "README.md", model_card(manifest, next(filter(None, cards), None)))
         write_text(staging.folder / MANIFEST, dump(manifest))
         staging.publish(replace=plan.overwrite)
     return json.loads(dump(manifest))

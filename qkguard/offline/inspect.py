@@ -100,7 +100,11 @@ def _layer(spec: AttentionSpec, seen: set[str], itemsize: int) -> dict[str, Any]
 
 def _roles(param: ParamMap) -> list[str]:
     """Roles in the order of "qkv"."""
-    return sorted({b.role for b in param.blocks}, key=lambda role: ["qkv".index(letter) for letter in role])
+    return sorted({b.role for b in param.blocks}, key=_letters)
+
+
+def _letters(role: str) -> list[int]:
+    return ["qkv".index(letter) for letter in role]
 
 
 def _reading_order(param: ParamMap) -> tuple[int, bool, str]:

@@ -57,7 +57,7 @@ def open_folders(base: str | os.PathLike[str], tuned: str | os.PathLike[str]) ->
     base_folder = resolve_folder(base)
     folder = resolve_folder(tuned)
     if base_folder.resolve() == folder.resolve():
-        raise QKGuardError(f"base and tuned are the same folder ({folder}); give the checkpoint before SFT as base")
+        raise QKGuardError(f"Base and tuned are the same folder ({folder}). Give the checkpoint before SFT as base.")
     weights = open_weights(folder)
     base_weights = open_weights(base_folder)
     warnings = compare_configs(read_config(base_folder), read_config(folder))
@@ -92,7 +92,8 @@ def find_pair(
         base_names = tensor_names(params, base_weights, weights.folder, **how)
     base = BaseFolder(base_weights, base_names, folders.base_id)
     base.check(params)
-    if gains and (norms := unselected_norms(selection)):
+    norms = unselected_norms(selection) if gains else []
+    if norms:
         names = names | tensor_names(norms, weights, weights.folder, **how)
     return Pair(weights, specs, selection, names, base, folders.warnings)
 
@@ -106,7 +107,8 @@ def folder_attention(folder: Path, *, spec: Any = None, trust_remote_code: bool 
         return find_attention(folder, spec=spec, trust_remote_code=trust_remote_code)
 
     def find() -> str | None:
-        text = dump_specs(specs := find_attention(folder))
+        specs = find_attention(folder)
+        text = dump_specs(specs)
         return text if parse_specs(text, "layout") == specs else None  # a layout that the format does not hold
 
     text = cached("attention", config, find)
@@ -146,9 +148,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return config | config.get("text_config", {})
     except FileNotFoundError:
-        raise QKGuardError(f"{folder} has no config.json; expected a checkpoint with its configuration") from None
+        raise QKGuardError(f"{folder} has no config.json: expected a checkpoint with its configuration.") from None
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise QKGuardError(f"{folder / 'config.json'} cannot be read ({error}); save it again") from None
+        raise QKGuardError(f"{folder / 'config.json'} cannot be read ({error}). Save it again.") from None
 
 
 def compare_configs(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> list[str]:
@@ -160,14 +162,14 @@ def compare_configs(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> list[s
     kinds = [str(c.get("model_type")).removesuffix("_text") for c in (base, tuned)]
     if kinds[0] != kinds[1]:
         raise QKGuardError(
-            f"the base is a {base.get('model_type')} model, the tuned one {tuned.get('model_type')}; "
-            "expected the checkpoint that the tuned model started from"
+            f"The base is a {base.get('model_type')} model, the tuned one {tuned.get('model_type')}: expected the "
+            "checkpoint that the tuned model started from."
         )
     for key in GEOMETRY:
         if key in base and key in tuned and base[key] != tuned[key]:
             raise QKGuardError(
-                f"{key} is {base[key]} in the base and {tuned[key]} in the tuned model; "
-                "expected the checkpoint that the tuned model started from"
+                f"{key} is {base[key]} in the base and {tuned[key]} in the tuned model: "
+                "expected the checkpoint that the tuned model started from."
             )
     return [
         f"{key} is {base[key]} in the base but {tuned[key]} in the tuned model: the base's queries and keys were "

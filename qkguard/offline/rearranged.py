@@ -64,7 +64,7 @@ def selection_on_disk(
         if params:
             out.append((spec, params))
     if not out:
-        raise QKGuardError("base and tuned model have the same queries and keys; there is nothing to restore")
+        raise QKGuardError("The base and the tuned model have the same queries and keys: there is nothing to restore.")
     names = {p.name: p.name for _, params in out for p in params}
     return out, BaseFolder(saved, names, model_id=base_id)
 
@@ -83,8 +83,8 @@ def _changed(key: str, tuned: WeightFolder, saved: WeightFolder) -> ParamMap | N
     shape = tuned.shapes()[key]
     if saved.shapes().get(key) != shape:
         raise QKGuardError(
-            f"transformers loads {key} of {tuned.folder} but does not save it again in the shape {list(shape)}; save "
-            "the tuned model with this version of transformers first"
+            f"transformers loads {key} of {tuned.folder} but does not save it again in the shape {list(shape)}. Save "
+            "the tuned model with this version of transformers first."
         )
     whole = ParamMap(key, shape, 0, "weight", (Block(0, shape[0], "qk"),))
     before, after = tuned.read(key, whole), saved.read(key, whole)

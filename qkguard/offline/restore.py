@@ -79,7 +79,7 @@ def restore_checkpoint(
         except RearrangedError as error:
             if method != "restore":
                 raise QKGuardError(
-                    f"{error}; or use method restore, which goes through transformers by itself"
+                    f"{error}, or use method restore, which goes through transformers by itself."
                 ) from None
             target.parent.mkdir(parents=True, exist_ok=True)
             work = cleanup.enter_context(TemporaryDirectory(prefix="_qkguard-", dir=target.parent))

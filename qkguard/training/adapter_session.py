@@ -107,7 +107,7 @@ class AdapterSession(Session):
             found = ranks.agree("looking for the final adapter", lambda saved=saved: saved is not None)  # type: ignore[misc]
             out = final / "raw" / name
             if found[0]:
-                self._alone(f"copying {out}", lambda saved=saved, out=out: copy_adapter(saved, out))  # type: ignore[misc]
+                self._on_writers(f"copying {out}", lambda saved=saved, out=out: copy_adapter(saved, out))  # type: ignore[misc]
             else:
                 export_adapter(self.model, name, out, processing_class)
             if self.guards and self.writable:
@@ -128,7 +128,7 @@ class AdapterSession(Session):
             options["extra"]["warnings"] = [said]
         for folder, chosen in (("merged_raw", {"keep_qk": True}), (f"merged_{RESTORED}", {"alpha": 1 - self.share})):
             if folder == "merged_raw" or self.guards:
-                self._alone(
+                self._on_writers(
                     f"merging into {final / folder}",
                     lambda folder=folder, chosen=chosen: merge_adapter(  # type: ignore[misc]
                         base, final / "raw" / adapter, final / folder, **options, **chosen
@@ -182,11 +182,11 @@ class AdapterSession(Session):
                 extra=extra,
             )
 
-        self._alone(f"writing {out}", write)
+        self._on_writers(f"writing {out}", write)
         if ranks.rank() == 0:
             logger.info("wrote %s", out)
 
-    def _alone(self, what: str, work: Callable[[], Any]) -> None:
+    def _on_writers(self, what: str, work: Callable[[], Any]) -> None:
         """`work` on every writer (one rank, or one per node), the others waiting."""
 
         def on_writers() -> None:

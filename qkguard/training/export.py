@@ -72,8 +72,10 @@ def export_model(model: Any, folder: Path, processing_class: Any = None) -> None
 
 
 def _export_sharded(model: Any, folder: Path) -> None:
+    """Gather and write one parameter after another; a collective (ALL ranks), the files are rank 0's."""
     entries = _state_entries(model)
     on_disk = {name: torch.empty(_shape(value), dtype=_dtype(value), device="meta") for name, value in entries.items()}
+    # Not part of transformers' public interface (5.17): tells whether this model's files differ from memory.
     on_disk = revert_weight_conversion(model, on_disk)
     if set(on_disk) != set(entries):
         _export_whole(model, folder, entries)
@@ -100,6 +102,7 @@ def _nothing() -> None:
 
 
 def _export_whole(model: Any, folder: Path, entries: dict[str, Tensor]) -> None:
+    """Gather everything on rank 0 and let transformers write it; a collective (ALL ranks)."""
     full = {}
     for name, tensor in zip(entries, _gathered(list(entries.values())), strict=True):
         if tensor is not None:
@@ -116,6 +119,8 @@ def _save_configuration(model: Any, folder: Path) -> None:
 
 def _state_entries(model: Any) -> dict[str, Tensor]:
     """Parameters (tied ones once) and persistent buffers, by their name in the state dict."""
+    # Private, and what `save_pretrained` itself goes by: transformers keeps here what its files leave out (5.17), and
+    # torch offers no other way to tell persistent buffers from the rest (2.11).
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     entries = {n: p for n, p in model.named_parameters() if n not in ignored}
     for prefix, module in model.named_modules():
@@ -127,7 +132,10 @@ def _state_entries(model: Any) -> dict[str, Tensor]:
 
 
 def _gathered(values: list[Tensor]) -> Iterator[Tensor | None]:
-    """Full tensors on rank 0 in order: parameters gathered, buffers (the same everywhere) as they are."""
+    """Full tensors on rank 0 in order: parameters gathered, buffers (the same everywhere) as they are.
+
+    A collective: ALL ranks must take every tensor.
+    """
     gathered = sharding.gather_full([v for v in values if isinstance(v, nn.Parameter)])
     for value in values:
         yield next(gathered) if isinstance(value, nn.Parameter) else (value.cpu() if ranks.rank() == 0 else None)

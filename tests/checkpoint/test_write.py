@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,49 @@ def test_rows_pass_through_the_dtype_of_step_0(step0: str, tmp_path: Path) -> No
     base, raw, found = load_folder(parts.base), load_folder(parts.raw), load_folder(tmp_path / "out")
     assert differences(found, expected("llama", base, raw, step0=dtype)) == []
     assert bool(differences(found, expected("llama", base, raw))) == (step0 != "float32")
+
+
+def test_headers_are_read_once(parts: Parts, tmp_path: Path, monkeypatch: Any) -> None:
+    """Restoring reads the header of every base and raw file once; verifying, that of every raw and restored one."""
+    from qkguard.checkpoint import safetensors_io, weights
+    from qkguard.offline import verify as verifying
+
+    read: list[Path] = []
+
+    def counted(path: Path) -> safetensors_io.Header:
+        read.append(path.resolve())
+        return safetensors_io.read_header(path)
+
+    for module in (weights, write, verifying):
+        monkeypatch.setattr(module, "read_header", counted)
+    folders = [parts.base, parts.raw, tmp_path / "out"]
+    restore_checkpoint(parts.base, parts.raw, tmp_path / "out")
+    files = [sorted(folder.glob("*.safetensors")) for folder in folders]
+    assert sorted(read) == sorted(files[0] + files[1])
+    read.clear()
+    verify(tmp_path / "out", full=True)
+    assert sorted(read) == sorted(files[1] + files[2])
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK])
+def test_file_systems_without_flock(code: int, parts: Parts, tmp_path: Path, monkeypatch: Any) -> None:
+    """A lock file that names its process stands in: a living writer is respected, and folders are published."""
+    import fcntl
+
+    def fail(*args: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # filelock says that it falls back
+        staging = prepare(parts.plan(tmp_path / "out"))
+        with pytest.raises(QKGuardError, match="Another process is writing"):
+            parts.write_all(tmp_path / "out")
+        staging.discard()
+        verify_nothing_left(tmp_path)
+        parts.write_all(tmp_path / "out")
+    assert not list(tmp_path.glob("_*"))
+    verify(tmp_path / "out")
 
 
 def test_file_modes_follow_the_umask(parts: Parts, tmp_path: Path) -> None:

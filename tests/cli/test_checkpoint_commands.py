@@ -216,7 +216,7 @@ def lacking_a_tensor(base: Path, tuned: Path) -> None:
 
 
 MISTAKES: dict[str, tuple[Callable[[Path, Path], None], str]] = {
-    "another architecture": (another_architecture, "the base is a llama model"),
+    "another architecture": (another_architecture, "The base is a llama model"),
     "another shape": (another_shape, "num_key_value_heads is 4 in the base"),
     "another depth": (another_depth, "num_hidden_layers is 2 in the base"),
     "truncated": (truncated, "truncated"),

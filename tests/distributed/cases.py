@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from trl import SFTConfig
 
 from qkguard import QKGuardCallback, QKGuardError
+from qkguard.checkpoint.reference_file import write_reference
 from qkguard.distributed import sharding
 from tests.distributed.launch import sharded_at_loading, sharding_of
 from tests.support import judge
@@ -86,7 +87,8 @@ def single_process_reference(folder: Path, base: Path, dtype: torch.dtype) -> st
     ranks.rank, ranks.world_size = (lambda: 0), (lambda: 1)
     try:
         model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
-        Reference.take(model, select(find_attention(model))).write(folder / "single", {"base": {}, "versions": {}})
+        reference = Reference.take(model, select(find_attention(model)))
+        write_reference(reference, folder / "single", {"base": {}, "versions": {}})
     finally:
         ranks.rank, ranks.world_size = kept
     return judge.file_sha256(folder / "single" / "reference.safetensors")

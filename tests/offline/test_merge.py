@@ -170,7 +170,7 @@ def test_what_cannot_be_merged_is_refused_by_name(tmp_path, case):
 def test_an_adapter_of_another_base_is_refused(tmp_path):
     base = save_base(tmp_path / "base", "llama")
     adapter = save_adapter(base, tmp_path / "adapter", target_modules=LINEAR)
-    with pytest.raises(QKGuardError, match="expected the base model it was trained on"):
+    with pytest.raises(QKGuardError, match=r"[Ee]xpected the base model it was trained on"):
         merge_adapter(save_base(tmp_path / "wide", "llama", hidden_size=32), adapter, tmp_path / "out")
     with pytest.raises(QKGuardError, match="choose one"):
         merge_adapter(base, adapter, tmp_path / "out", keep_qk=True, alpha=0.5)
