@@ -148,10 +148,11 @@ def score_rows(model: nn.Module, rows: Sequence[TaskRow], batch_tokens: int = 16
 
     Rows are padded at their ends, which a causal model's earlier positions do not see. The model is left as it was.
     """
-    order = sorted(range(len(rows)), key=lambda i: (len(rows[i].ids), i))
+    lengths = [len(row.ids) for row in rows]
+    order = sorted(range(len(rows)), key=lengths.__getitem__)
     batches: list[list[int]] = []
     for i in order:
-        if batches and (len(batches[-1]) + 1) * len(rows[i].ids) <= batch_tokens:
+        if batches and (len(batches[-1]) + 1) * lengths[i] <= batch_tokens:
             batches[-1].append(i)
         else:
             batches.append([i])

@@ -190,7 +190,8 @@ def weave(
     for size in sizes:
         ends.append(ends[-1] + size)
     places = [_nearest(ends, depth * ends[-1]) for _, depth in sample.needles]  # before which unit each needle goes
-    order = sorted(range(len(places)), key=lambda n: (places[n], sample.needles[n][1]))
+    place_and_depth = [(place, depth) for place, (_, depth) in zip(places, sample.needles, strict=True)]
+    order = sorted(range(len(places)), key=place_and_depth.__getitem__)
     separator = sample.task.separator
     pieces: list[str] = []
     spans = [(0, 0)] * len(places)
