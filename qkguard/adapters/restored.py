@@ -26,7 +26,8 @@ from qkguard.checkpoint.card import adapter_card, read_card
 from qkguard.checkpoint.files import copy_auxiliary, copy_named, link_or_copy, write_text
 from qkguard.checkpoint.manifest import FORMAT, MANIFEST, describe_file, dump, versions
 from qkguard.checkpoint.safetensors_io import read_header
-from qkguard.checkpoint.write import Staging, check_target, readable_errors
+from qkguard.checkpoint.staging import Staging
+from qkguard.checkpoint.write import check_target, readable_errors
 from qkguard.distributed import ranks, sharding
 from qkguard.distributed.reference import same_bits
 from qkguard.errors import QKGuardError

@@ -13,13 +13,11 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
-
-from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from qkguard.checkpoint.card import model_card, read_card
 from qkguard.checkpoint.files import (
@@ -29,12 +27,12 @@ from qkguard.checkpoint.files import (
     copy_bytes,
     copy_named,
     link_or_copy,
-    sync_folder,
     write_text,
 )
 from qkguard.checkpoint.manifest import MANIFEST, build_manifest, describe_file, dump
 from qkguard.checkpoint.safetensors_io import Header, TensorEntry, opened, read_header
-from qkguard.checkpoint.weights import TEMPORARY, WeightFolder
+from qkguard.checkpoint.staging import Staging, assembled_folder
+from qkguard.checkpoint.weights import WeightFolder
 from qkguard.errors import QKGuardError
 
 BytesProgress = Callable[[int, int], None]
@@ -42,9 +40,6 @@ BytesProgress = Callable[[int, int], None]
 
 Record = dict[str, Any]
 """What the manifest will say of one weight file, in JSON values."""
-
-LOCK, ASSEMBLED, REPLACED = "lock", "new", "old"
-"""What is in a temporary folder: its maker's lock, the folder being assembled, the older one it replaces."""
 
 
 @dataclass(frozen=True)
@@ -281,119 +276,6 @@ def _write_other_files(plan: FolderPlan, folder: Path) -> tuple[list[str], list[
         else:
             copy_named(content, folder / name)
     return list(files), [name for name in left_out if name not in plan.weights.files and name not in files]
-
-
-class Staging:
-    """A folder in the making: assembled under a name that no reader accepts, then renamed to `out`.
-
-    The temporary folder lies beside `out`, or in `parent` on the same file system. Its maker holds a lock in it for
-    as long as it lives: so what a killed process left is told from what another one is writing. Leaving the `with`
-    block without `publish` removes everything.
-
-    Raises:
-        QKGuardError: another process is writing `out`, or `parent` is on another file system.
-    """
-
-    def __init__(self, out: Path, parent: Path | None = None) -> None:
-        self.out, self.folder = out, assembled_folder(out, parent)
-        self.temporary = self.folder.parent
-        self._made: list[Path] = []
-        self._lock: BaseFileLock | None = None
-        try:
-            self._create()
-        except BaseException:
-            self.discard()
-            raise
-
-    def _create(self) -> None:
-        parent = self.temporary.parent
-        for folder in (self.out.parent, parent):
-            self._made += [p for p in (folder, *folder.parents) if not p.exists()]
-            folder.mkdir(parents=True, exist_ok=True)
-        if parent.stat().st_dev != self.out.parent.stat().st_dev:
-            raise QKGuardError(f"{parent} and {self.out.parent} are on different file systems. Choose a nearer one.")
-        for other in parent.glob(f"{TEMPORARY}*"):
-            if other != self.temporary:
-                _remove_abandoned(other)
-        self._lock = _try_lock(self.temporary)
-        if self._lock is None:
-            raise QKGuardError(
-                f"Another process is writing {self.out}. Wait for it to finish; if none is, delete {self.temporary}."
-            )
-        for left in (self.folder, self.temporary / REPLACED):  # by a killed process
-            if left.exists():
-                shutil.rmtree(left)
-        self.folder.mkdir()
-
-    @property
-    def mode(self) -> int:
-        """The mode that the umask gives a file."""
-        return self.folder.stat().st_mode & 0o666
-
-    def publish(self, *, replace: bool = True) -> None:
-        """Make the folder durable and rename it to `out`; with `replace` an older one there gives way."""
-        for folder, _, _ in os.walk(self.folder):
-            sync_folder(Path(folder))
-        if replace and self.out.exists():
-            os.rename(self.out, self.temporary / REPLACED)
-        os.rename(self.folder, self.out)
-        sync_folder(self.out.parent)
-        self._remove()
-
-    def discard(self) -> None:
-        """Remove the temporary folder, and the parents made for it alone; nothing after `publish`."""
-        self._remove()
-        for folder in self._made:
-            with suppress(OSError):  # something else lies in it by now
-                folder.rmdir()
-
-    def _remove(self) -> None:
-        if self._lock is not None:
-            shutil.rmtree(self.temporary, ignore_errors=True)
-            self._lock.release()
-            self._lock = None
-
-    def __enter__(self) -> Staging:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.discard()
-
-
-def assembled_folder(out: Path, parent: Path | None = None) -> Path:
-    """Where `out` is assembled: in a temporary folder beside it, or in `parent`."""
-    return (parent or out.parent) / f"{TEMPORARY}{out.parent.name}-{out.name}" / ASSEMBLED
-
-
-def _try_lock(folder: Path) -> BaseFileLock | None:
-    """Make a temporary folder and lock it; None where another living process holds it.
-
-    On file systems without `flock` (ENOSYS, as filelock itself does; ENOLCK and EOPNOTSUPP from some network ones)
-    the lock is a file that names its process.
-    """
-    folder.mkdir(exist_ok=True)
-    # not `thread_local`: a write may end on another thread than it began on
-    lock: BaseFileLock = FileLock(folder / LOCK, thread_local=False)
-    try:
-        try:
-            lock.acquire(timeout=0)
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
-                raise
-            lock = SoftFileLock(folder / f"{LOCK}.soft", thread_local=False)
-            lock.acquire(timeout=0)
-    except Timeout:
-        return None
-    return lock
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """Remove a temporary folder whose maker is dead; one that cannot be judged or removed stays."""
-    with suppress(OSError):
-        lock = _try_lock(folder)
-        if lock is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-            lock.release()
 
 
 def check_target(sources: Sequence[Path], out: Path, overwrite: bool) -> None:

@@ -21,8 +21,8 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from qkguard.checkpoint.files import copy_auxiliary, copy_named, link_or_copy, write_text
 from qkguard.checkpoint.safetensors_io import SafetensorsWriter
+from qkguard.checkpoint.staging import Staging, assembled_folder
 from qkguard.checkpoint.weights import INDEX_FILE, SINGLE_FILE, weight_map
-from qkguard.checkpoint.write import Staging, assembled_folder
 from qkguard.distributed import ranks, sharding
 
 SHARD_BYTES = 5 * 10**9

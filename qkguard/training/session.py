@@ -21,8 +21,9 @@ from transformers import TrainerState, TrainingArguments
 
 from qkguard.checkpoint.reference_file import REFERENCE, ReferenceFile
 from qkguard.checkpoint.restored import plan_restored
+from qkguard.checkpoint.staging import Staging
 from qkguard.checkpoint.weights import open_weights
-from qkguard.checkpoint.write import FolderPlan, Record, Staging, prepare, publish, write_files, write_folder
+from qkguard.checkpoint.write import FolderPlan, Record, prepare, publish, write_files, write_folder
 from qkguard.choice.swap import restored
 from qkguard.distributed import collectives, ranks, sharding
 from qkguard.errors import QKGuardError
