@@ -84,7 +84,7 @@ def recommend(points: Sequence[Measurement], tolerance: float) -> Measurement:
     """The candidate that `describe_rule` describes."""
     raw = _first(points, "raw")
     allowed = [p for p in points if p.candidate.recommendable and p.gain.low > 0 and within(p, tolerance)]
-    return max(allowed, key=lambda p: (p.recall.value, p.change.value if p.change else 0.0), default=raw)
+    return max(allowed, key=_recall_then_quality, default=raw)
 
 
 def within(point: Measurement, tolerance: float) -> bool:
@@ -129,6 +129,10 @@ def explain(points: Sequence[Measurement], chosen: Measurement, tolerance: float
 
 def _first(points: Sequence[Measurement], kind: str) -> Measurement:
     return next(p for p in points if p.candidate.kind == kind)
+
+
+def _recall_then_quality(point: Measurement) -> tuple[float, float]:
+    return point.recall.value, point.change.value if point.change else 0.0
 
 
 def _recall(point: Measurement) -> float:

@@ -231,9 +231,11 @@ class AttentionCall:
             allowed = self.mask.mask_mod(zero + item, zero, positions[:, None], keys[None])
         elif not self.eager and self._causal():
             allowed = keys <= positions[:, None]
-            if (width := self.options.get("sliding_window")) is not None:
+            width = self.options.get("sliding_window")
+            if width is not None:
                 allowed = allowed & (keys > positions[:, None] - width)
-        if (position_bias := self.options.get("position_bias")) is not None:
+        position_bias = self.options.get("position_bias")
+        if position_bias is not None:
             extra = _pick(position_bias, item, heads)[:, at]
             bias = extra if bias is None else bias + extra
         scaling, sinks = self.options.get("scaling"), self.options.get("s_aux")

@@ -169,41 +169,22 @@ _QUALITIES = "old young tall quiet busy tired kind small".split()
 _PEOPLE = (
     "farmer teacher baker sailor doctor painter miller writer traveler neighbor child merchant student singer".split()
 )
-_ACTS = {
-    "walked": "to",
-    "returned": "to",
-    "hurried": "to",
-    "stayed": "near",
-    "waited": "near",
-    "worked": "near",
-    "slept": "near",
-    "rested": "by",
-}
+_ACTS = ("walked to, returned to, hurried to, stayed near, waited near, worked near, slept near, rested by").split(
+    ", "
+)
 _PLACES = "market river station church field mill road village hill house library lake shop school square wall".split()
 _HANDLINGS = "carried found painted repaired sold bought forgot kept lost moved".split()
 _THINGS = "book letter boat chair cart coat door lamp table stone map bread clock box plate rope".split()
 _LOOKS = "heavy white dark warm broken empty narrow bright clean wooden".split()
 _TIMES = (
-    "in the morning",
-    "before noon",
-    "after the rain",
-    "late in the evening",
-    "on most days",
-    "when the wind rose",
-    "at the end of the week",
-    "for many years",
-    "during the winter",
-    "long ago",
-)
+    "in the morning, before noon, after the rain, late in the evening, on most days, when the wind rose, "
+    "at the end of the week, for many years, during the winter, long ago"
+).split(", ")
 _THOUGHTS = "said believed knew hoped wrote remembered".split()
 _WEATHER = (
-    "the snow was deep",
-    "the light was fading",
-    "the bells were ringing",
-    "the streets were empty",
-    "the harvest was good",
-    "the night was cold",
-)
+    "the snow was deep, the light was fading, the bells were ringing, the streets were empty, the harvest was good, "
+    "the night was cold"
+).split(", ")
 _LINKS = "because while although and but so".split()
 
 
@@ -216,7 +197,7 @@ def generated_prose(rng: Random) -> Iterator[str]:
 def prose_vocabulary() -> set[str]:
     """Every word that `generated_prose` can write, in lower case."""
     lists: list[str] = [*_QUALITIES, *_PEOPLE, *_PLACES, *_HANDLINGS, *_THINGS, *_LOOKS]
-    lists += [*_ACTS, *_ACTS.values(), *_THOUGHTS, *_LINKS, *_TIMES, *_WEATHER, "the that and"]
+    lists += [*_ACTS, *_THOUGHTS, *_LINKS, *_TIMES, *_WEATHER, "the that and"]
     return set(re.findall(r"[a-z]+", " ".join(lists)))
 
 
@@ -235,8 +216,8 @@ def _sentence(rng: Random) -> str:
 
 def _clause(rng: Random) -> str:
     if rng.random() < 0.5:
-        act = rng.choice(list(_ACTS))
-        return f"{_someone(rng)} {act} {_ACTS[act]} the {rng.choice(_PLACES)}"
+        act = rng.choice(_ACTS)
+        return f"{_someone(rng)} {act} the {rng.choice(_PLACES)}"
     return f"{_someone(rng)} {rng.choice(_HANDLINGS)} the {rng.choice(_LOOKS)} {rng.choice(_THINGS)}"
 
 

@@ -11,7 +11,6 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import TypeVar
 
 import torch
@@ -70,9 +69,8 @@ def divide(keys: Sequence[SampleKey], rank: int, world: int, batch_tokens: int) 
     counting it. A batch holds samples of one length, at most `batch_tokens` tokens (but at least one sample).
     """
     batches = []
-    numbered = sorted(enumerate(keys), key=lambda pair: pair[1].length)
-    for length, same in groupby(numbered, key=lambda pair: pair[1].length):
-        assignments = [Assignment(key, place) for place, key in same]
+    for length in sorted({key.length for key in keys}):
+        assignments = [Assignment(key, place) for place, key in enumerate(keys) if key.length == length]
         assignments += [Assignment(assignments[0].key, None)] * (-len(assignments) % world)
         batches += _batches(assignments[rank::world], length, batch_tokens)
     return batches

@@ -33,7 +33,7 @@ from qkguard.training.probe_setup import training_prose, why_not
 logger = logging.getLogger(__name__)
 
 STATE = "probe.json"
-TIMEOUT = 1800.0  # seconds that ranks wait for one another in a probe
+TIMEOUT = 1800.0  # seconds; a rank posts no heartbeat while it scores, so this covers the passes between agreements
 ADVICE = "change the probe_* settings or set probe_steps=0, and see `qkguard probe` for finished checkpoints"
 T = TypeVar("T")
 Swap = Callable[[], AbstractContextManager[None]]
@@ -317,15 +317,13 @@ class _AgreedProbe:
         try:
             if find_formats:
                 self.prober.find_formats(self.model, **where)
-            self._agree(self._prepare)  # in the formats now known, outside forward passes
+            # In the formats now known; making samples can fail on one rank alone, so it stays outside forward passes
+            self._agree(partial(self.prober.prepare, self.rank, self.world))
             return self.prober.run(self.model, **where)
         except Exception as error:
             if not self.failed_together:
                 self._agree(partial(_raise, error))
             raise
-
-    def _prepare(self) -> None:
-        self.prober.prepare(self.rank, self.world)
 
     def _all_reduce(self, vector: Tensor) -> Tensor:
         """ALL ranks must call this."""
