@@ -19,7 +19,6 @@ SOURCES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in sorte
 UNMET = {  # being rebuilt: goes to nothing
     "qkguard/checkpoint/reference_file.py",
     "qkguard/checkpoint/safetensors_io.py",
-    "qkguard/checkpoint/write.py",
     "qkguard/choice/verdict.py",
     "qkguard/cli/__init__.py",
     "qkguard/cli/demo.py",
