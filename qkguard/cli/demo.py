@@ -8,13 +8,14 @@ import shlex
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from qkguard.cli import options as opt
-from qkguard.cli.output import print_json, print_table, progress_bar, quiet_transformers, say
+from qkguard.cli.output import no_loading_bars, print_json, print_table, progress_bar, quiet_transformers, say
 from qkguard.errors import QKGuardError
 
 
@@ -33,9 +34,9 @@ def demo(
     is what it measured.
     """
     if steps < 1:
-        raise QKGuardError(f"--steps {steps}: expected at least 1")
+        raise QKGuardError(f"Invalid --steps {steps}: expected a whole number >= 1.")
     began = time.monotonic()
-    tell = (lambda text: print(text, file=sys.stderr)) if as_json else say
+    tell = partial(print, file=sys.stderr) if as_json else say
     _quiet()
     tell("qkguard demo: what chain-of-thought SFT does to a small hybrid's long-range recall, and what restoring does")
     from qkguard.demo import MODEL, DemoSettings, run_demo
@@ -43,7 +44,7 @@ def demo(
     report = run_demo(
         out,
         DemoSettings(steps=steps, seed=seed),
-        watch=lambda label: progress_bar(label, total_is_bytes=False),
+        watch=progress_bar,
         say=tell,
     )
     if as_json:
@@ -83,7 +84,6 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)
     from datasets import disable_progress_bars
-    from transformers.utils import logging as transformers_logging
 
     disable_progress_bars()
-    transformers_logging.disable_progress_bar()
+    no_loading_bars()

@@ -39,7 +39,7 @@ def drift(
     quiet_transformers()
     from qkguard.offline.drift_report import drift_report
 
-    with progress_bar("comparing", total_is_bytes=False) as progress:
+    with progress_bar("comparing") as progress:
         report = drift_report(
             base,
             tuned,

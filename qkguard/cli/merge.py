@@ -42,7 +42,7 @@ def merge(
     quiet_transformers()
     from qkguard.offline.merge import merge_adapter
 
-    with progress_bar("merging") as progress:
+    with progress_bar("merging", in_bytes=True) as progress:
         manifest = merge_adapter(
             base,
             adapter,

@@ -19,6 +19,13 @@ def quiet_transformers() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
+def no_loading_bars() -> None:
+    """transformers draws a bar while it loads weights, even where stderr is no terminal. Imports transformers."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+
+
 def print_json(data: Any) -> None:
     """JSON on stdout, nothing else; NaN and Inf become null."""
     from qkguard.checkpoint.manifest import dump
@@ -50,16 +57,16 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title:
 
 
 @contextmanager
-def progress_bar(label: str, *, total_is_bytes: bool = True) -> Iterator[Callable[[int, int], None]]:
+def progress_bar(label: str, *, in_bytes: bool = False) -> Iterator[Callable[[int, int], None]]:
     """A function (done, total) that draws a bar on stderr after a second; silent where that is not a terminal."""
     if not sys.stderr.isatty():
-        yield lambda done, total: None
+        yield _no_bar
         return
     import time
 
     from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    count = DownloadColumn() if total_is_bytes else MofNCompleteColumn()
+    count = DownloadColumn() if in_bytes else MofNCompleteColumn()
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn(), console=Console(stderr=True)
     )
@@ -74,6 +81,10 @@ def progress_bar(label: str, *, total_is_bytes: bool = True) -> Iterator[Callabl
         yield update
     finally:
         bar.stop()
+
+
+def _no_bar(done: int, total: int) -> None:
+    pass
 
 
 def drifts(layers: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:

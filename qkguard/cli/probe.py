@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qkguard.cli import options as opt
-from qkguard.cli.output import print_json, print_table, progress_bar, quiet_transformers, say, warn
+from qkguard.cli.output import no_loading_bars, print_json, print_table, progress_bar, quiet_transformers, say, warn
 from qkguard.report.numbers import number
 
 if TYPE_CHECKING:
@@ -54,18 +54,16 @@ def probe(
     quiet_transformers()
     for file in (png, html):
         opt.check_file(file)
-    from transformers.utils.logging import disable_progress_bar
-
     from qkguard.offline.models import LoadOptions
     from qkguard.offline.probe import answer_file, probe_models, to_json
     from qkguard.probe import ProbeSettings
 
-    disable_progress_bar()  # transformers draws its own also where stderr is no terminal
+    no_loading_bars()
     settings = ProbeSettings(
         lengths=opt.parse_lengths(lengths),
         depths=opt.parse_depths(depths),
         samples=samples,
-        tasks=[t for t in tasks.replace(",", " ").split() if t],
+        tasks=opt.parse_names(tasks),
         haystack=haystack,
         seed=seed,
         mode=opt.parse_choice("--mode", mode, opt.MODES),
@@ -75,10 +73,10 @@ def probe(
     )
     load = LoadOptions(dtype, device, trust_remote_code)
     if prompts is not None:
-        answers = answer_file(models, prompts, settings.mode, load, new_tokens=new_tokens, bar=_bar)
+        answers = answer_file(models, prompts, settings.mode, load, new_tokens=new_tokens, bar=progress_bar)
         _show_answers(answers, as_json)
         return
-    reports = probe_models(models, settings, load, new_tokens=new_tokens if generate else None, bar=_bar)
+    reports = probe_models(models, settings, load, new_tokens=new_tokens if generate else None, bar=progress_bar)
     if png is not None or html is not None:
         _write_files(reports, png, html)
     if as_json:
@@ -95,10 +93,6 @@ def _write_files(reports: list[ModelReport], png: Path | None, html: Path | None
         png.write_bytes(heatmap_png(reports))
     if html is not None:
         html.write_text(html_page(reports), encoding="utf-8")
-
-
-def _bar(label: str) -> Any:
-    return progress_bar(label, total_is_bytes=False)
 
 
 def _show(reports: list[ModelReport]) -> None:

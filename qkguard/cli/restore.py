@@ -48,7 +48,7 @@ def restore(
     quiet_transformers()
     from qkguard.offline.restore import restore_checkpoint
 
-    with progress_bar("restoring") as progress:
+    with progress_bar("restoring", in_bytes=True) as progress:
         manifest = restore_checkpoint(
             base,
             tuned,

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from qkguard.cli.output import print_json, say, warn
 from qkguard.errors import QKGuardError
+
+if TYPE_CHECKING:
+    from qkguard.sft.launch import Launch
 
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -39,7 +44,7 @@ def sft(
         int | None, typer.Option("--main-process-port", "--main_process_port", help="Its port. Default: 29500.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Load no weights: check everything and print the plan.")
+        bool, typer.Option("--dry-run", help="Check everything and print the plan; load no weights.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print the plan as JSON.")] = False,
 ) -> None:
@@ -52,52 +57,71 @@ def sft(
     Example: qkguard sft --config qwen3/cot-sft/full --accelerate zero3 --output_dir runs/first
     """
     if as_json and not dry_run:
-        raise QKGuardError("--json prints the plan of --dry-run; add it")
+        raise QKGuardError("--json prints the plan of --dry-run; add --dry-run.")
+    if accelerate is None and (num_processes is not None or nodes > 1):
+        raise QKGuardError(
+            "--num-processes and --nodes start ranks through accelerate; add --accelerate zero3 (or another config)."
+        )
     _quiet()
-    from qkguard.sft.arguments import parse
-    from qkguard.sft.launch import Launch, devices, launch_command, ranks_per_node
+    from qkguard.sft.launch import Launch
     from qkguard.sft.recipes import find_recipe
 
     recipe = find_recipe(config) if config else None
     start = Launch(accelerate, num_processes, nodes, node_rank, main_ip, main_port) if accelerate else None
-    if start is None and (num_processes is not None or nodes > 1):
-        raise QKGuardError(
-            "--num-processes and --nodes start ranks through accelerate; add --accelerate zero3 (or ...)"
-        )
     if dry_run:
-        from qkguard.sft.plan import plan
-        from qkguard.sft.preflight import preflight
+        _print_plan(context.args, recipe, start, as_json)
+    elif start is not None:
+        _launch(context.args, recipe, start)
+    else:
+        _train(context.args, recipe)
 
-        settings = parse(context.args, recipe)
-        processes = ranks_per_node(start) * nodes if start else 1
-        found = plan(settings, preflight(settings), accelerate=accelerate, processes=processes)
-        if as_json:
-            print_json(found)
-        else:
-            from qkguard.sft.plan_text import lines
 
-            warn(found["warnings"])
-            for label, text in lines(found):
-                say(f"{label:<12}{text}")
-            say("\nnothing was trained; drop --dry-run to start")
+def _print_plan(arguments: list[str], recipe: Path | None, start: Launch | None, as_json: bool) -> None:
+    from qkguard.sft.arguments import parse
+    from qkguard.sft.launch import ranks_per_node
+    from qkguard.sft.plan import plan
+    from qkguard.sft.plan_text import lines
+    from qkguard.sft.preflight import preflight
+
+    settings = parse(arguments, recipe)
+    processes = ranks_per_node(start) * start.nodes if start else 1
+    found = plan(settings, preflight(settings), accelerate=start.config if start else None, processes=processes)
+    if as_json:
+        print_json(found)
         return
-    if start is not None:
-        from qkguard.sft.preflight import preflight
+    warn(found["warnings"])
+    for label, text in lines(found):
+        say(f"{label:<12}{text}")
+    say("\nNothing was trained. Leave out --dry-run to start.")
 
-        ranks_per_node(start)  # what is wrong here needs no recipe to be seen
-        settings = parse(context.args, recipe)
-        precision = "bf16" if settings.training.bf16 else "fp16" if settings.training.fp16 else "no"
-        forwarded = [*(["--config", str(recipe)] if recipe else []), *context.args]
-        command, environment = launch_command(start, forwarded, precision)
-        preflight(settings)  # one line here instead of a traceback from every rank
-        if start.name == "fsdp2" and not devices():
-            warn(["FSDP2 shards on accelerators only: on CPUs accelerate trains these processes as DDP"])
-        sys.stdout.flush()
-        os.execvpe(command[0], command, environment)
-    settings = parse(context.args, recipe)
+
+def _launch(arguments: list[str], recipe: Path | None, start: Launch) -> NoReturn:
+    """Check everything here, in one line instead of a traceback from every rank; then become `accelerate launch`."""
+    from qkguard.sft.arguments import parse
+    from qkguard.sft.launch import devices, launch_command, ranks_per_node
+    from qkguard.sft.preflight import preflight
+
+    ranks_per_node(start)  # needs no recipe, so it comes before what does
+    logging.disable(logging.WARNING)  # rank 0 reads the settings again and warns of old names: once is enough
+    try:
+        settings = parse(arguments, recipe)
+    finally:
+        logging.disable(logging.NOTSET)
+    precision = "bf16" if settings.training.bf16 else "fp16" if settings.training.fp16 else "no"
+    forwarded = [*(["--config", str(recipe)] if recipe else []), *arguments]
+    command, environment = launch_command(start, forwarded, precision)
+    preflight(settings)
+    if start.name == "fsdp2" and not devices():
+        warn(["FSDP2 shards on accelerators only: on CPUs accelerate trains these processes as DDP"])
+    sys.stdout.flush()
+    os.execvpe(command[0], command, environment)
+
+
+def _train(arguments: list[str], recipe: Path | None) -> None:
+    from qkguard.sft.arguments import parse
     from qkguard.sft.train import train
 
-    final = train(settings)
+    final = train(parse(arguments, recipe))
     if final is not None and int(os.environ.get("RANK", "0")) == 0:
         say(f"done; next: qkguard verify {final}")
 

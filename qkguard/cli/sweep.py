@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qkguard.cli import options as opt
-from qkguard.cli.output import print_json, print_table, progress_bar, quiet_transformers, say, warn
+from qkguard.cli.output import no_loading_bars, print_json, print_table, progress_bar, quiet_transformers, say, warn
 
 if TYPE_CHECKING:
     from qkguard.offline.sweep import SweepReport
@@ -86,11 +86,9 @@ def sweep(
     selected = opt.row_selection(layers, include_norms, sliding_window, shared)
     opt.parse_choice("--mode", mode, opt.MODES)
     files = _files(out, html, png)
-    from transformers.utils.logging import disable_progress_bar
-
     from qkguard.offline.sweep import sweep as run
 
-    disable_progress_bar()  # transformers draws its own also where stderr is no terminal
+    no_loading_bars()
     report = run(
         base,
         tuned,
@@ -104,7 +102,7 @@ def sweep(
         lengths=None if lengths is None else opt.parse_lengths(lengths),
         depths=opt.parse_depths(depths),
         samples=samples,
-        tasks=[t for t in tasks.replace(",", " ").split() if t],
+        tasks=opt.parse_names(tasks),
         haystack=haystack,
         mode=mode,
         seed=seed,
@@ -116,7 +114,7 @@ def sweep(
         batch_tokens=batch_tokens,
         chunk=chunk,
         trust_remote_code=trust_remote_code,
-        bar=lambda label: progress_bar(label, total_is_bytes=False),
+        bar=progress_bar,
         **selected,
     )
     written = write is not None and report.recommended.candidate.recommendable
@@ -168,7 +166,8 @@ def _show(report: SweepReport, files: dict[str, list[Path]], written: Path | Non
     for sentence in report.words:
         say(sentence)
     say(f"rule: {report.rule}")
-    if paths := [str(path) for found in files.values() for path in found]:
+    paths = [str(path) for found in files.values() for path in found]
+    if paths:
         say(f"wrote {', '.join(paths)}")
     if written is not None:
         say(f"wrote {written}; next: qkguard verify {written}")

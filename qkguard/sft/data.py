@@ -12,13 +12,18 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 from pydantic.dataclasses import dataclass
 
-from qkguard.errors import QKGuardError
+from qkguard.errors import QKGuardError, first_line
 from qkguard.training.checked import STRICT, refusal
 
 FILES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 SAMPLED = 256  # rows that a plan or a length check looks at
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
 DATASETS = 'a list of data sets, [{"path": ..., "weight": ...}, ...]'
+FORMS = {  # form -> the columns it needs, in order of preference
+    "messages": ("messages_column",),
+    "prompt_completion": ("prompt_column", "completion_column"),
+    "problem": ("problem_column", "solution_column"),
+}
 DEFAULT_TEMPLATE = "{solution}\n\n{answer}"
 
 
@@ -147,26 +152,21 @@ def form_of(source: Source, columns: Sequence[str]) -> str:
     Raises:
         QKGuardError: naming the columns found; one that was mapped by hand must be there.
     """
-    default = Columns()
-    forms = {
-        "messages": ("messages_column",),
-        "prompt_completion": ("prompt_column", "completion_column"),
-        "problem": ("problem_column", "solution_column"),
-    }
     found = f"{source.path} has the columns {', '.join(columns)}"
+    default = Columns()
     mapped = [f.name for f in dataclasses.fields(Columns) if f.name.endswith("_column")]
-    for key in mapped:
-        name = getattr(source, key)
-        if name != getattr(default, key) and name not in columns:
-            raise QKGuardError(f"{found}, and no {name!r} ({key}); map one of these")
     by_hand = {key for key in mapped if getattr(source, key) != getattr(default, key)}
-    for form, keys in sorted(forms.items(), key=lambda item: not by_hand & set(item[1])):
-        if all(getattr(source, key) in columns for key in keys):
-            return form
-    raise QKGuardError(
-        f"{found}; expected messages, prompt and completion, or problem and solution: map them with messages_column, "
-        "prompt_column, completion_column, problem_column, solution_column, answer_column"
-    )
+    for key in mapped:
+        if key in by_hand and getattr(source, key) not in columns:
+            raise QKGuardError(f"{found}, and no {getattr(source, key)!r} ({key}); map one of these")
+    complete = [form for form, keys in FORMS.items() if all(getattr(source, key) in columns for key in keys)]
+    if not complete:
+        raise QKGuardError(
+            f"{found}; expected messages, prompt and completion, or problem and solution: map them with "
+            "messages_column, prompt_column, completion_column, problem_column, solution_column, answer_column"
+        )
+    chosen = [form for form in complete if by_hand & set(FORMS[form])]
+    return [*chosen, *complete][0]
 
 
 def convert(row: dict[str, Any], source: Source, form: str, *, chat: bool, as_messages: bool) -> dict[str, Any]:
@@ -232,21 +232,16 @@ def look(arguments: DataArguments, *, chat: bool) -> Sampled:
         QKGuardError: a data set cannot be found, lacks a column, or does not fit the others.
     """
     sources = arguments.sources()
-    opened = [
-        _open(source, streaming=source.file_type is None and not os.path.isdir(source.path)) for source in sources
-    ]
-    forms = [form_of(source, _columns(data)) for source, data in zip(sources, opened, strict=True)]
-    as_messages = _common_form(sources, forms)
+    opened, as_messages = _open_all(sources, streaming=True)
     rows: list[dict[str, Any]] = []
-    for source, data, form in zip(sources, opened, forms, strict=True):
-        rows += [
-            convert(row, source, form, chat=chat, as_messages=as_messages)
-            for row in _spread(data, max(1, SAMPLED // len(sources)))
-        ]
+    for source, data, form in opened:
+        for row in _spread(data, max(1, SAMPLED // len(sources))):
+            rows.append(convert(row, source, form, chat=chat, as_messages=as_messages))
     if not rows:
         raise QKGuardError(f"{sources[0].path} has no rows")
-    sizes = [_size(source, data) for source, data in zip(sources, opened, strict=True)]
-    return Sampled(rows, _total(sizes, [s.weight for s in sources], arguments.max_samples), _form_name(rows[0]))
+    sizes = [_size(source, data) for source, data, _ in opened]
+    total = _total(sizes, [source.weight for source in sources], arguments.max_samples)
+    return Sampled(rows, total, "messages" if "messages" in rows[0] else "prompt_completion")
 
 
 def load(arguments: DataArguments, *, chat: bool, seed: int, split: str | None = None) -> Any:
@@ -260,18 +255,16 @@ def load(arguments: DataArguments, *, chat: bool, seed: int, split: str | None =
     sources = arguments.sources()
     if split is not None:
         sources = [_held_out(source, split) for source in sources]
-    opened = [_open(source, streaming=False) for source in sources]
-    forms = [form_of(source, data.column_names) for source, data in zip(sources, opened, strict=True)]
-    as_messages = _common_form(sources, forms)
+    opened, as_messages = _open_all(sources, streaming=False)
     converted = []
-    for source, data, form in zip(sources, opened, forms, strict=True):
+    for source, data, form in opened:
         options = {"source": source, "form": form, "chat": chat, "as_messages": as_messages}
         converted.append(data.map(convert, fn_kwargs=options, remove_columns=data.column_names, desc=source.path))
-    weights = [source.weight for source in sources]
+    weights = [source.weight for source in sources if source.weight is not None]
     if len(converted) == 1:
         mixed = converted[0]
-    elif all(weights):
-        shares = [w / sum(weights) for w in weights]  # type: ignore[arg-type, operator]
+    elif weights:
+        shares = [weight / sum(weights) for weight in weights]
         mixed = datasets.interleave_datasets(converted, shares, seed=seed, stopping_strategy="first_exhausted")
     else:
         mixed = datasets.concatenate_datasets(converted)
@@ -294,6 +287,25 @@ def _held_out(source: Source, split: str) -> Source:
     return dataclasses.replace(source, path=split)
 
 
+def _open_all(sources: list[Source], *, streaming: bool) -> tuple[list[tuple[Source, Any, str]], bool]:
+    """(source, its rows, their form) of every data set, and whether problems must become `messages`.
+
+    They must where others have messages, so that all rows have one form. What is on this machine is never streamed.
+    """
+    opened = []
+    for source in sources:
+        local = source.file_type is not None or os.path.isdir(source.path)
+        data = _open(source, streaming=streaming and not local)
+        opened.append((source, data, form_of(source, data.column_names or list(next(iter(data))))))
+    of_form = {form: source.path for source, _, form in reversed(opened)}
+    if "messages" in of_form and "prompt_completion" in of_form:
+        raise QKGuardError(
+            f"{of_form['messages']} has messages and {of_form['prompt_completion']} prompts and completions: these "
+            "cannot be mixed; map them to one form"
+        )
+    return opened, "messages" in of_form
+
+
 def _open(source: Source, *, streaming: bool) -> Any:
     from datasets import load_dataset, load_from_disk
 
@@ -308,16 +320,10 @@ def _open(source: Source, *, streaming: bool) -> Any:
     except QKGuardError:
         raise
     except Exception as error:
-        first = str(error).strip().split("\n")[0]
         raise QKGuardError(
-            f"data set {source.path!r} could not be read ({type(error).__name__}: {first[:300]}); expected a hub id, "
-            "a folder, or a .jsonl, .json, .parquet or .csv file, with its config and split"
+            f"data set {source.path!r} could not be read ({first_line(error)}); expected a hub id, a folder, or a "
+            ".jsonl, .json, .parquet or .csv file, with its config and split"
         ) from error
-
-
-def _columns(data: Any) -> list[str]:
-    names = data.column_names
-    return list(names) if names else list(next(iter(data)))
 
 
 def _spread(data: Any, count: int) -> Iterator[dict[str, Any]]:
@@ -343,21 +349,6 @@ def _total(sizes: list[int | None], weights: list[float | None], at_most: int | 
     if shares:  # until the first is used up
         total = int(min(n * sum(shares) / w for n, w in zip(counts, shares, strict=True)))
     return min(total, at_most) if at_most else total
-
-
-def _common_form(sources: list[Source], forms: list[str]) -> bool:
-    """Whether problems must become `messages`, so that all rows have one form."""
-    if "messages" in forms and "prompt_completion" in forms:
-        other = sources[forms.index("prompt_completion")].path
-        raise QKGuardError(
-            f"{sources[forms.index('messages')].path} has messages and {other} prompts and completions: these cannot "
-            "be mixed; map them to one form"
-        )
-    return "messages" in forms
-
-
-def _form_name(row: dict[str, Any]) -> str:
-    return "messages" if "messages" in row else "prompt_completion"
 
 
 def token_lengths(rows: Sequence[dict[str, Any]], tokenizer: Any) -> list[int]:

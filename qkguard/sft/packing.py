@@ -67,7 +67,7 @@ def check_packing(config: Any, training: Any) -> list[str]:
         return []
     kind = config.model_type
     if kind in IGNORES:
-        raise QKGuardError(f"packing would mix samples in {kind}: {IGNORES[kind]}; {NO_PACKING}")
+        raise QKGuardError(f"packing would mix samples in {kind}: {IGNORES[kind]}; {NO_PACKING}.")
     if kind not in KEEPS_APART:
         if _is_hybrid(config):
             raise QKGuardError(
@@ -76,16 +76,17 @@ def check_packing(config: Any, training: Any) -> list[str]:
             )
         return []
     for package, least in CHECKED.items():
-        if Version(found := importlib.metadata.version(package)) < Version(least):
+        found = importlib.metadata.version(package)
+        if Version(found) < Version(least):
             raise QKGuardError(
-                f"packing {kind} needs {package} {least} or later, which hands sequence boundaries to its linear "
+                f"packing {kind} needs {package} {least} or later, which passes sequence boundaries to its linear "
                 f"layers; found {found}: upgrade, or {NO_PACKING}"
             )
     missing = [PIP_NAMES[name] for name in KEEPS_APART[kind] if importlib.util.find_spec(name) is None]
     if missing:
         return [
-            f"packing {kind} needs {' and '.join(missing)} where it trains (pip install {' '.join(missing)}), and not "
-            "all is installed here; without, transformers stops at the first step"
+            f"packing {kind} needs {' and '.join(missing)} where it trains (pip install {' '.join(missing)}), not "
+            "installed here; without it transformers stops at the first step"
         ]
     return []
 

@@ -140,7 +140,8 @@ def max_steps(settings: Settings, found: Preflight, processes: int) -> int | Non
         return training.max_steps
     if rows is None:
         return None
-    if training.packing and training.max_length and (mean := tokens_per_row(settings, found)):
+    mean = tokens_per_row(settings, found)
+    if training.packing and training.max_length and mean:
         rows = math.ceil(rows * mean / training.max_length)
     batches = math.ceil(math.ceil(rows / processes) / training.per_device_train_batch_size)
     return max(1, math.ceil(batches / training.gradient_accumulation_steps * training.num_train_epochs))

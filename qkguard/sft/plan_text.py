@@ -6,7 +6,7 @@ from typing import Any
 
 from qkguard.layout.selection import show_layers
 from qkguard.report.numbers import human_bytes, number
-from qkguard.training.config import pace
+from qkguard.training.probe_schedule import pace
 
 
 def lines(plan: dict[str, Any]) -> list[tuple[str, str]]:

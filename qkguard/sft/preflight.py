@@ -60,15 +60,15 @@ def preflight(settings: Settings) -> Preflight:
     selection = select(specs, settings.guard.rows)
     if not selection:
         raise QKGuardError(
-            "no query or key rows are selected; check qkguard.layers, qkguard.projections and "
+            "No query or key rows are selected; check qkguard.layers, qkguard.projections and "
             "qkguard.include_sliding_window"
         )
     warnings = check_packing(config, settings.training)
-    tokenizer = load_tokenizer(settings)
+    tokenizer = training_tokenizer(settings)
     sampled = look(settings.data, chat=has_template(tokenizer))
     if tokenizer is None:
         warnings.append(
-            f"{settings.model_name} has no tokenizer: sample lengths are not known, and no training can start"
+            f"{settings.model_name} has no tokenizer: sample lengths are unknown, and no training can start"
         )
     elif needs_template(sampled) and not has_template(tokenizer):
         raise QKGuardError(
@@ -95,11 +95,11 @@ def model_config(settings: Settings) -> Any:
         try:
             return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trusted)
         except Exception as error:
-            raise QKGuardError(f"no config of {name} at revision {revision}: {str(error).splitlines()[0]}") from error
+            raise QKGuardError(f"no config of {name} at revision {revision}: {first_line(error)}") from error
     return load_config(name, trust_remote_code=trusted)
 
 
-def load_tokenizer(settings: Settings) -> Any:
+def training_tokenizer(settings: Settings) -> Any:
     """The model's tokenizer with the chat template the training will use; None where there is no tokenizer."""
     from transformers import AutoTokenizer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from qkguard.errors import QKGuardError
 from qkguard.sft.arguments import Settings
 from qkguard.sft.data import load
 from qkguard.sft.launch import check_zero3, refuse_data_parallel
-from qkguard.sft.preflight import has_template, load_tokenizer, preflight
+from qkguard.sft.preflight import has_template, preflight, training_tokenizer
 from qkguard.training.callback import QKGuardCallback
 from qkguard.training.session import RESTORED, run_folder
 
@@ -33,13 +34,10 @@ def train(settings: Settings) -> Path | None:
     refuse_data_parallel(training.use_cpu)
     check_zero3(training.world_size)
     guard = QKGuardCallback(settings.guard)
-    found = ranks.on_rank_zero("checking the recipe", lambda: preflight(settings).warnings)
-    if ranks.rank() == 0:
-        for warning in found:
-            logger.warning("%s", warning)
-    tokenizer = load_tokenizer(settings)
+    ranks.on_rank_zero("checking the recipe", partial(_check, settings))
+    tokenizer = training_tokenizer(settings)
     if tokenizer is None:
-        raise QKGuardError(f"{settings.model_name} has no tokenizer; save one beside the model")
+        raise QKGuardError(f"{settings.model_name} has no tokenizer; save one with the model")
     with training.main_process_first(desc="reading the rows"):
         chat = has_template(tokenizer)
         rows = load(settings.data, chat=chat, seed=training.seed)
@@ -76,6 +74,11 @@ def train(settings: Settings) -> Path | None:
         trainer.end()
     final = run_folder(settings.guard, training) / "final" / RESTORED
     return final if final.is_dir() else None
+
+
+def _check(settings: Settings) -> None:
+    for warning in preflight(settings).warnings:
+        logger.warning("%s", warning)
 
 
 def keep_names_on_save(model: Any) -> None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qkguard.distributed import sharding
 from qkguard.errors import QKGuardError, current_names
 from qkguard.training.attempt import attempt
-from qkguard.training.config import QKGuardConfig, is_due
+from qkguard.training.probe_schedule import is_due
 from qkguard.training.session import Session, run_folder
+
+if TYPE_CHECKING:  # pydantic doubles the time that `from qkguard import QKGuardCallback` takes
+    from qkguard.training.config import QKGuardConfig
 
 LATER = "`qkguard restore` makes the restored model from the raw checkpoint, which is safe"
 
@@ -36,6 +39,8 @@ class QKGuardCallback(TrainerCallback):
     """
 
     def __init__(self, config: QKGuardConfig | None = None, **overrides: Any) -> None:
+        from qkguard.training.config import QKGuardConfig  # here, because pydantic takes as long to import as the rest
+
         if not isinstance(config, QKGuardConfig | None):
             raise QKGuardError(
                 f"Invalid config={config!r}: expected a QKGuardConfig. Single settings are keyword arguments: "

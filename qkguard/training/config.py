@@ -213,15 +213,3 @@ class QKGuardConfig:
 
     def _row_options(self) -> Any:
         return {name: getattr(self, name) for name in RowOptions.__annotations__}
-
-
-def is_due(schedule: int | Literal["logging"], step: int, logging_now: bool) -> bool:
-    """Whether a drift schedule asks for a measurement at `step`."""
-    if schedule == "logging":
-        return logging_now
-    return schedule > 0 and step % schedule == 0
-
-
-def pace(schedule: int | Literal["logging"]) -> str:
-    """A drift schedule in words."""
-    return {"logging": "every logging step", 0: "never", 1: "every step"}.get(schedule, f"every {schedule} steps")

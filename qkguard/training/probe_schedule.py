@@ -1,9 +1,21 @@
-"""When to probe, and what the budget allows: pure functions."""
+"""When to measure drift and to probe, and what the probes' budget allows: pure functions."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
+
+
+def is_due(schedule: int | Literal["logging"], step: int, logging_now: bool) -> bool:
+    """Whether a drift schedule asks for a measurement at `step`."""
+    if schedule == "logging":
+        return logging_now
+    return schedule > 0 and step % schedule == 0
+
+
+def pace(schedule: int | Literal["logging"]) -> str:
+    """A drift schedule in words."""
+    return {"logging": "every logging step", 0: "never", 1: "every step"}.get(schedule, f"every {schedule} steps")
 
 
 def interval(probe_steps: float | Literal["eval"], evaluates: bool, max_steps: int) -> int | None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qkguard.distributed import sharding
 from qkguard.errors import QKGuardError
 from qkguard.offline.task_rows import sampled
 from qkguard.probe.haystack import Prose, load_prose
-from qkguard.training.config import QKGuardConfig
+
+if TYPE_CHECKING:  # pydantic doubles the time that `from qkguard import QKGuardCallback` takes
+    from qkguard.training.config import QKGuardConfig
 
 TEXT_ROWS = 400  # training examples that a haystack is made of, at most
 

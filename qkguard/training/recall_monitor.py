@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
 from transformers import IntervalStrategy, TrainerControl, TrainerState, TrainingArguments
@@ -26,9 +26,11 @@ from qkguard.probe.prober import Prober
 from qkguard.probe.results import ProbeResult, alarm
 from qkguard.probe.settings import ProbeSettings, check_lengths, default_lengths
 from qkguard.training.attempt import attempt
-from qkguard.training.config import QKGuardConfig
 from qkguard.training.probe_schedule import Budget, interval
 from qkguard.training.probe_setup import training_prose, why_not
+
+if TYPE_CHECKING:  # pydantic doubles the time that `from qkguard import QKGuardCallback` takes
+    from qkguard.training.config import QKGuardConfig
 
 logger = logging.getLogger(__name__)
 

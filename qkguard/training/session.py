@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -33,12 +33,15 @@ from qkguard.offline.task_rows import keep_rows
 from qkguard.report.run import METRICS, RUN_FOLDER
 from qkguard.restore.registry import check_per_layer, get_method
 from qkguard.training.attempt import attempt
-from qkguard.training.config import QKGuardConfig, pace
 from qkguard.training.drift_monitor import DriftMonitor, Tracker
 from qkguard.training.export import export_model, holds_weights, link_checkpoint
 from qkguard.training.metrics_log import MetricsLog
+from qkguard.training.probe_schedule import pace
 from qkguard.training.recall_monitor import RecallMonitor, Swap
 from qkguard.training.start import establish_reference, retire_later_checkpoints, warnings_at_start
+
+if TYPE_CHECKING:  # pydantic doubles the time that `from qkguard import QKGuardCallback` takes
+    from qkguard.training.config import QKGuardConfig
 
 logger = logging.getLogger(__name__)
 

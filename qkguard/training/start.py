@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainingArguments
@@ -20,7 +20,9 @@ from qkguard.errors import QKGuardError, WrongReferenceError
 from qkguard.layout import ParamMap, disk_names
 from qkguard.layout.selection import Selection
 from qkguard.report.run import RUN_FOLDER
-from qkguard.training.config import QKGuardConfig
+
+if TYPE_CHECKING:  # pydantic doubles the time that `from qkguard import QKGuardCallback` takes
+    from qkguard.training.config import QKGuardConfig
 
 logger = logging.getLogger(__name__)
 

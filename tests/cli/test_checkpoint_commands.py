@@ -127,7 +127,10 @@ USAGE = {
     "no command": (["restor"], "'restore'"),
     "a missing option": (["restore", "--base", "x"], "--tuned"),
     "unknown parts": (["restore", "-b", "x", "-t", "y", "-o", "z", "--projections", "qv"], "expected q, k or both"),
-    "unknown layers": (["drift", "-b", "x", "-t", "y", "--layers", "3-1"], "not a list of layer numbers"),
+    "unknown layers": (
+        ["drift", "-b", "x", "-t", "y", "--layers", "3-1"],
+        "expected layer numbers such as 3,7,11",
+    ),
     "unknown choice": (["restore", "-b", "x", "-t", "y", "-o", "z", "--shared", "no"], "keep, restore, refuse"),
     "no folder": (["restore", "-b", "./x", "-t", "./y", "-o", "z"], "no such folder: x"),
     "no folder to verify": (["verify", "./x"], "no such folder: x"),

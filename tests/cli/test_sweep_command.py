@@ -72,7 +72,7 @@ def test_restore_with_a_method(tmp_path: Path, run: Run) -> None:
         (("--alpha", "0.5"), "alpha=0.5 has no effect with method 'restore'"),
         (("--method", "interpolate", "--alpha", "2"), "expected a share from 0"),
         (("--method", "qk-pro", "--projections", "q"), "queries and keys together"),
-        (("--method", "qk-pro", "--per-layer", "3:1"), "not a list of layers and values such as 3=0.5"),
+        (("--method", "qk-pro", "--per-layer", "3:1"), "expected layers and values such as 3=0.5,7=1."),
         (("--method", "qk-pro", "--per-layer", "9=1"), "per_layer names layers [9]"),
         (("--method", "qk-pro", "--device", "nowhere"), "does no float64 arithmetic"),
     ):
@@ -155,7 +155,7 @@ def test_mistakes_are_one_line(tuned: Path, tmp_path: Path, run: Run) -> None:
         ((*rows, "--controls", "x"), "Unknown control 'x': expected some of q, k, v, o, vo, or all"),
         ((*rows, "--tolerance", "-1"), "tolerance=-1.0"),
         ((*rows, "--samples", "0"), "'--samples'"),
-        ((*rows, "--lengths", "much"), "not a list of lengths"),
+        ((*rows, "--lengths", "much"), "expected token counts such as 512,4096,32K."),
         ((*rows, "--html", tmp_path / "no" / "a.html"), "there is no folder"),
         ((*rows, "--write", tuned), "is or contains"),
         ((*rows, "--layers", "0"), "layers [0] have no softmax attention; those that have it: 2, 5"),
