@@ -41,7 +41,8 @@ app.command("sweep", rich_help_panel=CHECKPOINTS)(sweep.sweep)
 
 
 @app.callback(invoke_without_command=True)
-def root(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
+def _root(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
+    # No docstring: typer would show it in the place of the application's help
     if version:
         from qkguard import __version__
 
@@ -56,20 +57,20 @@ def main() -> None:
     try:
         code = app(current_flags(sys.argv[1:]), standalone_mode=False)
     except QKGuardError as error:
-        code = fail(str(error))
+        code = _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except BrokenPipeError:  # `qkguard ... | head`
         sys.stderr.close()
         code = 0
     except OSError as error:
-        code = fail(f"{error.strerror or error} ({error.filename})" if error.filename else str(error))
+        code = _fail(f"{error.strerror or error} ({error.filename})" if error.filename else str(error))
     except Exception as error:
         # Usage errors have no public base class that is the same in all supported versions of typer.
         if not hasattr(error, "format_message"):
             raise
         command = getattr(getattr(error, "ctx", None), "command_path", "qkguard")
-        code = fail(f"{error.format_message()} (see {command} --help)")
+        code = _fail(f"{error.format_message()} (see {command} --help)")
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -77,6 +78,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def fail(message: str) -> int:
+def _fail(message: str) -> int:
+    """One line on stderr, and the exit code for bad input."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return 2

@@ -176,6 +176,7 @@ def parse_depths(text: str) -> int | list[float]:
 
 
 def parse_choice(option: str, value: str, choices: tuple[str, ...]) -> str:
+    """The value, where it is one of the choices."""
     if value not in choices:
         raise QKGuardError(f"Invalid {option} {value!r}: expected {', '.join(choices)}.")
     return value

@@ -74,7 +74,7 @@ def run_demo(
     *,
     model: Path = MODEL,
     watch: Watch | None = None,
-    say: Callable[[str], None] = lambda text: None,
+    say: Callable[[str], None] | None = None,
 ) -> DemoReport:
     """CoT-SFT of the packaged hybrid with `QKGuardCallback`, measured before, after and with Q/K restored.
 
@@ -83,13 +83,13 @@ def run_demo(
 
     Args:
         watch: opens a progress bar with a label (none by default).
-        say: prints a line about the stage that begins.
+        say: prints a line about the stage that begins (nothing by default).
 
     Raises:
         QKGuardError: `out` holds something that is not a demo.
     """
     settings = settings or DemoSettings()
-    watch = watch or _unwatched
+    watch, say = watch or _unwatched, say or _unsaid
     _make_room(out)
     from transformers import AutoTokenizer
 
@@ -185,10 +185,10 @@ def _make_room(out: Path) -> None:
     if not out.exists():
         out.mkdir(parents=True)
     elif not out.is_dir():
-        raise QKGuardError(f"{out} is a file; give the demo a folder with --out")
+        raise QKGuardError(f"{out} is a file; choose a folder with --out.")
     elif any(out.iterdir()):
         if not (out / REPORT).is_file():
-            raise QKGuardError(f"{out} holds something other than a demo; give another folder with --out")
+            raise QKGuardError(f"{out} holds something other than a demo; choose another folder with --out.")
         shutil.rmtree(out)
         out.mkdir()
     (out / REPORT).write_text("{}\n")  # an interrupted demo may be replaced as well
@@ -196,4 +196,12 @@ def _make_room(out: Path) -> None:
 
 @contextmanager
 def _unwatched(label: str) -> Iterator[Callable[[int, int], None]]:
-    yield lambda done, total: None
+    yield _no_bar
+
+
+def _no_bar(done: int, total: int) -> None:
+    pass
+
+
+def _unsaid(text: str) -> None:
+    pass

@@ -40,6 +40,7 @@ class Launch:
 
 
 def bundled_configs() -> dict[str, Path]:
+    """Name -> file of every accelerate config that ships with the recipes."""
     return {file.stem: file for file in sorted((recipes_folder() / "accelerate_configs").glob("*.yaml"))}
 
 
@@ -52,7 +53,9 @@ def config_file(launch: Launch) -> Path:
     known = bundled_configs()
     file = known.get(launch.config) or Path(launch.config)
     if not file.is_file():
-        raise QKGuardError(f"--accelerate {launch.config} is neither a bundled config ({', '.join(known)}) nor a file")
+        raise QKGuardError(
+            f"--accelerate {launch.config} is neither a bundled config ({', '.join(known)}) nor a file."
+        )
     return file
 
 
@@ -79,12 +82,12 @@ def ranks_per_node(launch: Launch) -> int:
     if count == 0:
         raise QKGuardError(
             f"--accelerate {launch.name} starts a process for every accelerator, and none was found; say how many CPU "
-            "processes with --num-processes, or use --accelerate single"
+            "processes with --num-processes, or use --accelerate single."
         )
     if count * launch.nodes == 1 and launch.name in (*SHARDED, "ddp"):
         seen = f"--num-processes {launch.processes}" if launch.processes else "one accelerator was found"
         raise QKGuardError(
-            f"--accelerate {launch.name} spreads a model over several processes and here is one ({seen}); use "
+            f"--accelerate {launch.name} spreads a model over several processes, but there is only one ({seen}); use "
             "--accelerate single, or more processes"
         )
     return count
@@ -144,5 +147,6 @@ def check_zero3(world_size: int) -> None:
     offloads = [(zero.get(f"offload_{part}") or {}).get("device", "none") for part in ("param", "optimizer")]
     if set(offloads) == {"none"}:
         raise QKGuardError(
-            "ZeRO-3 spreads a model over several processes and here is one; use --accelerate single, or more processes"
+            "ZeRO-3 spreads a model over several processes, but there is only one; use --accelerate single, or more "
+            "processes"
         )

@@ -47,6 +47,7 @@ NO_PACKING = "set packing: false and padding_free: false"
 
 
 def is_packed(training: Any) -> bool:
+    """Whether several samples share a sequence, by either of TRL's settings."""
     return bool(training.packing or training.padding_free)
 
 

@@ -33,7 +33,7 @@ ORDER = {
 
 
 def plan(settings: Settings, found: Preflight, *, accelerate: str | None, processes: int) -> dict[str, Any]:
-    """The plan as JSON values; `report` turns it into lines."""
+    """The plan as JSON values; `plan_text.lines` turns it into lines."""
     total, trained = parameters(settings, found)
     return {
         "model": _model(settings, found, total, trained),
@@ -127,6 +127,7 @@ def _data(settings: Settings, found: Preflight, processes: int) -> dict[str, Any
 
 
 def tokens_per_row(settings: Settings, found: Preflight) -> float | None:
+    """Mean tokens of a row as it is trained on: cut at max_length; None where nothing is known."""
     limit = settings.training.max_length
     if not found.lengths:
         return float(limit) if limit else None

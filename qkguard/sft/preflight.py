@@ -136,10 +136,12 @@ def check_probes(settings: Settings, config: Any, tokenizer: Any) -> None:
 
 
 def has_template(tokenizer: Any) -> bool:
+    """Whether there is a tokenizer that can format chats."""
     return bool(getattr(tokenizer, "chat_template", None))
 
 
 def needs_template(sampled: Sampled) -> bool:
+    """Whether the rows are chats, as `messages` or as prompts and completions made of turns."""
     row = sampled.rows[0]
     return sampled.form == "messages" or isinstance(row["prompt"], list)
 

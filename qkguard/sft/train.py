@@ -84,8 +84,9 @@ def _check(settings: Settings) -> None:
 def keep_names_on_save(model: Any) -> None:
     """Forget weight conversions that loading never used: under ZeRO-3 transformers would reverse them on save.
 
-    Qwen3.5's checkpoints would otherwise get tensor names that no class loads (transformers 5.23).
+    Qwen3.5's checkpoints would otherwise get tensor names that no class loads.
     """
+    # Private to transformers, which has no public way to drop one (needed as of 5.23)
     conversions = getattr(model, "_weight_conversions", None)
     if conversions and sharding.backend(model) == "zero3":
         model._weight_conversions = [c for c in conversions if not hasattr(c, "was_used") or c.was_used()]

@@ -16,7 +16,6 @@ STRICT = ConfigDict(
     extra="forbid",
     use_attribute_docstrings=True,  # the help of a field stands under it
     allow_inf_nan=False,
-    defer_build=True,
 )
 _WORDS = {"integer": "a whole number", "number": "a number", "boolean": "True or False"}
 _RANGES = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}

@@ -133,7 +133,9 @@ def test_command_lines(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_process_is_not_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "devices", lambda: 1)
     for name in ("zero3", "fsdp2", "ddp"):
-        with pytest.raises(QKGuardError, match=r"here is one \(one accelerator was found\); use --accelerate single"):
+        with pytest.raises(
+            QKGuardError, match=r"there is only one \(one accelerator was found\); use --accelerate single"
+        ):
             ranks_per_node(Launch(name))
         assert ranks_per_node(Launch(name, processes=2)) == 2
         assert ranks_per_node(Launch(name, nodes=2)) == 1
@@ -159,7 +161,7 @@ def test_zero3_alone_must_offload(monkeypatch: pytest.MonkeyPatch) -> None:
     zero: dict[str, Any] = {"stage": 3}
     monkeypatch.setattr(ds, "is_deepspeed_zero3_enabled", lambda: True)
     monkeypatch.setattr(ds, "deepspeed_config", lambda: {"zero_optimization": zero})
-    with pytest.raises(QKGuardError, match="ZeRO-3 spreads a model over several processes and here is one"):
+    with pytest.raises(QKGuardError, match="ZeRO-3 spreads a model over several processes, but there is only one"):
         launch.check_zero3(world_size=1)
     launch.check_zero3(world_size=2)
     zero["offload_param"] = {"device": "cpu"}
