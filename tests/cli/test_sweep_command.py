@@ -70,7 +70,7 @@ def test_restore_with_a_method(tmp_path: Path, run: Run) -> None:
     for wrong, message in (
         (("--method", "average"), "unknown restore method 'average'"),
         (("--alpha", "0.5"), "alpha=0.5 has no effect with method 'restore'"),
-        (("--method", "interpolate", "--alpha", "2"), "expected a share from 0"),
+        (("--method", "interpolate", "--alpha", "2"), "expected a number from 0 (tuned) to 1"),
         (("--method", "qk-pro", "--projections", "q"), "queries and keys together"),
         (("--method", "qk-pro", "--per-layer", "3:1"), "expected layers and values such as 3=0.5,7=1."),
         (("--method", "qk-pro", "--per-layer", "9=1"), "per_layer names layers [9]"),
