@@ -25,11 +25,10 @@ from qkguard.adapters.meta_model import quiet
 from qkguard.checkpoint.card import adapter_card, read_card
 from qkguard.checkpoint.files import copy_auxiliary, copy_named, link_or_copy, write_text
 from qkguard.checkpoint.manifest import FORMAT, MANIFEST, describe_file, dump, versions
-from qkguard.checkpoint.safetensors_io import read_header
+from qkguard.checkpoint.safetensors_io import read_header, same_bits
 from qkguard.checkpoint.staging import Staging
 from qkguard.checkpoint.write import check_target, readable_errors
 from qkguard.distributed import ranks, sharding
-from qkguard.distributed.reference import same_bits
 from qkguard.errors import QKGuardError
 from qkguard.layout.selection import Selection
 from qkguard.layout.spec import ParamMap

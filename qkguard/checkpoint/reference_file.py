@@ -1,10 +1,11 @@
-"""The reference on disk: written once before the first step, verified whenever it is read."""
+"""The reference on disk: written once before the first step, checked whenever it is read."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,58 +14,77 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qkguard.checkpoint.files import write_json
-from qkguard.checkpoint.safetensors_io import SafetensorsWriter, sha256_of
+from qkguard.checkpoint.safetensors_io import SafetensorsWriter, same_bits, sha256_of
 from qkguard.checkpoint.weights import BaseRows
-from qkguard.distributed import collectives, ranks
-from qkguard.distributed.reference import Reference, same_bits
+from qkguard.distributed import ranks
+from qkguard.distributed.reference import Reference
 from qkguard.errors import WrongReferenceError
 from qkguard.layout.spec import ParamMap
 
 REFERENCE, REFERENCE_MANIFEST = "reference.safetensors", "reference.json"
+WAYS_OUT = "Put the file back from a copy, or name the pre-SFT checkpoint with QKGuardConfig(base_model=...)."
 
 
-def write_reference(reference: Reference, folder: Path, about: dict[str, Any], writer_rank: int = 0) -> None:
-    """Write one consolidated file and its manifest, independent of the number of ranks; a collective.
+def write_reference(
+    reference: Reference, folder: Path, about: Mapping[str, Any], writers: Sequence[int] = (0,)
+) -> None:
+    """Write one file with the rows of all ranks, and its manifest, on every writer; ALL ranks must call this.
 
-    `writer_rank` writes, one parameter in memory at a time; the manifest comes last, so that a file without one is
-    never taken for a reference. `about` goes into the manifest.
+    The file does not depend on the number of ranks. A writer holds one parameter in memory at a time.
+
+    Args:
+        about: what the manifest says beside the tensors.
+        writers: the ranks that write, each into its own `folder`.
     """
-    partial = folder / f"{REFERENCE}.partial"
-    tensors = {n: (reference.slices[n].dtype, m.compact_shape) for n, m in reference.maps.items()}
-    digests: dict[str, str] = {}
+    for writer in writers:
+        _write_on(writer, reference, folder, about)
 
-    def begin() -> SafetensorsWriter:
+
+def _write_on(writer: int, reference: Reference, folder: Path, about: Mapping[str, Any]) -> None:
+    file = ranks.held_by(writer, "opening the reference file", partial(_ReferenceWriter, reference, folder))
+    for name in reference.maps:
+        rows = reference.gather_kept(name, writer)
+        if file is not None and rows is not None:
+            file.write(name, rows.cpu())
+
+    def finish() -> None:
+        assert file is not None  # on the writer, where alone this runs
+        file.finish(about)
+
+    ranks.on_rank(writer, "closing the reference file", finish)
+
+
+class _ReferenceWriter:
+    """A reference file in the making. Its manifest comes last: a file without one is never taken for a reference."""
+
+    def __init__(self, reference: Reference, folder: Path) -> None:
+        self.reference, self.folder, self.partial = reference, folder, folder / f"{REFERENCE}.partial"
+        self.described: dict[str, Any] = {}
         folder.mkdir(parents=True, exist_ok=True)
         (folder / REFERENCE_MANIFEST).unlink(missing_ok=True)
-        return SafetensorsWriter(partial, tensors)
+        layout = {n: (reference.slices[n].dtype, m.compact_shape) for n, m in reference.maps.items()}
+        self.file = SafetensorsWriter(self.partial, layout)
 
-    def finish(writer: SafetensorsWriter) -> None:
-        writer.close()
-        os.replace(partial, folder / REFERENCE)
-        described = {
-            n: {
-                "shape": list(m.shape),
-                "dim": m.dim,
-                "ranges": [list(r) for r in m.ranges],
-                "dtype": str(reference.slices[n].dtype).removeprefix("torch."),
-                "sha256": digests[n],
-            }
-            for n, m in reference.maps.items()
+    def write(self, name: str, rows: Tensor) -> None:
+        """The rows of the next parameter, in the order of the reference's maps."""
+        self.file.write(rows)
+        pmap = self.reference.maps[name]
+        self.described[name] = {
+            "shape": list(pmap.shape),
+            "dim": pmap.dim,
+            "ranges": [list(r) for r in pmap.ranges],
+            "dtype": str(rows.dtype).removeprefix("torch."),
+            "sha256": sha256_of(rows),
         }
-        write_json(folder / REFERENCE_MANIFEST, {"format": 1, **about, "tensors": described})
 
-    writer = ranks.held_by(writer_rank, "writing the reference", begin)
-    for (name, pmap), shares in zip(reference.maps.items(), reference.slice_spans(list(reference.maps)), strict=True):
-        flat = collectives.gather_flat(reference.slices[name], shares, writer_rank)
-        if flat is not None and writer is not None:
-            full = flat.cpu().view(pmap.compact_shape)
-            digests[name] = sha256_of(full)
-            writer.write(full)
-    ranks.on_rank(writer_rank, "writing the reference", lambda: finish(writer) if writer else None)
+    def finish(self, about: Mapping[str, Any]) -> None:
+        self.file.close()
+        os.replace(self.partial, self.folder / REFERENCE)
+        write_json(self.folder / REFERENCE_MANIFEST, {"format": 1, **about, "tensors": self.described})
 
 
 class ReferenceFile:
-    """A written reference: where checkpoints and resumed runs take the pre-SFT rows from (rank 0 only).
+    """A written reference: where restored checkpoints and resumed runs read the rows from before SFT (one process).
 
     Raises:
         WrongReferenceError: when the file or its manifest is missing, damaged or belongs to another layout.
@@ -72,17 +92,17 @@ class ReferenceFile:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        ways = "name the pre-SFT checkpoint with QKGuardConfig(base_model=...), or put the file back from a copy"
         try:
             self.manifest = json.loads((folder / REFERENCE_MANIFEST).read_text())
             self._file = safe_open(folder / REFERENCE, framework="pt")
             self._names = set(self._file.keys())
         except FileNotFoundError as error:
             missing = error.filename or folder / REFERENCE
-            raise WrongReferenceError(f"the pre-SFT reference is missing: no {missing}; {ways}") from None
+            raise WrongReferenceError(f"The pre-SFT reference is missing: no {missing}. {WAYS_OUT}") from None
         except (OSError, ValueError, SafetensorError) as error:
-            raise WrongReferenceError(f"the pre-SFT reference in {folder} cannot be read ({error}); {ways}") from None
-        self._ways = ways
+            raise WrongReferenceError(
+                f"The pre-SFT reference in {folder} cannot be read ({error}). {WAYS_OUT}"
+            ) from None
 
     @staticmethod
     def exists(folder: Path) -> bool:
@@ -93,22 +113,22 @@ class ReferenceFile:
         entry = self.manifest["tensors"].get(pmap.name)
         if entry is None or pmap.name not in self._names:
             raise WrongReferenceError(
-                f"the reference in {self.folder} has no rows of {pmap.name}: it was taken with another layout or "
-                f"other options; {self._ways}"
+                f"The reference in {self.folder} has no rows of {pmap.name}: it was taken with another layout or "
+                f"other settings. {WAYS_OUT}"
             )
         held = (tuple(entry["shape"]), entry["dim"], tuple(map(tuple, entry["ranges"])))
         if held != (pmap.shape, pmap.dim, pmap.ranges):
             raise WrongReferenceError(
-                f"the reference of {pmap.name} covers rows {entry['ranges']} of shape {entry['shape']}, the run asks "
-                f"for {list(pmap.ranges)} of {list(pmap.shape)}; {self._ways}"
+                f"The reference of {pmap.name} holds rows {entry['ranges']} of shape {entry['shape']}; this run needs "
+                f"rows {list(pmap.ranges)} of {list(pmap.shape)}. {WAYS_OUT}"
             )
-        tensor = self._file.get_tensor(pmap.name)
-        if sha256_of(tensor) != entry["sha256"]:
+        rows = self._file.get_tensor(pmap.name)
+        if sha256_of(rows) != entry["sha256"]:
             raise WrongReferenceError(
-                f"the reference of {pmap.name} in {self.folder} has changed since it was taken (sha256 differs); "
-                f"{self._ways}"
+                f"The reference of {pmap.name} in {self.folder} has changed since it was taken (its sha256 differs). "
+                f"{WAYS_OUT}"
             )
-        return tensor
+        return rows
 
     def describe(self) -> dict[str, Any]:
         """What the manifest of a restored checkpoint says of the reference."""
@@ -119,16 +139,17 @@ class ReferenceFile:
         }
 
 
-def compare_with_base(reference: ReferenceFile, base: BaseRows, maps: Sequence[ParamMap]) -> list[str]:
-    """Parameters whose reference differs from the base checkpoint's own files (rank 0 only).
+def differing_from_base(reference: ReferenceFile, base: BaseRows, maps: Sequence[ParamMap]) -> list[str]:
+    """Names of parameters whose rows in the reference are not those of the base checkpoint's own files (one process).
 
-    Equal means: the stored tensor cast to the step-0 dtype, directly or through half precision (a model loaded in
-    bfloat16 and trained in float32), has the reference's bits. `base.get(param_map)` gives the stored rows.
+    Equal means: the stored rows have the reference's bits once cast to its dtype, either directly or through half
+    precision (a model that was loaded in bfloat16 and is trained in float32).
     """
     wrong = []
     for pmap in maps:
         kept, stored = reference.get(pmap), base.get(pmap)
-        casts = [stored.to(kept.dtype)] + [stored.to(h).to(kept.dtype) for h in (torch.bfloat16, torch.float16)]
+        casts = [stored.to(kept.dtype)]
+        casts += [stored.to(half).to(kept.dtype) for half in (torch.bfloat16, torch.float16)]
         if not any(same_bits(kept, cast) for cast in casts):
             wrong.append(pmap.name)
     return wrong

@@ -143,6 +143,13 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal shape, dtype and bit patterns (NaNs are equal to themselves, 0.0 and -0.0 differ)."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
+
+
 def sha256_of(tensor: Tensor) -> str:
     return hashlib.sha256(bytes_of(tensor.contiguous())).hexdigest()
 

@@ -1,9 +1,10 @@
-"""The restored model without a copy of it: restored queries and keys in the live model, and the tuned ones back."""
+"""Swap restored queries and keys into the live model for a block of code, and the tuned ones back after it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from qkguard.distributed import collectives, ranks, sharding
 from qkguard.distributed.reference import Reference
 from qkguard.layout.selection import unselected_norms
+from qkguard.layout.spec import AttentionSpec, ParamMap
 from qkguard.restore.apply import restore_layer
-from qkguard.restore.registry import check_options, check_per_layer, get_method
+from qkguard.restore.registry import Method, check_options, check_per_layer, get_method
 
 
 @contextmanager
@@ -22,64 +24,84 @@ def restored(model: nn.Module, reference: Reference, *, method: str = "restore",
         with qkguard.restored(model, guard.session.reference):
             ...  # forward passes without gradients, generation, evaluation
 
-    Afterwards, also after an exception, every weight has the bits it had before; optimizer states and master weights
-    are not touched. Gives the same model as `qk_restored/` of a checkpoint of the same step. Costs the memory of this
-    rank's share of queries and keys, on the CPU; methods other than restore also gather a layer at a time on rank 0.
+    Inside the block the model is the one that `qk_restored/` of a checkpoint of this step holds. After it, also after
+    an exception, every weight has the bits it had before. Optimizer states and master weights never change. Each rank
+    needs CPU memory for its part of the queries and keys; methods other than restore also gather a layer at a time on
+    rank 0.
 
     Args:
         model: the live model, plain or sharded.
-        reference: what it was before SFT.
-        method, options: a restore method and its options (`restore_checkpoint`).
+        reference: its queries and keys from before SFT.
+        method: the name of a restore method.
+        **options: the method's options, as for `restore_checkpoint`.
 
     Raises:
-        QKGuardError: the model is not the one that the reference was taken from, or bad options.
+        QKGuardError: the model is not the one that the reference was taken from, or an option is wrong.
     """
     model = sharding.unwrap(model)
     sharding.settle(model)
     params = reference.params(model)
-    pieces = reference.slices if method == "restore" and not options else _mixed(model, reference, method, options)
-    kept: dict[str, Tensor] = {}
+    new = reference.slices if method == "restore" and not options else _new_slices(model, reference, method, options)
+    tuned: dict[str, Tensor] = {}
     try:
         for name, param in params.items():
             live = reference.live(params, name)
-            kept[name] = live.cpu().clone()
-            sharding.write(param, _with_rows(reference, name, live, pieces[name]))
+            tuned[name] = live.cpu().clone()
+            sharding.write(param, _with_rows(reference, name, live, new[name]))
         yield
     finally:
         sharding.settle(model)
-        for name, tile in kept.items():
-            sharding.write(params[name], tile.to(sharding.device(params[name])))
+        for name, shard in tuned.items():
+            sharding.write(params[name], shard.to(sharding.device(params[name])))
 
 
-def _mixed(model: nn.Module, reference: Reference, name: str, options: Mapping[str, Any]) -> dict[str, Tensor]:
-    """This rank's pieces of what a method makes of the reference and the live weights; a collective."""
-    parts = sorted({role for pmap in reference.maps.values() for block in pmap.blocks for role in block.role} - {"v"})
-    method, chosen = get_method(name), check_options(name, options, parts)
+def _new_slices(model: nn.Module, reference: Reference, name: str, options: Mapping[str, Any]) -> dict[str, Tensor]:
+    """This rank's slices of what a method makes of the reference and the live weights; ALL ranks must call this.
+
+    Rank 0 gathers one layer at a time, applies the method and hands the slices out.
+    """
+    roles = {role for pmap in reference.maps.values() for block in pmap.blocks for role in block.role}
+    method, chosen = get_method(name), check_options(name, options, sorted(roles - {"v"}))
     check_per_layer(chosen, reference.selection)
     live = dict(model.named_parameters())
     norms = unselected_norms(reference.selection) if method.needs_gains(chosen) else []
-    whole = zip(norms, sharding.gather_full([live[p.name] for p in norms]), strict=True)
-    gains = {p.name: p.take(full) for p, full in whole if full is not None}
-    pieces = {}
+    gains = _gathered_rows(norms, live)
+    slices = {}
     for spec, maps in reference.selection:
         pairs = {p.name: reference.gather(model, p.name) for p in maps}
-
-        def make(spec: Any = spec, maps: Any = maps, pairs: Any = pairs) -> dict[str, Tensor]:
-            pre, post = ({n: pair[i].cpu() for n, pair in pairs.items()} for i in range(2))
-            return restore_layer(method, chosen, spec, maps, pre, post, gains=gains).rows
-
-        rows = ranks.held_by(0, f"restoring {spec.module} ({name})", make)
-        for pmap, shares in zip(maps, reference.slice_spans([p.name for p in maps]), strict=True):
+        restore = partial(_restored_rows, method, chosen, spec, maps, pairs, gains)
+        rows = ranks.held_by(0, f"restoring {spec.module} ({name})", restore)
+        for pmap in maps:
             dtype = sharding.dtype(live[pmap.name])
-            full = None if rows is None else rows[pmap.name].to(dtype).reshape(-1)
-            pieces[pmap.name] = collectives.scatter_flat(full, shares, dtype)
-    return pieces
+            flat = None if rows is None else rows[pmap.name].to(dtype).reshape(-1)
+            slices[pmap.name] = collectives.scatter_flat(flat, reference.slice_spans[pmap.name], dtype)
+    return slices
 
 
-def _with_rows(reference: Reference, name: str, live: Tensor, piece: Tensor) -> Tensor:
-    """The flat tile of a live weight with this rank's piece of new rows in it, as a new tensor."""
-    start, stop = reference.spans[name]
-    tile, piece = live.clone(), piece.to(live)
-    for part in reference.maps[name].role_slices(start, stop):
-        tile[part.flat] = piece[part.compact]
-    return tile
+def _gathered_rows(maps: Sequence[ParamMap], live: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Compact tensors of live parameters by name, on rank 0 (empty elsewhere); ALL ranks must call this."""
+    full = sharding.gather_full([live[p.name] for p in maps])
+    return {p.name: p.take(tensor) for p, tensor in zip(maps, full, strict=True) if tensor is not None}
+
+
+def _restored_rows(
+    method: Method,
+    options: Mapping[str, Any],
+    spec: AttentionSpec,
+    maps: Sequence[ParamMap],
+    pairs: Mapping[str, tuple[Tensor, Tensor] | None],
+    gains: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """One layer's restored rows by parameter from its (pre, live) pairs; rank 0, which has gathered them."""
+    gathered = {name: pair for name, pair in pairs.items() if pair is not None}
+    pre = {name: pair[0].cpu() for name, pair in gathered.items()}
+    post = {name: pair[1].cpu() for name, pair in gathered.items()}
+    return restore_layer(method, options, spec, maps, pre, post, gains=gains).rows
+
+
+def _with_rows(reference: Reference, name: str, live: Tensor, rows: Tensor) -> Tensor:
+    """A copy of this rank's shard of a live weight, with a slice of other rows in it."""
+    shard, rows = live.clone(), rows.to(live)
+    for found in reference.maps[name].role_slices(*reference.spans[name]):
+        shard[found.flat] = rows[found.compact]
+    return shard

@@ -1,140 +1,162 @@
-"""The pre-SFT queries and keys: taken once from the live weights, written once, verified, reloaded on resume."""
+"""The queries and keys from before SFT, each rank keeping the part that lies in its own shards."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qkguard.distributed import collectives, ranks, sharding
-from qkguard.distributed.sharding import Param, Span
+from qkguard.distributed.collectives import Span
+from qkguard.distributed.sharding import Param
 from qkguard.errors import QKGuardError
 from qkguard.layout.selection import Selection
 from qkguard.layout.spec import ParamMap
 
 
 class Reference:
-    """This rank's share of the pre-SFT query and key rows, on the CPU.
+    """This rank's part of the pre-SFT query and key rows, on the CPU.
 
-    `slices[name]` is the 1-D part of the flattened compact tensor of parameter `name` that lies in this rank's tile
-    `spans[name]` of the full parameter, in the dtype the weights had at step 0. Over all ranks the pieces make the
-    selection exactly once, so it costs the bytes of Q and K divided by the number of ranks. `selection` has the same
-    parameters layer by layer.
+    Over all ranks the parts make up the selected rows exactly once: a rank keeps the bytes of Q and K divided by the
+    number of ranks.
+
+    Attributes:
+        selection: the layers and the parameters with query and key rows in each.
+        maps: parameter name -> which of its rows are queries and keys.
+        spans: parameter name -> this rank's shard of the flattened parameter.
+        slices: parameter name -> 1-D tensor, the part of the flattened *compact* tensor that lies in this shard, in
+            the dtype the weights had at step 0.
+        slice_spans: parameter name -> by rank, which elements of the flattened compact tensor it keeps.
     """
 
     def __init__(
-        self, selection: Selection, maps: dict[str, ParamMap], spans: dict[str, Span], pieces: dict[str, Tensor]
+        self,
+        selection: Selection,
+        maps: dict[str, ParamMap],
+        shards: dict[str, list[Span]],
+        slices: dict[str, Tensor],
     ) -> None:
-        self.selection, self.maps, self.spans, self.slices = selection, maps, spans, pieces
+        self.selection, self.maps, self.slices = selection, maps, slices
+        self.spans = {name: of_ranks[ranks.rank()] for name, of_ranks in shards.items()}
+        self.slice_spans = {name: _compact_spans(maps[name], of_ranks) for name, of_ranks in shards.items()}
 
     @classmethod
     def take(cls, model: nn.Module, selection: Selection) -> Reference:
-        """Copy this rank's tiles from the live weights; no communication."""
-        maps, params = _bind(model, selection)
-        spans = {name: sharding.shard_span(param) for name, param in params.items()}
-        pieces = {}
+        """Copy the rows from the live weights, each rank from its own shards; ALL ranks must call this."""
+        maps, params, shards = _find_rows(model, selection)
+        slices = {}
         for name, pmap in maps.items():
-            flat = sharding.read(params[name], spans[name])
-            pieces[name] = _keep(pmap.take_flat(flat, spans[name][0]))
-        return cls(selection, maps, spans, pieces)
+            span = shards[name][ranks.rank()]
+            slices[name] = _kept(pmap.take_flat(sharding.read(params[name], span), span[0]))
+        return cls(selection, maps, shards, slices)
 
     @classmethod
     def scatter(cls, model: nn.Module, selection: Selection, source: Any) -> Reference:
-        """Rank 0 reads compact tensors from `source.get(param_map)` and hands every rank its share; a collective.
+        """Rank 0 reads the rows and hands every rank its slices; ALL ranks must call this.
 
-        The values are cast to the dtype the live weights have. Memory on rank 0: one parameter beyond its share.
+        `source.get(param_map)` gives the compact tensor of one parameter; the other ranks pass None.
+        The values are cast to the dtype of the live weights. Rank 0 needs memory for one parameter beside its part.
 
         Raises:
             QKGuardError: on all ranks, when the source lacks a tensor or its shape differs.
         """
-        maps, params = _bind(model, selection)
-        names = list(maps)
-        table = sharding.shards([params[name] for name in names])
-        spans, pieces = {}, {}
-        for name, tiles in zip(names, table, strict=True):
-            pmap, dtype = maps[name], sharding.dtype(params[name])
-
-            def load(pmap: ParamMap = pmap, dtype: torch.dtype = dtype) -> Tensor:
-                return _cast(source.get(pmap), pmap, dtype).reshape(-1)
-
-            full = ranks.held_by(0, f"reading the reference of {name}", load)
-            shares = [(pmap.compact_offset(a), pmap.compact_offset(b)) for a, b in tiles]
-            spans[name] = tiles[ranks.rank()]
-            pieces[name] = _keep(collectives.scatter_flat(full, shares, dtype))
-        return cls(selection, maps, spans, pieces)
+        maps, params, shards = _find_rows(model, selection)
+        slices = {}
+        for name, pmap in maps.items():
+            dtype = sharding.dtype(params[name])
+            read = partial(_read_flat, source, pmap, dtype)
+            flat = ranks.held_by(0, f"reading the reference of {name}", read)
+            slices[name] = _kept(collectives.scatter_flat(flat, _compact_spans(pmap, shards[name]), dtype))
+        return cls(selection, maps, shards, slices)
 
     @property
     def nbytes(self) -> int:
         """Bytes this rank keeps."""
-        return sum(p.numel() * p.element_size() for p in self.slices.values())
-
-    def live(self, params: dict[str, Param], name: str) -> Tensor:
-        """The flat tile of the live weight of parameter `name`, on its device; take rows from it with `maps[name]`."""
-        return sharding.read(params[name], self.spans[name])
+        return sum(kept.numel() * kept.element_size() for kept in self.slices.values())
 
     def params(self, model: nn.Module) -> dict[str, Param]:
-        """The model's parameters that the reference covers."""
-        live = dict(sharding.unwrap(model).named_parameters())
-        return {name: live[name] for name in self.maps}
+        """The model's parameters that the reference covers.
+
+        Raises:
+            QKGuardError: the model is not the one that the reference was taken from.
+        """
+        return _find_params(sharding.unwrap(model), self.maps)
+
+    def live(self, params: dict[str, Param], name: str) -> Tensor:
+        """This rank's flat shard of a live parameter, on its device; `maps[name]` finds the rows in it."""
+        return sharding.read(params[name], self.spans[name])
 
     def changed(self, model: nn.Module) -> list[str]:
-        """Names of parameters whose live rows differ from the reference by at least one bit; a collective."""
+        """The parameters whose live rows differ from the reference by a bit or more; ALL ranks must call this."""
         params = self.params(model)
         differs = torch.zeros(len(self.maps), dtype=torch.float64)
         for i, (name, pmap) in enumerate(self.maps.items()):
-            piece = pmap.take_flat(self.live(params, name), self.spans[name][0]).cpu()
-            differs[i] = not same_bits(piece, self.slices[name])
-        return [name for name, n in zip(self.maps, collectives.all_reduce_sum(differs).tolist(), strict=True) if n]
+            now = pmap.take_flat(self.live(params, name), self.spans[name][0]).cpu()
+            # bit patterns, because NaN != NaN and 0.0 == -0.0
+            differs[i] = not torch.equal(collectives.flat_bytes(now), collectives.flat_bytes(self.slices[name]))
+        counts = collectives.all_reduce_sum(differs).tolist()
+        return [name for name, ranks_that_differ in zip(self.maps, counts, strict=True) if ranks_that_differ]
 
     def gather(self, model: nn.Module, name: str, dst: int = 0) -> tuple[Tensor, Tensor] | None:
-        """(pre, live) compact tensors of one parameter on rank `dst`, on one device, None elsewhere; a collective."""
-        pmap, params = self.maps[name], self.params(model)
-        shares = self.slice_spans([name])[0]
-        live = pmap.take_flat(self.live(params, name), self.spans[name][0])
-        pair = [collectives.gather_flat(piece, shares, dst) for piece in (self.slices[name], live)]
-        if pair[0] is None or pair[1] is None:
+        """(pre, live) compact tensors of one parameter on rank `dst`, on one device; None elsewhere. ALL ranks."""
+        live = self.maps[name].take_flat(self.live(self.params(model), name), self.spans[name][0])
+        pre = self.gather_kept(name, dst)
+        now = collectives.gather_flat(live, self.slice_spans[name], dst)
+        if pre is None or now is None:
             return None
-        pre = pair[0].to(pair[1].device)  # one process on an accelerator: kept on the CPU, live there
-        return pre.view(pmap.compact_shape), pair[1].view(pmap.compact_shape)
+        shape = self.maps[name].compact_shape
+        return pre.to(now.device), now.view(shape)  # one process on an accelerator: kept on the CPU, live there
 
-    def slice_spans(self, names: Sequence[str]) -> list[list[Span]]:
-        """[name][rank]: which elements of the flattened compact tensor every rank keeps; a collective."""
-        mine = [[self.maps[name].compact_offset(p) for p in self.spans[name]] for name in names]
-        table = collectives.all_gather_table(torch.tensor(mine, dtype=torch.int64))
-        return [[(int(a), int(b)) for a, b in table[:, i].tolist()] for i in range(len(names))]
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal shape, dtype and bit patterns (NaNs included, 0.0 and -0.0 apart)."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
+    def gather_kept(self, name: str, dst: int = 0) -> Tensor | None:
+        """The compact tensor of one parameter from before SFT on rank `dst`, None elsewhere; ALL ranks."""
+        flat = collectives.gather_flat(self.slices[name], self.slice_spans[name], dst)
+        return None if flat is None else flat.view(self.maps[name].compact_shape)
 
 
-def _bind(model: nn.Module, selection: Selection) -> tuple[dict[str, ParamMap], dict[str, Param]]:
-    """Parameter maps and live parameters by name, their shapes compared."""
-    live = dict(sharding.unwrap(model).named_parameters())
+def _find_rows(
+    model: nn.Module, selection: Selection
+) -> tuple[dict[str, ParamMap], dict[str, Param], dict[str, list[Span]]]:
+    """Row maps, live parameters and every rank's shard of them, by name; ALL ranks must call this.
+
+    Raises:
+        QKGuardError: on all ranks, when the layout does not fit the model or a placement is not supported.
+    """
     maps = {pmap.name: pmap for _, pmaps in selection for pmap in pmaps}
+    find = partial(_find_params, sharding.unwrap(model), maps)
+    params = ranks.all_ranks("finding the query and key parameters", find)
+    return maps, params, dict(zip(maps, sharding.shards(list(params.values())), strict=True))
+
+
+def _find_params(model: nn.Module, maps: dict[str, ParamMap]) -> dict[str, Param]:
+    live = dict(model.named_parameters())
     for name, pmap in maps.items():
         if name not in live:
-            raise QKGuardError(f"the layout names {name}, which the model does not have; pass the layout with spec=")
-        if (found := sharding.full_shape(live[name])) != pmap.shape:
-            raise QKGuardError(f"{name}: the layout expects shape {pmap.shape}, the model has {found}")
-    sharding.check_supported(sharding.unwrap(model), maps)
-    return maps, {name: live[name] for name in maps}
+            raise QKGuardError(f"The layout names {name}, which the model does not have. Pass the layout with spec=.")
+        found = sharding.full_shape(live[name])
+        if found != pmap.shape:
+            raise QKGuardError(f"{name} has shape {found} in the model; the layout expects {pmap.shape}.")
+    sharding.check_supported(model, maps)
+    return {name: live[name] for name in maps}
 
 
-def _cast(tensor: Tensor, pmap: ParamMap, dtype: torch.dtype) -> Tensor:
-    if tuple(tensor.shape) != pmap.compact_shape:
+def _compact_spans(pmap: ParamMap, shards: list[Span]) -> list[Span]:
+    """Which elements of the flattened compact tensor lie in each shard of the parameter."""
+    return [(pmap.compact_offset(start), pmap.compact_offset(stop)) for start, stop in shards]
+
+
+def _read_flat(source: Any, pmap: ParamMap, dtype: torch.dtype) -> Tensor:
+    """The rows of one parameter from a source, flattened, in the dtype of the live weight."""
+    rows = source.get(pmap)
+    if tuple(rows.shape) != pmap.compact_shape:
         raise QKGuardError(
-            f"{pmap.name}: expected rows of shape {pmap.compact_shape}, the base has {tuple(tensor.shape)}"
+            f"{pmap.name}: the base has rows of shape {tuple(rows.shape)}, expected {pmap.compact_shape}."
         )
-    return tensor.to(dtype)
+    return rows.to(dtype).reshape(-1)
 
 
-def _keep(piece: Tensor) -> Tensor:
+def _kept(rows: Tensor) -> Tensor:
     """A CPU copy that shares no memory with the model, pinned where an accelerator will read it back."""
-    kept = torch.empty(piece.shape, dtype=piece.dtype, pin_memory=torch.cuda.is_available())
-    return kept.copy_(piece)
+    kept = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=torch.cuda.is_available())
+    return kept.copy_(rows)

@@ -1,8 +1,14 @@
 """The one seam between qkguard and sharded parameters: plain, DDP, ZeRO-1/2/3 and FSDP2.
 
-Every parameter is seen as its flattened elements `0:numel`, tiled over the ranks: each element belongs to exactly one
-rank, also where all ranks hold a full copy (plain DDP, ZeRO-1/2: an even split). A rank reads its own tile from the
-storage it has, so keeping and comparing weights needs no gather. Nothing outside this file knows what is sharded.
+Every parameter is seen as its flattened elements `0:numel`, and every element belongs to the shard of exactly one
+rank, also where all ranks hold a full copy (DDP, ZeRO-1/2: an even split). A rank reads its shard from the storage it
+has, so keeping and comparing weights needs no gather. Nothing outside this file knows what is sharded.
+
+DeepSpeed documents no way to read a partition in the weights' own dtype without gathering it. So this file reads what
+ZeRO-3 hangs on a parameter (checked with DeepSpeed 0.19.8): `ds_tensor`, this rank's flat partition, equally long on
+all ranks and padded past the end; `ds_shape`, the full shape; `ds_zero_partition_rank` and
+`ds_zero_partition_world_size`, which may differ from the global ones; `ds_status`, AVAILABLE while `.data` holds a
+gathered copy.
 """
 
 from __future__ import annotations
@@ -18,16 +24,16 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from qkguard.distributed import collectives, ranks
+from qkguard.distributed.collectives import Span
 from qkguard.errors import QKGuardError
 
-Span = tuple[int, int]
-Param = Any  # an nn.Parameter; DeepSpeed hangs attributes on it that type checkers do not know
+Param = Any  # an nn.Parameter, perhaps with DeepSpeed's attributes, which type checkers do not know
 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model without the wrappers of DDP, DataParallel, DeepSpeed and `torch.compile(model)`."""
     while True:
-        inner = getattr(model, "_orig_mod", None)
+        inner = getattr(model, "_orig_mod", None)  # of torch.compile's OptimizedModule (2.11 to 2.13); no public name
         if inner is None and type(model).__name__ in ("DistributedDataParallel", "DataParallel", "DeepSpeedEngine"):
             inner = model.module
         if not isinstance(inner, nn.Module):
@@ -56,6 +62,7 @@ def full_shape(param: Param) -> tuple[int, ...]:
 
 
 def full_numel(param: Param) -> int:
+    """How many elements the whole parameter has."""
     return prod(full_shape(param))
 
 
@@ -78,36 +85,38 @@ def check_supported(model: nn.Module, names: Iterable[str]) -> None:
     wanted = set(names)
     if getattr(model, "tp_size", None) not in (None, 0, 1):
         raise QKGuardError(
-            f"the model is tensor parallel (tp_size={model.tp_size}), which qkguard does not read; train with ZeRO, "
-            "FSDP2 or DDP, or restore the finished checkpoint with `qkguard restore`"
+            f"The model is tensor parallel (tp_size={model.tp_size}), which qkguard does not support. Train with "
+            "ZeRO, FSDP2 or DDP, or restore the finished checkpoint with `qkguard restore`."
         )
     for name, param in model.named_parameters():
         if name in wanted and (why := _unsupported(param)):
             raise QKGuardError(
-                f"{name}: {why}, which qkguard does not read; supported are plain, DDP, ZeRO-1/2/3 (also with CPU "
-                "offload) and FSDP2 by rows. `qkguard restore` works on the finished checkpoint whatever the training"
+                f"{name} is {why}, which qkguard does not support. Supported: one process, DDP, ZeRO-1/2/3 (CPU "
+                "offload included) and FSDP2 sharded by rows. `qkguard restore` works on any finished checkpoint."
             )
 
 
 def _unsupported(param: Param) -> str | None:
+    """What is unsupported about a parameter's placement, as it follows "is"."""
     if hasattr(param, "ds_tensor"):
         if param.ds_zero_partition_world_size != ranks.world_size():
             return (
                 f"partitioned over {param.ds_zero_partition_world_size} of {ranks.world_size()} ranks (MiCS or expert "
                 "parallelism)"
             )
-        if getattr(param.ds_tensor, "final_location", None) == "nvme":  # "not-nvme" is DeepSpeed's word for the CPU
+        if getattr(param.ds_tensor, "final_location", None) == "nvme":  # DeepSpeed calls the CPU "not-nvme"
             return "offloaded to NVMe"
         if hasattr(param.ds_tensor, "ds_quant_scale"):
-            return "held quantised by ZeRO++"
+            return "quantised by ZeRO++"
         return None
     if isinstance(param, DTensor):
         mesh = param.device_mesh
         labels = mesh.mesh_dim_names or ("",) * mesh.ndim
-        shards = [p for p in param.placements if not isinstance(p, Replicate)]
+        sharded = [p for p in param.placements if not isinstance(p, Replicate)]
         if any("tp" in label for label in labels):
             return f"tensor parallel (mesh {labels})"
-        if len(shards) > 1 or any(type(p) is not Shard or p.dim != 0 for p in shards):
+        # FSDP2 can also shard by columns, and uneven subclasses of Shard exist: neither has one flat span per rank
+        if len(sharded) > 1 or any(type(p) is not Shard or p.dim != 0 for p in sharded):
             return f"placed as {param.placements}"
         if mesh.size() != ranks.world_size():
             return f"placed on a mesh of {mesh.size()} of {ranks.world_size()} ranks"
@@ -118,31 +127,38 @@ def _unsupported(param: Param) -> str | None:
 
 
 def shard_span(param: Param) -> Span:
-    """The half-open span of flat elements that this rank counts; over all ranks the spans tile the parameter once."""
+    """The flat elements of the parameter that this rank accounts for; over all ranks, every element once."""
     numel = full_numel(param)
     if hasattr(param, "ds_tensor"):
-        per = param.ds_tensor.numel()  # equal on all ranks; the last ones are padded past the end
-        start = min(numel, param.ds_zero_partition_rank * per)
-        return start, min(numel, start + per)
+        length = param.ds_tensor.numel()
+        start = min(numel, param.ds_zero_partition_rank * length)
+        return start, min(numel, start + length)
     if isinstance(param, DTensor):
         start, stop = _dtensor_span(param)
-        copies, mine = 1, 0  # replicas (HSDP) share the work of the shard they hold
+        copies, mine = 1, 0  # HSDP: the replicas of a shard divide it among them
         for axis, placement in enumerate(param.placements):
             if isinstance(placement, Replicate):
                 size = param.device_mesh.size(axis)
                 copies, mine = copies * size, mine * size + param.device_mesh.get_local_rank(axis)
-        return _share(start, stop, mine, copies)
-    return _share(0, numel, ranks.rank(), ranks.world_size())
+        return _even_part(start, stop, mine, copies)
+    return _even_part(0, numel, ranks.rank(), ranks.world_size())
+
+
+def shards(params: list[Param]) -> list[list[Span]]:
+    """`shard_span` of every parameter on every rank, as [parameter][rank]; one collective, ALL ranks call it."""
+    mine = torch.tensor([shard_span(p) for p in params], dtype=torch.int64).reshape(len(params), 2)
+    table = collectives.all_gather_table(mine)
+    return [[(int(a), int(b)) for a, b in table[:, i].tolist()] for i in range(len(params))]
 
 
 def read(param: Param, span: Span) -> Tensor:
-    """Flat elements `span` of the weight the forward uses, as a detached 1-D tensor (a view where possible).
+    """Flat elements `span` of the weight that the forward uses, as a detached 1-D tensor (a view where possible).
 
-    `span` must lie within what this rank holds: its own `shard_span`, or anything where it holds a full copy.
+    `span` must lie within what this rank holds: its own `shard_span`, or any span where it holds a full copy.
     """
     start, stop = span
     if hasattr(param, "ds_tensor"):
-        # also while the parameter is gathered: after the optimizer step ds_tensor is the truth
+        # also while a gathered copy exists: that one is stale after an optimizer step, the partition is not
         offset = param.ds_zero_partition_rank * param.ds_tensor.numel()
         return param.ds_tensor.detach().view(-1)[start - offset : stop - offset]
     if isinstance(param, DTensor):
@@ -153,10 +169,10 @@ def read(param: Param, span: Span) -> Tensor:
 
 @torch.no_grad()
 def write(param: Param, flat: Tensor) -> None:
-    """Set the weight that the forward uses, every rank handing in its own shard of it; ALL ranks must call this.
+    """Set the weight that the forward uses, each rank passing its own shard of it; ALL ranks must call this.
 
-    Full copies on other ranks change with it, and so does one that ZeRO-3 has gathered and not yet let go. The
-    optimizer's master weights are not touched. Call `settle` first: a gather under way would bring old values.
+    Full copies on other ranks change too, and so does a copy that ZeRO-3 still holds gathered. The optimizer's master
+    weights do not change. Call `settle` first: a gather under way would bring old values back.
     """
     spans = shards([param])[0]
     start, stop = spans[ranks.rank()]
@@ -175,33 +191,36 @@ def write(param: Param, flat: Tensor) -> None:
 
 
 def settle(model: nn.Module) -> None:
-    """Let go of what forward passes without gradients leave behind in a sharded model; ALL ranks must call this.
+    """Remove what forward passes without gradients leave behind in a sharded model; ALL ranks must call this.
 
-    ZeRO-3 learns the order of parameters from one pass and fetches ahead by it in the next: a probe's order must not
-    reach a training step, where parameters fetched for nothing crash the backward pass (a fused loss never calls the
-    output embedding). Its fetches still under way are finished. FSDP2's unsharded copies are dropped, and a pass that
-    an exception ended is over for it too.
+    ZeRO-3 learns the order of parameters in one pass and prefetches by it in the next. A probe's order must not reach
+    a training step: a parameter that is prefetched but never used there (TRL's fused loss never calls the output
+    embedding) crashes the backward pass. So prefetches under way are finished, and the order is forgotten. FSDP2's
+    unsharded copies are freed, and a pass that an exception ended is closed.
     """
     coordinator = _zero3_coordinator(model)
     if coordinator is not None:
+        # DeepSpeed has no public call for this: `reset_step` keeps the recorded order (0.19.8)
         coordinator._clean_inflight_param_registry()
         if not coordinator.is_invalid_trace():
             coordinator._invalidate_trace()
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            _end_pass(module)
+            _end_fsdp_pass(module)
             module.reshard()
 
 
-def _end_pass(module: Any) -> None:
-    """Tell FSDP2 that no forward pass is under way; only an exception in one has left it of another opinion.
+def _end_fsdp_pass(module: Any) -> None:
+    """Close a forward pass that an exception ended.
 
-    It would keep parameters gathered, and the next pass would not wait for the optimizer's step on other streams.
+    FSDP2 would still believe in it: it would keep parameters gathered, and the next pass would not wait for the
+    optimizer's step on other streams. torch 2.13 has `reset_iter_state` for this; for 2.11 and 2.12 the private state
+    that it resets is set by hand.
     """
-    context = module._get_fsdp_state()._state_ctx  # one for all modules, the root comes first
-    if context.iter_forward_root is None:
+    context = module._get_fsdp_state()._state_ctx  # shared by all modules of a model; the root module comes first
+    if context.iter_forward_root is None:  # no pass is open
         return
-    if hasattr(module, "reset_iter_state"):  # torch 2.13
+    if hasattr(module, "reset_iter_state"):
         module.reset_iter_state()
         return
     for state in context.all_states:
@@ -213,49 +232,47 @@ def _end_pass(module: Any) -> None:
 
 
 def can_settle(model: nn.Module) -> bool:
-    """Whether `settle` finds what it needs; where not, a forward pass between training steps is not safe."""
+    """Whether `settle` finds what it needs; if not, a forward pass between training steps is not safe."""
     return backend(model) != "zero3" or _zero3_coordinator(model) is not None
 
 
 def _zero3_coordinator(model: nn.Module) -> Any:
-    """DeepSpeed's coordinator of gathers, which the hook at the start of the model's forward belongs to."""
+    """DeepSpeed's coordinator of gathers; None if this is no ZeRO-3 model.
+
+    Callbacks see the model, not the engine that owns the coordinator. The way back: ZeRO-3 registers a forward
+    pre-hook on the model (`_start_of_forward_hook` in DeepSpeed 0.19.8), whose closure holds the owner as `self`.
+    """
     for hook in model._forward_pre_hooks.values():
-        if inspect.isroutine(function := inspect.unwrap(hook)) and hasattr(function, "__closure__"):
+        function = inspect.unwrap(hook)
+        if inspect.isroutine(function) and hasattr(function, "__closure__"):
             owner = inspect.getclosurevars(function).nonlocals.get("self")
             if owner is not None and hasattr(owner, "get_param_coordinator"):
                 return owner.get_param_coordinator()
     return None
 
 
-def shards(params: list[Param]) -> list[list[Span]]:
-    """`shard_span` of every parameter on every rank, as [parameter][rank]; one small collective."""
-    mine = torch.tensor([shard_span(p) for p in params], dtype=torch.int64).reshape(len(params), 2)
-    table = collectives.all_gather_table(mine)
-    return [[(int(a), int(b)) for a, b in table[:, i].tolist()] for i in range(len(params))]
-
-
 def gather_full(params: list[Param]) -> Iterator[Tensor | None]:
-    """Every parameter's full tensor on rank 0 in turn (None elsewhere); ALL ranks must exhaust the iterator.
+    """One parameter's full tensor after the other, on rank 0's CPU (None elsewhere); ALL ranks must exhaust this.
 
-    Shape `full_shape`, dtype `dtype`, one parameter in memory at a time.
+    Shape `full_shape`, dtype `dtype`; one parameter is in memory at a time.
     """
     for param, spans in zip(params, shards(params), strict=True):
         flat = collectives.gather_flat(read(param, spans[ranks.rank()]), spans)
         yield None if flat is None else flat.cpu().view(full_shape(param))
 
 
-def _share(start: int, stop: int, index: int, count: int) -> Span:
-    per = -(-(stop - start) // count)
-    first = min(stop, start + index * per)
-    return first, min(stop, first + per)
+def _even_part(start: int, stop: int, index: int, count: int) -> Span:
+    """Part `index` of `count` equally long ones; the last may be shorter or empty."""
+    length = -(-(stop - start) // count)
+    first = min(stop, start + index * length)
+    return first, min(stop, first + length)
 
 
 def _dtensor_span(param: DTensor) -> Span:
-    """Flat elements of a DTensor sharded by rows over at most one mesh axis that this rank stores."""
+    """The flat elements that this rank stores of a DTensor, sharded by rows over at most one axis of its mesh."""
     rows, inner = param.shape[0] if param.ndim else 1, prod(param.shape[1:])
     for axis, placement in enumerate(param.placements):
-        if isinstance(placement, Shard):
-            per = -(-rows // param.device_mesh.size(axis))  # as torch.chunk: the last ranks may hold less or nothing
-            first = min(rows, param.device_mesh.get_local_rank(axis) * per)
-            return first * inner, min(rows, first + per) * inner
+        if isinstance(placement, Shard):  # divides rows as torch.chunk does
+            first, last = _even_part(0, rows, param.device_mesh.get_local_rank(axis), param.device_mesh.size(axis))
+            return first * inner, last * inner
     return 0, rows * inner

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkguard.checkpoint.safetensors_io import sha256_of
+from qkguard.checkpoint.safetensors_io import same_bits, sha256_of
 from qkguard.checkpoint.weights import BaseFolder
 from qkguard.choice.candidates import Candidate
 from qkguard.choice.value_output import find_value_output
-from qkguard.distributed.reference import same_bits
 from qkguard.errors import QKGuardError
 from qkguard.layout import disk_names, find_attention
 from qkguard.layout.rows import RowSelection

@@ -18,7 +18,7 @@ from qkguard.report.run import METRICS
 from qkguard.sft.arguments import Settings
 from qkguard.sft.preflight import Preflight
 from qkguard.training.probe_schedule import interval
-from qkguard.training.session import RESTORED, run_folder
+from qkguard.training.run_folder import RESTORED, run_folder
 
 ADAM_STATES = 12  # bytes of a trained parameter's float32 master copy and Adam's two moments
 FORWARD_SHARE = 1 / 3  # of a training step's arithmetic per token; a fourth with gradient checkpointing

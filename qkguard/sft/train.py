@@ -16,7 +16,7 @@ from qkguard.sft.data import load
 from qkguard.sft.launch import check_zero3, refuse_data_parallel
 from qkguard.sft.preflight import has_template, preflight, training_tokenizer
 from qkguard.training.callback import QKGuardCallback
-from qkguard.training.session import RESTORED, run_folder
+from qkguard.training.run_folder import RESTORED, run_folder
 
 logger = logging.getLogger(__name__)
 

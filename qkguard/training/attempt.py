@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from qkguard.distributed import ranks
 from qkguard.errors import QKGuardError, RankLostError, WrongReferenceError
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
 
+@contextmanager
+def attempt(what: str, *, strict: bool, advice: str) -> Iterator[None]:
+    """Inside the block a failure is logged on rank 0, with `advice` (a sentence), and training continues.
 
-def attempt(what: str, work: Callable[[], T], *, strict: bool, advice: str) -> T | None:
-    """The result of `work`, or None where it failed and training goes on; rank 0 logs the failure and `advice`.
+        with attempt("the final export", strict=config.strict, advice="..."):
+            export()
+
+    Collectives in the block must fail on all ranks alike, as those of `ranks` do.
 
     Raises:
-        Exception: what `work` raised, if `strict`; a wrong reference and a lost rank always.
+        Exception: what the block raised, if `strict`; a wrong reference and a lost rank always.
     """
     try:
-        return work()
+        yield
     except Exception as error:
         if strict or isinstance(error, WrongReferenceError | RankLostError):
             raise
         if ranks.rank() == 0:
-            reason = error if isinstance(error, QKGuardError) else f"{type(error).__name__}: {error}"
-            logger.error("%s failed: %s. Training goes on; %s; strict=True stops instead", what, reason, advice)
-        return None
+            reason = str(error) if isinstance(error, QKGuardError) else f"{type(error).__name__}: {error}"
+            logger.error(
+                "%s failed: %s. Training continues. %s Set strict=True to stop instead.",
+                what[:1].upper() + what[1:],
+                reason.rstrip("."),
+                advice,
+            )

@@ -1,4 +1,4 @@
-"""`QKGuardCallback`: trainer events to the parts that do the work."""
+"""`QKGuardCallback`: hands the trainer's events to the session, which does the work."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qkguard.distributed import sharding
 from qkguard.errors import QKGuardError, current_names
 from qkguard.training.attempt import attempt
 from qkguard.training.probe_schedule import is_due
-from qkguard.training.session import Session, run_folder
+from qkguard.training.session import Session
 
 if TYPE_CHECKING:  # pydantic doubles the time that `from qkguard import QKGuardCallback` takes
     from qkguard.training.config import QKGuardConfig
 
-LATER = "`qkguard restore` makes the restored model from the raw checkpoint, which is safe"
+LATER = "The raw checkpoint is safe; `qkguard restore` makes the restored model from it."
 
 
 class QKGuardCallback(TrainerCallback):
@@ -54,21 +53,20 @@ class QKGuardCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        session, model = self.session, kwargs["model"]
-        if session and session.model is sharding.unwrap(model) and session.folder == run_folder(self.config, args):
-            session.begin(args, state)  # a second train() goes on from moved weights: the first reference stays
-        else:
-            session = self.session = _session_class(model)(self.config, args, state, model)
-        dataset = getattr(kwargs.get("train_dataloader"), "dataset", None)
-        session.start_probes(args, state, kwargs.get("processing_class"), dataset)
+        model = kwargs["model"]
+        # a second train() starts from weights that have moved: the reference from before the first one stays
+        if self.session is None or not self.session.guards(model, args):
+            dataset = getattr(kwargs.get("train_dataloader"), "dataset", None)
+            self.session = Session(self.config, args, state, model, kwargs.get("processing_class"), dataset)
+        self.session.begin(args, state)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        routing = is_due(self.config.routing_drift_steps, state.global_step, control.should_log)
-        if self.session and (routing or is_due(self.config.drift_steps, state.global_step, control.should_log)):
-            self.session.measure(state.global_step, routing=routing)
-        if self.session and self.session.recall_monitor:
+        if self.session:
+            routing = is_due(self.config.routing_drift_steps, state.global_step, control.should_log)
+            if routing or is_due(self.config.drift_steps, state.global_step, control.should_log):
+                self.session.measure(state.global_step, routing=routing)
             self.session.recall_monitor.at_step(state, control)
 
     def on_evaluate(
@@ -76,8 +74,7 @@ class QKGuardCallback(TrainerCallback):
     ) -> None:
         if self.session:
             self.session.keep_heldout(getattr(kwargs.get("eval_dataloader"), "dataset", None))
-            if self.session.recall_monitor:
-                self.session.recall_monitor.at_evaluation(state, control)
+            self.session.recall_monitor.at_evaluation(state, control)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -93,18 +90,13 @@ class QKGuardCallback(TrainerCallback):
         processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
-        best = self.config.restore_on == "best" and state.best_global_step == state.global_step
-        if self.session and (best or self.config.restore_on == "save"):
-            folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-            session = self.session
-            if session.recall_monitor:
-                session.recall_monitor.at_save(state, control)
-            attempt(
-                f"restoring {folder}",
-                lambda: session.restore_checkpoint(folder, state.global_step, processing_class),
-                strict=self.config.strict,
-                advice=LATER,
-            )
+        is_best = state.best_global_step == state.global_step
+        restores = self.config.restore_on == "save" or (self.config.restore_on == "best" and is_best)
+        if self.session and restores:
+            self.session.recall_monitor.at_save(state, control)
+            checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+            with attempt(f"restoring {checkpoint}", strict=self.config.strict, advice=LATER):
+                self.session.restore_checkpoint(checkpoint, state.global_step, processing_class)
 
     def on_train_end(
         self,
@@ -114,39 +106,33 @@ class QKGuardCallback(TrainerCallback):
         processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
-        session = self.session
-        if session is None:
+        if self.session is None:
             return
         if self.config.drift_steps:
-            session.measure(state.global_step, routing=bool(self.config.routing_drift_steps))
-        if session.recall_monitor:
-            session.recall_monitor.at_end(state, control)
+            self.session.measure(state.global_step, routing=bool(self.config.routing_drift_steps))
+        self.session.recall_monitor.at_end(state, control)
         if self.config.final_export and self.config.restore_on != "never":
-            attempt(
-                "the final export",
-                lambda: session.final_export(state, args, processing_class),
-                strict=self.config.strict,
-                advice=LATER,
-            )
-        session.finish()
+            with attempt("the final export", strict=self.config.strict, advice=LATER):
+                self.session.final_export(state, processing_class)
+        self.session.finish()
 
     def save(self, trainer: Any, output_dir: str | Path) -> None:
-        """`trainer.save_model(output_dir)` and the restored model in `output_dir/qk_restored`; ALL ranks.
+        """`trainer.save_model(output_dir)`, and the restored model in `output_dir/qk_restored`.
 
-        For scripts that save by hand, which fires no event.
+        For scripts that save by hand, which fires no event. ALL ranks must call this.
+
+            trainer.train()
+            guard.save(trainer, "my-model")  # my-model, my-model/qk_restored
+
+        Raises:
+            QKGuardError: before `train()` has begun, and when the restored model cannot be written.
         """
         if self.session is None:
-            raise QKGuardError("nothing to restore from: the guard's reference is taken when train() begins")
+            raise QKGuardError(
+                "Nothing to restore from: the guard takes its reference when train() begins. Call save() after it."
+            )
         trainer.save_model(str(output_dir))
         self.session.restore_checkpoint(Path(output_dir), trainer.state.global_step, trainer.processing_class)
-
-
-def _session_class(model: Any) -> type[Session]:
-    if not hasattr(sharding.unwrap(model), "peft_config"):
-        return Session
-    from qkguard.training.adapter_session import AdapterSession  # imports PEFT
-
-    return AdapterSession
 
 
 def _show_log_lines() -> None:

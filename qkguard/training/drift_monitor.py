@@ -1,8 +1,8 @@
-"""Drift of a model in training, from the pieces each rank holds."""
+"""Drift of the queries and keys of a model in full-parameter training, from the part that each rank holds."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections import ChainMap
 
 import torch
 from torch import Tensor, nn
@@ -19,63 +19,63 @@ from qkguard.drift import (
     routing_metrics,
     square_sum,
 )
-from qkguard.layout.selection import Selection
-
-
-class Tracker(Protocol):
-    """Drift of a live model; ALL ranks take part."""
-
-    def measure(self, model: nn.Module) -> dict[str, float]:
-        """Metrics that need no gathering, by key."""
-        ...
-
-    def measure_routing(self, model: nn.Module) -> tuple[dict[str, float], dict[str, list[float]]]:
-        """Routing drift and top singular values by key, and per-head routing drift by layer label."""
-        ...
+from qkguard.layout.spec import ParamMap
 
 
 class DriftMonitor:
-    """Drift of a live, possibly sharded model against its reference."""
+    """Measures how far a live, possibly sharded model has moved from its reference; ALL ranks must call its methods.
 
-    def __init__(self, reference: Reference, selection: Selection) -> None:
-        self.reference, self.selection = reference, selection
-        self._slices = {name: pmap.role_slices(*reference.spans[name]) for name, pmap in reference.maps.items()}
-        self._keys = [(n, role) for n, m in reference.maps.items() for role in sorted({b.role for b in m.blocks})]
-        self._base = {
-            key: sum(square_sum(reference.slices[key[0]][r.compact]) for r in self._slices[key[0]] if r.role == key[1])
-            for key in self._keys
-        }
+    For adapters, `qkguard.adapters.drift.AdapterDriftMonitor` gives the same metrics.
+    """
+
+    def __init__(self, reference: Reference) -> None:
+        self.reference, self.selection = reference, reference.selection
+        self._role_slices = {name: pmap.role_slices(*reference.spans[name]) for name, pmap in reference.maps.items()}
+        self._keys = [(name, role) for name, pmap in reference.maps.items() for role in _roles(pmap)]
+        self._base_sums = {key: self._base_sum(*key) for key in self._keys}  # |W0|^2 of this rank's rows
+
+    def _base_sum(self, name: str, role: str) -> float:
+        kept = self.reference.slices[name]
+        return sum(square_sum(kept[rows.compact]) for rows in self._role_slices[name] if rows.role == role)
 
     @torch.no_grad()
     def measure(self, model: nn.Module) -> dict[str, float]:
         """Relative drift and 1 - cos of W_Q and W_K, per layer and over layers; one small all-reduce (ALL ranks)."""
         params = self.reference.params(model)
-        local = torch.zeros(len(self._keys), 3, dtype=torch.float64)
-        parts: list[tuple[int, Tensor]] = []  # read back once, so that an accelerator is not synchronised per tensor
+        sums = torch.zeros(len(self._keys), 3, dtype=torch.float64)
+        on_device: list[tuple[int, Tensor]] = []  # read back at the end: an accelerator is synchronised only once
         for i, (name, role) in enumerate(self._keys):
-            live = self.reference.live(params, name)
-            local[i, 2] = self._base[name, role]
-            for part in self._slices[name]:
-                if part.role == role:
-                    parts.append((i, difference_sums(live[part.flat], self.reference.slices[name][part.compact])))
-        for i, pair in parts:
-            local[i, :2] += pair.cpu()
-        table = collectives.all_reduce_sum(local).tolist()
+            live, kept = self.reference.live(params, name), self.reference.slices[name]
+            sums[i, 2] = self._base_sums[name, role]
+            for rows in self._role_slices[name]:
+                if rows.role == role:
+                    on_device.append((i, difference_sums(live[rows.flat], kept[rows.compact])))
+        for i, pair in on_device:
+            sums[i, :2] += pair.cpu()
+        table = collectives.all_reduce_sum(sums).tolist()
         return layer_metrics(self.selection, {k: Sums(*row) for k, row in zip(self._keys, table, strict=True)})
 
     @torch.no_grad()
     def measure_routing(self, model: nn.Module) -> tuple[dict[str, float], dict[str, list[float]]]:
-        """Routing drift and top singular values, gathered a layer at a time, the layers dealt out over the ranks.
+        """Routing drift and top singular values; ALL ranks must call this.
 
-        ALL ranks must take part. Returns scalar metrics by key, and per-head routing drift by layer label.
+        The weights are gathered a layer at a time, and the layers are dealt out over the ranks. Returns metrics by
+        key, and routing drift per head by layer label.
         """
-        me, size = ranks.rank(), ranks.world_size()
+        size = ranks.world_size()
         mine: dict[str, LayerRouting] = {}
         for i, (spec, maps) in enumerate(self.selection):
-            pairs = {p.name: self.reference.gather(model, p.name, dst=i % size) for p in maps if p.kind == "weight"}
-            if i % size == me:
-                pre = {n: pair[0] for n, pair in pairs.items() if pair}
-                live = {n: pair[1] for n, pair in pairs.items() if pair}
+            weights = [p.name for p in maps if p.kind == "weight"]
+            gathered = {name: self.reference.gather(model, name, dst=i % size) for name in weights}
+            pairs = {name: pair for name, pair in gathered.items() if pair is not None}
+            if i % size == ranks.rank():
+                pre = {name: pair[0] for name, pair in pairs.items()}
+                live = {name: pair[1] for name, pair in pairs.items()}
                 mine[layer_label(i, self.selection)] = layer_routing(spec, maps, pre, live)
-        parts = ranks.agree("measuring routing drift", lambda: mine)
-        return routing_metrics(self.selection, {k: v for part in parts for k, v in part.items()})
+        layers = ChainMap(*ranks.agree("measuring routing drift", mine.copy))
+        return routing_metrics(self.selection, layers)
+
+
+def _roles(pmap: ParamMap) -> list[str]:
+    """The roles ("q", "k", "kv", ...) that a parameter's rows have."""
+    return sorted({block.role for block in pmap.blocks})

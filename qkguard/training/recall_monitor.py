@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 STATE = "probe.json"
 TIMEOUT = 1800.0  # seconds; a rank posts no heartbeat while it scores, so this covers the passes between agreements
-ADVICE = "change the probe_* settings or set probe_steps=0, and see `qkguard probe` for finished checkpoints"
+ADVICE = "Change the probe_* settings or set probe_steps=0; `qkguard probe` measures finished checkpoints."
 T = TypeVar("T")
 Swap = Callable[[], AbstractContextManager[None]]
 Publish = Callable[[dict[str, float], int, dict[str, Any]], None]
@@ -259,7 +259,9 @@ class RecallMonitor:
         self._expect(self.baseline.seconds)
 
     def _attempt(self, what: str, work: Callable[[], T]) -> T | None:
-        return attempt(what, work, strict=self.config.strict, advice=ADVICE)
+        with attempt(what, strict=self.config.strict, advice=ADVICE):
+            return work()
+        return None
 
     # -- what follows ------------------------------------------------------------------------------------------------
 

@@ -1,9 +1,10 @@
-"""The trackers a run may report to, beside Trainer's own callbacks: the runs these opened are used, never replaced."""
+"""The trackers a run may report to. They write into the runs that Trainer's own callbacks opened, and open none."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -13,28 +14,34 @@ COLUMNS: list[str | int] = ["step", "weights", "task", "length", "depth", "recal
 
 
 class Tracker:
-    """One tracker; `visual` ones also get pictures (name -> PNG bytes) and the table of all probes."""
+    """One tracker; to add another, subclass this and name it in `open_trackers`."""
 
     visual = False
+    """Whether it shows pictures and tables."""
 
     def scalars(self, metrics: Mapping[str, float], step: int) -> None:
+        """One row of metrics."""
         raise NotImplementedError
 
     def show(self, pictures: Mapping[str, bytes], table: Sequence[Sequence[Any]], step: int) -> None:
-        """Pictures and rows (`COLUMNS`) as of now."""
+        """Pictures (name -> PNG bytes) and the table of all probes (rows of `COLUMNS`) as of now."""
 
     def summary(self, values: Mapping[str, float]) -> None:
         """Final numbers of the run."""
 
 
 class WandB(Tracker):
-    """Rows in the run that Trainer's own callback opened; it defines the step metric, ours are bound to it."""
+    """Rows in the run that Trainer's own callback opened.
+
+    They carry the step as the metric `train/global_step`, which that callback defines. With `wandb.log(step=...)` W&B
+    would drop rows: it takes no step that another writer has already passed.
+    """
 
     visual = True
 
-    def __init__(self, settings: dict[str, Any]) -> None:
-        self.settings = settings
-        self._defined: str | None = None  # the run whose metrics are defined: a script may open another one
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self.settings = dict(settings)
+        self._defined: str | None = None  # the id of the run whose metrics are defined: a script may open another
 
     def _run(self) -> Any:
         import wandb
@@ -47,38 +54,38 @@ class WandB(Tracker):
         return run
 
     def scalars(self, metrics: Mapping[str, float], step: int) -> None:
-        if run := self._run():
+        run = self._run()
+        if run is not None:
             run.log({**metrics, STEP: step})
 
     def show(self, pictures: Mapping[str, bytes], table: Sequence[Sequence[Any]], step: int) -> None:
-        if run := self._run():
+        run = self._run()
+        if run is not None:
             import wandb
 
-            images = {f"qkguard/pictures/{name}": wandb.Image(_opened(data)) for name, data in pictures.items()}
+            images = {f"qkguard/pictures/{name}": wandb.Image(_opened(png)) for name, png in pictures.items()}
             rows = wandb.Table(columns=COLUMNS, data=[list(row) for row in table])
             run.log({**images, "qkguard/probes": rows, STEP: step})
 
     def summary(self, values: Mapping[str, float]) -> None:
-        if run := self._run():
+        run = self._run()
+        if run is not None:
             run.summary.update({f"qkguard/final/{name}": value for name, value in values.items()})
 
 
 class TensorBoard(Tracker):
-    """A second event file beside the one of Trainer's callback, so that both show as one run."""
+    """A second event file beside the one of Trainer's callback: TensorBoard shows both as one run."""
 
     visual = True
 
     def __init__(self, output_dir: Path) -> None:
         self.output_dir = output_dir
-        self._writer: Any = None
 
-    @property
+    @cached_property
     def writer(self) -> Any:
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(log_dir=str(self._folder()), filename_suffix=".qkguard")
-        return self._writer
+        return SummaryWriter(log_dir=str(self._folder()), filename_suffix=".qkguard")
 
     def scalars(self, metrics: Mapping[str, float], step: int) -> None:
         for key, value in metrics.items():
@@ -88,12 +95,14 @@ class TensorBoard(Tracker):
     def show(self, pictures: Mapping[str, bytes], table: Sequence[Sequence[Any]], step: int) -> None:
         import numpy
 
-        for name, data in pictures.items():
-            self.writer.add_image(f"qkguard/pictures/{name}", numpy.asarray(_opened(data)), step, dataformats="HWC")
+        for name, png in pictures.items():
+            self.writer.add_image(f"qkguard/pictures/{name}", numpy.asarray(_opened(png)), step, dataformats="HWC")
         self.writer.flush()
 
     def _folder(self) -> Path:
-        if named := os.environ.get("TENSORBOARD_LOGGING_DIR"):
+        """Where Trainer's callback writes: $TENSORBOARD_LOGGING_DIR, else the newest folder in `runs`."""
+        named = os.environ.get("TENSORBOARD_LOGGING_DIR")
+        if named:
             return Path(named).expanduser()
         runs = self.output_dir / "runs"
         events = sorted(runs.glob("*/events.out.tfevents.*"), key=lambda p: p.stat().st_mtime)
@@ -101,13 +110,13 @@ class TensorBoard(Tracker):
 
 
 class Trackio(Tracker):
-    """Scalars in the run that Trainer's own callback opened, until that callback ends it with training."""
+    """Scalars in the run that Trainer's own callback opened; that callback ends it when training ends."""
 
     def scalars(self, metrics: Mapping[str, float], step: int) -> None:
         import trackio
         from trackio import context_vars
 
-        if context_vars.current_run.get() is not None:
+        if context_vars.current_run.get() is not None:  # `trackio.log` raises without a run
             trackio.log({**metrics, STEP: step})
 
 
@@ -115,17 +124,32 @@ class MLflow(Tracker):
     """Scalars in the run that Trainer's own callback opened, also after that callback has ended it."""
 
     def __init__(self) -> None:
-        self._run: str | None = None
+        self._run: str | None = None  # the id of the run that was last open
 
     def scalars(self, metrics: Mapping[str, float], step: int) -> None:
         import mlflow
 
-        if run := mlflow.active_run():
+        run = mlflow.active_run()
+        if run is not None:
             self._run = run.info.run_id
-        if self._run:
+        if self._run is not None:
             client = mlflow.MlflowClient()
-            for key, value in metrics.items():  # "/" is allowed in its names
+            for key, value in metrics.items():
                 client.log_metric(self._run, key, value, step=step)
+
+
+def open_trackers(report_to: Sequence[str], output_dir: Path, settings: Mapping[str, Any]) -> list[Tracker]:
+    """The trackers that a run reports to; names that are not served are left to Trainer's own callbacks."""
+    trackers: list[Tracker] = []
+    if "wandb" in report_to:
+        trackers.append(WandB(settings))
+    if "tensorboard" in report_to:
+        trackers.append(TensorBoard(output_dir))
+    if "trackio" in report_to:
+        trackers.append(Trackio())
+    if "mlflow" in report_to:
+        trackers.append(MLflow())
+    return trackers
 
 
 def _opened(png: bytes) -> Any:

@@ -275,17 +275,17 @@ def wrong_start(folder: Path) -> None:
 
 def failing_write(folder: Path) -> None:
     """A write that fails on one rank: training goes on everywhere, and with `strict` it ends on all ranks alike."""
-    from qkguard.training import session
+    from qkguard.training import full_weights
 
     base = base_model(folder)
-    original = session.write_files
+    original = full_weights.write_files
 
     def broken(*args, **kwargs):
         if rank() == dist.get_world_size() - 1:
             raise OSError(28, "No space left on device")
         return original(*args, **kwargs)
 
-    session.write_files = broken
+    full_weights.write_files = broken
     try:
         train(base, arguments(folder), QKGuardCallback())
         dist.barrier()  # rank 0 clears up after the others have heard of the failure
@@ -293,7 +293,7 @@ def failing_write(folder: Path) -> None:
         assert not list((folder / "run/_qkguard").glob("_*")), "a temporary folder was left"
         stops_if_strict(base, folder, f"failed on rank {dist.get_world_size() - 1}: ")
     finally:
-        session.write_files = original
+        full_weights.write_files = original
 
 
 def failing_page(folder: Path) -> None:
@@ -385,7 +385,7 @@ def together_agrees(folder: Path) -> None:
         try:
             ranks.agree("hanging", lambda: time.sleep(2.0) if rank() == last else None, timeout=0.5)
         except QKGuardError as error:
-            assert rank() != last and "no sign of life" in str(error), error
+            assert rank() != last and "sent no heartbeat" in str(error), error
         else:
             assert rank() == last
     finally:

@@ -73,7 +73,7 @@ def test_a_run_writes_adapters_and_merges_that_stock_peft_loads(tmp_path, kind):
     assert not torch.allclose(merged, whole, atol=1e-4), (
         "queries and keys made no difference: the check could not fail"
     )
-    live, swap = guard.session.model, guard.session.restored_weights()
+    live, swap = guard.session.model, guard.session.weights.swap
     raw_logits = logits(live)
     with swap():
         assert torch.allclose(logits(live), merged, atol=2e-5), "what probes call restored is what was written"
@@ -236,10 +236,10 @@ def test_what_is_not_guarded_is_refused_before_the_first_step(tmp_path, config, 
 
 
 def test_an_empty_tensor_stops_the_write(tmp_path, monkeypatch):
-    from qkguard.training import adapter_session as session
+    from qkguard.training import adapter_weights
 
     base = save_base(tmp_path / "base", "llama")
-    original = session.write_restored_adapter
+    original = adapter_weights.write_restored_adapter
 
     def after_a_broken_save(raw: Path, *args: Any, **kwargs: Any) -> Any:
         tensors = load_file(raw / "adapter_model.safetensors")
@@ -247,7 +247,7 @@ def test_an_empty_tensor_stops_the_write(tmp_path, monkeypatch):
         save_file(tensors, raw / "adapter_model.safetensors")
         return original(raw, *args, **kwargs)
 
-    monkeypatch.setattr(session, "write_restored_adapter", after_a_broken_save)
+    monkeypatch.setattr(adapter_weights, "write_restored_adapter", after_a_broken_save)
     with pytest.raises(QKGuardError, match=r"empty or were cut into pieces, first .*v_proj\.lora_B"):
         train(base, arguments(tmp_path), QKGuardCallback(strict=True), peft_config=lora(target_modules=LINEAR))
     assert not (tmp_path / "run/checkpoint-3/qk_restored/default").exists()

@@ -94,7 +94,7 @@ def test_drift_follows_epochs_where_logging_does(base, tmp_path):
 
 def test_every_node_writes_its_own_files(base, tmp_path):
     train(base, arguments(tmp_path, save_on_each_node=True), guard := QKGuardCallback(strict=True))
-    assert guard.session.each_node
+    assert guard.session.writers.each_node
     check_pair(base, tmp_path / "run/checkpoint-3", tmp_path / "run/checkpoint-3/qk_restored")
 
 
@@ -271,7 +271,7 @@ def test_a_failed_write_lets_training_go_on_unless_strict(base, tmp_path, monkey
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("qkguard.training.session.write_files", full)
+    monkeypatch.setattr("qkguard.training.full_weights.write_files", full)
     logging.getLogger("qkguard").propagate = True
     with caplog.at_level(logging.ERROR, logger="qkguard"):
         trainer = train(base, arguments(tmp_path), QKGuardCallback())

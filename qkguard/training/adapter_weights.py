@@ -1,0 +1,223 @@
+"""Training of LoRA adapters as the guard sees it: drift of the effective weights, adapters without queries and keys.
+
+The base's queries and keys never move, so there is no reference to keep. `full_weights.FullWeights` is the same for
+full-parameter training; `session.Session` works with either.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qkguard.adapters.drift import AdapterDriftMonitor
+from qkguard.adapters.files import ADAPTER_TENSORS
+from qkguard.adapters.live import adapted_weights
+from qkguard.adapters.restored import copy_adapter, export_adapter, no_restored_form, write_restored_adapter
+from qkguard.adapters.scaled import scaled_adapters
+from qkguard.distributed import ranks
+from qkguard.errors import QKGuardError
+from qkguard.layout.selection import Selection, show_layers
+from qkguard.offline.merge import merge_adapter, mergeable_weights
+from qkguard.training.run_folder import RESTORED
+from qkguard.training.start_lines import saving_line
+from qkguard.training.writers import Writers
+
+if TYPE_CHECKING:
+    from qkguard.training.config import QKGuardConfig
+
+logger = logging.getLogger(__name__)
+
+INSTEAD = (
+    "Use restore or interpolate with alpha alone, or merge with `qkguard merge --keep-qk` and restore the merged "
+    "model."
+)
+
+
+class AdapterWeights:
+    """Queries and keys that LoRA adapters move.
+
+    Attributes:
+        drift_monitor: measures drift of the effective weights; None if no adapter is on queries or keys.
+        swap: opens a context in which adapters move queries and keys only by the share that stays; None where no such
+            context is possible.
+
+    Raises:
+        QKGuardError: on all ranks, for PEFT methods other than LoRA, rsLoRA and DoRA, for settings that need full
+            weights, and for queries and keys that are trained in another way than by adapters.
+    """
+
+    def __init__(
+        self, config: QKGuardConfig, model: Any, folder: Path, writers: Writers, selection: Selection
+    ) -> None:
+        _check_settings(config)
+        self.config, self.model, self.folder, self.writers, self.selection = config, model, folder, writers, selection
+        self.share = (
+            1.0 - config.alpha if config.method == "interpolate" else 0.0
+        )  # of the adapters' effect on Q and K
+        self.weights = adapted_weights(model, selection, merging=config.merge_at_end)
+        self.adapted = [weight for weight in self.weights if weight.layer is not None]
+        self.writable = bool(self.adapted) and self._check_writable()
+        if config.merge_at_end:
+            ranks.on_rank_zero("looking at the base to merge onto", self._check_merge_base)
+        self.drift_monitor = AdapterDriftMonitor(model, selection, self.weights) if self.adapted else None
+        scalable = not (self.share and any(weight.dora for weight in self.weights))
+        self.swap = partial(scaled_adapters, self.weights, self.share) if self.adapted and scalable else None
+
+    def _check_writable(self) -> bool:
+        """Whether the adapters have a form without queries and keys; without one, only merges are written."""
+        stuck = [
+            weight.pmap.name
+            for weight in self.adapted
+            if weight.layer.lora_variant and (self.share or not weight.pmap.whole)
+        ]
+        if not stuck:
+            return True
+        why, merging = no_restored_form(stuck[0], self.share).rstrip("."), self.config.merge_at_end
+        if self.config.strict and not merging:
+            raise QKGuardError(f"{why}. With strict=True set merge_at_end=True, or train plain LoRA.")
+        if ranks.rank() == 0:
+            way_out = "" if merging else " Set merge_at_end=True to write merged models when training ends."
+            logger.warning("%s. No restored adapters will be written.%s", why, way_out)
+        return False
+
+    def _check_merge_base(self) -> None:
+        mergeable_weights(self._merge_base())
+
+    def _merge_base(self) -> str:
+        """What adapters are merged onto: a folder or hub id.
+
+        Raises:
+            QKGuardError: not one active adapter, or no name for the base.
+        """
+        active = list(self.model.active_adapters)
+        if len(active) != 1:
+            raise QKGuardError(
+                f"merge_at_end merges one adapter, but {active} are active. Merge them with `qkguard merge`."
+            )
+        named = self.model.peft_config[active[0]].base_model_name_or_path
+        base = self.config.base_model or named or getattr(self.model.config, "_name_or_path", None)
+        if not base:
+            raise QKGuardError("merge_at_end: the base model's folder is unknown. Name it with base_model=....")
+        return str(base)
+
+    def describe(self) -> list[str]:
+        """Lines for the log: which adapters move queries and keys, and what will be written."""
+        config, names = self.config, ", ".join(self.model.peft_config)
+        layers = show_layers(spec.layer for spec, _ in self.selection)
+        if not self.adapted:
+            return [
+                f"PEFT model (adapters: {names}). No adapter is on the queries and keys of the softmax-attention "
+                f"layers ({layers}), so these cannot drift. Nothing is restored."
+            ]
+        adapted = {weight.pmap.name for weight in self.adapted}
+        on = show_layers(spec.layer for spec, maps in self.selection if adapted & {pmap.name for pmap in maps})
+        dora = ", DoRA" if any(weight.dora for weight in self.weights) else ""
+        base = ", on the dequantised base" if self._is_quantised() else ""
+        lines = [
+            f"PEFT model (adapters: {names}{dora}). {len(adapted)} of {len(self.weights)} query and key weights carry "
+            f"adapters, in softmax-attention layers {on} of {layers}.",
+            "The base's queries and keys are frozen, so no reference is kept. Drift is that of the effective weights"
+            f"{base}.",
+        ]
+        merges = f"merged models onto {self._merge_base()}" if config.merge_at_end else ""
+        if self.writable:
+            place = f"checkpoint-N/{RESTORED}/<adapter>"
+            lines.append(saving_line("Restored adapters", config, place, self.folder / "final", merges))
+        else:
+            lines.append("Restored adapters: none, because DoRA has no such form here.")
+            lines += [f"At the end: {merges}."] if merges else []
+        return lines
+
+    def _is_quantised(self) -> bool:
+        return any(weight.quantised for weight in self.weights)
+
+    def write_checkpoint(self, checkpoint: Path, record: Mapping[str, Any], processing_class: Any) -> list[Path]:
+        """`qk_restored/<adapter>/` in a checkpoint; ALL ranks must call this. Returns what was written.
+
+        A level deeper than a full model's: a resumed Trainer loads every direct subfolder that holds an adapter.
+        """
+        written = []
+        for name in self.model.peft_config if self.writable else ():
+            raw, out = _saved_at(checkpoint, name), checkpoint / RESTORED / name
+            # Trainer leaves no barrier behind a save, so this also waits until every writer has finished
+            if not self.writers.all_find("waiting for the checkpoint", (raw / ADAPTER_TENSORS).is_file):
+                raw = checkpoint / "raw" / name
+                export_adapter(self.model, name, raw, processing_class)
+            self._write_restored(raw, out, record)
+            written.append(out)
+        return written
+
+    def write_final(
+        self, final: Path, checkpoint: Path, record: Mapping[str, Any], processing_class: Any
+    ) -> list[Path]:
+        """`raw/<adapter>` and `qk_restored/<adapter>` in `final`, and with `merge_at_end` merged models; ALL ranks."""
+        written = []
+        for name in self.model.peft_config:
+            raw = final / "raw" / name
+            self._write_raw(name, checkpoint, raw, processing_class)
+            written.append(raw)
+            if self.writable:
+                self._write_restored(raw, final / RESTORED / name, record)
+                written.append(final / RESTORED / name)
+        if self.config.merge_at_end:
+            written += self._merge(final, record)
+        return written
+
+    def _write_raw(self, name: str, checkpoint: Path, raw: Path, processing_class: Any) -> None:
+        """An adapter as trained: the checkpoint's, linked, or the live one."""
+        places = (_saved_at(checkpoint, name), checkpoint / "raw" / name)
+        saved = [place for place in places if (place / ADAPTER_TENSORS).is_file()]
+        if ranks.on_rank_zero("looking for the final adapter", partial(bool, saved)):
+
+            def copy() -> None:
+                copy_adapter(saved[0], raw)
+
+            self.writers.run(f"copying {raw}", copy)
+        else:
+            export_adapter(self.model, name, raw, processing_class)
+
+    def _write_restored(self, raw: Path, out: Path, record: Mapping[str, Any]) -> None:
+        write = partial(
+            write_restored_adapter,
+            raw,
+            out,
+            self.selection,
+            share=self.share,
+            staging=self.folder,
+            overwrite=True,
+            method={"name": self.config.method, **self.config.rows.to_json()},
+            extra=record,
+        )
+        self.writers.run(f"writing {out}", write)
+
+    def _merge(self, final: Path, record: Mapping[str, Any]) -> list[Path]:
+        """`merged_raw` and, where adapters move queries and keys, `merged_qk_restored` in `final`."""
+        (adapter,) = self.model.active_adapters
+        extra = {"trained_drift" if key == "drift" else key: value for key, value in record.items()}
+        if self._is_quantised():
+            extra["warnings"] = [
+                "The adapter was trained on a quantised base and merged onto the unquantised weights."
+            ]
+        settings = {"overwrite": True, "spec": self.config.spec, "extra": extra, **self.config.rows.to_json()}
+        merge = partial(merge_adapter, self._merge_base(), final / "raw" / adapter, **settings)
+        whole, restored = final / "merged_raw", final / f"merged_{RESTORED}"
+        self.writers.run(f"merging into {whole}", partial(merge, whole, keep_qk=True))
+        if not self.adapted:
+            return [whole]
+        self.writers.run(f"merging into {restored}", partial(merge, restored, alpha=1 - self.share))
+        return [whole, restored]
+
+
+def _check_settings(config: QKGuardConfig) -> None:
+    if config.method not in ("restore", "interpolate"):
+        raise QKGuardError(f"method={config.method!r} works on full weights, not on adapters. {INSTEAD}")
+    if config.align or config.per_layer:
+        raise QKGuardError(f"align and per_layer work on full weights, not on adapters. {INSTEAD}")
+
+
+def _saved_at(checkpoint: Path, name: str) -> Path:
+    """Where PEFT saves an adapter in a checkpoint."""
+    return checkpoint if name == "default" else checkpoint / name
