@@ -31,17 +31,8 @@ def adapter_card(manifest: Mapping[str, Any], raw_card: str | None = None) -> st
     kept = {key: old[key] for key in KEPT if key in old}
     if _is_hub_id(base):
         kept |= {"base_model": base, "base_model_relation": "adapter"}
-    changed = {
-        "removed": "query and key modules were removed (`exclude_modules` names them)",
-        "rows": "fused modules had the query and key rows of `lora_B` multiplied",
-        "scaled": "query and key modules were scaled (`alpha_pattern`)",
-    }
-    name = base if _is_hub_id(base) else Path(base).name
-    lines = ["# Adapter without queries and keys", "", _WHY]
-    lines += [f"This is an adapter of `{name}` that leaves them to the base:"]
-    lines += [f"- {len(manifest[key])} {text}" for key, text in changed.items() if manifest[key]]
-    lines += ["", "`qkguard verify .` checks it against `qkguard.json`.", ""]
-    return _card({**kept, "library_name": "peft", "tags": sorted({"lora", *OWN_TAGS})}, "\n".join(lines))
+    metadata = {**kept, "library_name": "peft", "tags": sorted({"lora", *OWN_TAGS})}
+    return _card(metadata, _render("adapter_card", manifest=manifest, base=_short_name(base)))
 
 
 def _card(metadata: Mapping[str, Any], body: str) -> str:
@@ -68,127 +59,43 @@ def _metadata(card: str | None) -> dict[str, Any]:
 def _body(manifest: Mapping[str, Any], base: str) -> str:
     method = manifest["method"]
     hidden = ("name", "projections", "keep_qk")
-    options = ", ".join(f"{k}={v}" for k, v in method.items() if k not in hidden and v is not None)
-    layers = manifest["layers"]
-    name = base if _is_hub_id(base) else Path(base).name or "unknown"
-    title, intro, heading = (_merged if "adapter" in manifest else _restored)(manifest, name)
-    lines = [f"# {title}", "", intro, "", f"Options: {options or 'defaults'}.", ""]
-    lines += _recall(manifest.get("probe") or {})
-    if manifest["warnings"]:
-        lines += ["## Warnings", "", *(f"- {sentence}" for sentence in manifest["warnings"]), ""]
-    measured = (manifest.get("sweep") or {}).get("words")
-    if measured:
-        lines += ["## What was measured", "", *(f"- {sentence}" for sentence in measured), ""]
-    lines += [
-        f"## {heading}",
-        "",
-        "Relative Frobenius drift of the projection weights, |W - W0| / |W0|.",
-        "",
-        "| layer | kind | query | key |",
-        "|---|---|---|---|",
-    ]
-    for layer in layers:
-        drift = layer.get("drift", {})
-        cells = [f"{drift[k]:.3g}" if drift.get(k) is not None else "-" for k in ("q_rel", "k_rel")]
-        lines.append(f"| {layer['layer']} | {layer['kind']} | {cells[0]} | {cells[1]} |")
-    lines += [
-        "",
-        "## Checking it",
-        "",
-        "`qkguard verify .` recomputes the hashes recorded in `qkguard.json`, which names every restored tensor, its "
-        "rows and the versions used.",
-        "",
-    ]
-    return "\n".join(lines)
+    names = {"q": "query", "k": "key"}
+    return _render(
+        "model_card",
+        manifest={"probe": {}, "sweep": {}, **manifest},
+        base=_short_name(base) or "unknown",
+        adapter=_short_name(manifest["adapter"]["id"]) if "adapter" in manifest else None,
+        projections=" and ".join(names[projection] for projection in method["projections"]),
+        options=", ".join(f"{k}={v}" for k, v in method.items() if k not in hidden and v is not None),
+    )
 
 
-def _recall(probe: Mapping[str, Any]) -> list[str]:
-    """The table of the probes in training: needle recall by length before, raw and restored."""
-    names = {"before": "before SFT", "raw": "raw", "restored": "Q/K restored (this model)"}
-    shown = {name: probe[name] for name in names if name in probe}
-    if "restored" not in shown:
-        return []
-    lengths = sorted({group["length"] for result in shown.values() for group in result["groups"]})
-    rows = [[f"{length:,} tokens", *(_share(r, length) for r in shown.values())] for length in lengths]
-    rows.append(["all", *(f"{result['recall']:.2f}" for result in shown.values())])
-    settings = shown["restored"]["settings"]
-    per_length = sum(g["count"] for g in shown["restored"]["groups"]) // max(1, len(lengths))
-    lines = [
-        "## Needle recall, probed during training",
-        "",
-        f"RULER tasks {', '.join(settings['tasks'])}; {per_length} samples a length, teacher-forced, at step "
-        f"{shown['restored']['step']}.",
-        "",
-        f"| | {' | '.join(names[name] for name in shown)} |",
-        "|---" * (len(shown) + 1) + "|",
-        *(f"| {' | '.join(row)} |" for row in rows),
-        "",
-    ]
-    change = shown["restored"].get("change")
-    if change:
-        low, high = 100 * change["low"], 100 * change["high"]
-        lines += [f"Restored against raw: {100 * change['value']:+.1f} points (95% {low:+.1f} to {high:+.1f}).", ""]
-        if change["high"] < 0:
-            lines += ["The raw checkpoint has the better recall: it is the one to use.", ""]
-    return lines
+def _render(template: str, **values: Any) -> str:
+    """What `templates/<template>.md` makes of these values; Markdown, so nothing is escaped."""
+    from jinja2 import Environment, PackageLoader  # not every command writes a card
+
+    environment = Environment(
+        loader=PackageLoader("qkguard.checkpoint"), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    environment.globals |= {"recall_at": _recall_at, "drift_of": _drift_of}
+    return environment.get_template(f"{template}.md").render(values)
 
 
-def _share(result: Mapping[str, Any], length: int) -> str:
+def _recall_at(result: Mapping[str, Any], length: int) -> str:
+    """Recall of one probe at one context length, all tasks and depths together; "-" where it was not probed."""
     groups = [g for g in result["groups"] if g["length"] == length]
     count = sum(g["count"] for g in groups)
     return f"{sum(g['recall'] * g['count'] for g in groups) / count:.2f}" if count else "-"
 
 
-def _restored(manifest: Mapping[str, Any], base: str) -> tuple[str, str, str]:
-    """(title, first paragraph, heading of the table) of a restored checkpoint's card."""
-    name = manifest["method"]["name"]
-    if name != "restore":
-        return (
-            "Fine-tuned model with queries and keys taken towards those before SFT",
-            f"{_WHY} In this checkpoint the {_projections(manifest)} projections of {len(manifest['layers'])} "
-            f"softmax-attention layer(s) were made from those of the fine-tuned checkpoint and of the base model "
-            f"`{base}` with method `{name}`; every other weight is bit for bit that of the fine-tuned checkpoint.",
-            "How far SFT had moved them",
-        )
-    return (
-        "Fine-tuned model with its pre-SFT queries and keys",
-        f"{_WHY} In this checkpoint the {_projections(manifest)} projections of {len(manifest['layers'])} "
-        f"softmax-attention layer(s) were taken back to the base model `{base}` with method `{name}`; every other "
-        "weight is bit for bit that of the fine-tuned checkpoint.",
-        "How far SFT had moved what was restored",
-    )
+def _drift_of(layer: Mapping[str, Any], kind: str) -> str:
+    value = layer.get("drift", {}).get(kind)
+    return "-" if value is None else f"{value:.3g}"
 
 
-def _merged(manifest: Mapping[str, Any], base: str) -> tuple[str, str, str]:
-    """The same of a merged adapter's card."""
-    adapter = manifest["adapter"]["id"]
-    adapter = adapter if _is_hub_id(adapter) else Path(adapter).name
-    where = f"{_projections(manifest)} projections of {len(manifest['layers'])} softmax-attention layer(s)"
-    method = manifest["method"]
-    if method["keep_qk"]:
-        return (
-            "Merged model",
-            f"The adapter `{adapter}` merged into the base model `{base}`, the {where} included.",
-            "How far the adapter moves queries and keys",
-        )
-    share = "left out of the merge: their rows are bit for bit the base model's"
-    if method["alpha"] < 1:
-        share = f"merged with {1 - method['alpha']:g} of the adapter's scaling"
-    return (
-        "Merged model with its pre-SFT queries and keys",
-        f"{_WHY} Here the adapter `{adapter}` was merged into the base model `{base}`; the {where} were {share}.",
-        "How far the whole adapter would have moved them",
-    )
-
-
-_WHY = (
-    "Chain-of-thought SFT can bend where the softmax-attention layers look and with it long-range recall "
-    "([arXiv 2606.11052](https://arxiv.org/abs/2606.11052))."
-)
-
-
-def _projections(manifest: Mapping[str, Any]) -> str:
-    return " and ".join({"q": "query", "k": "key"}.get(p, p) for p in manifest["method"]["projections"])
+def _short_name(model: str) -> str:
+    """A hub id as it is, else the last part of a path."""
+    return model if _is_hub_id(model) else Path(model).name
 
 
 def _is_hub_id(name: str) -> bool:
