@@ -79,8 +79,7 @@ def sft(
 def _print_plan(arguments: list[str], recipe: Path | None, start: Launch | None, as_json: bool) -> None:
     from qkguard.sft.arguments import parse
     from qkguard.sft.launch import ranks_per_node
-    from qkguard.sft.plan import plan
-    from qkguard.sft.plan_text import lines
+    from qkguard.sft.plan import describe, plan
     from qkguard.sft.preflight import preflight
 
     settings = parse(arguments, recipe)
@@ -90,9 +89,7 @@ def _print_plan(arguments: list[str], recipe: Path | None, start: Launch | None,
         print_json(found)
         return
     warn(found["warnings"])
-    for label, text in lines(found):
-        say(f"{label:<12}{text}")
-    say("\nNothing was trained. Leave out --dry-run to start.")
+    say(f"{describe(found)}\n\nNothing was trained. Leave out --dry-run to start.")
 
 
 def _launch(arguments: list[str], recipe: Path | None, start: Launch) -> NoReturn:

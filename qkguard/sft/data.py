@@ -68,6 +68,11 @@ class Source(Columns):
         """The builder that reads a local file; None for a hub id or a folder."""
         return FILES.get(Path(self.path).suffix)
 
+    @property
+    def is_saved(self) -> bool:
+        """Whether it is the folder of one data set, as `save_to_disk` leaves it."""
+        return os.path.isfile(os.path.join(self.path, "state.json"))
+
 
 @dataclass(config=STRICT)
 class DataArguments(Columns):
@@ -103,18 +108,17 @@ class DataArguments(Columns):
         Raises:
             QKGuardError: none is given, both forms are, an entry has an unknown key, or weights are missing in part.
         """
-        columns = {f.name: getattr(self, f.name) for f in dataclasses.fields(Columns)}
-        if self.datasets is None:
-            if not self.dataset_name:
-                raise QKGuardError(
-                    "dataset_name is missing: what to train on; give a hub id or a local .jsonl or .parquet file, "
-                    "or several in `datasets`"
-                )
-            path, config, split = self.dataset_name, self.dataset_config, self.dataset_train_split
-            return [Source(**columns, path=path, config=config, split=split)]
-        if self.dataset_name:
+        if self.datasets is None and not self.dataset_name:
+            raise QKGuardError(
+                "dataset_name is missing: what to train on; give a hub id or a local .jsonl or .parquet file, "
+                "or several in `datasets`"
+            )
+        if self.datasets is not None and self.dataset_name:
             raise QKGuardError("dataset_name and datasets are both given; keep one (--datasets null drops the list)")
-        sources = [_source(entry, columns) for entry in _entries(self.datasets)]
+        one = {"path": self.dataset_name, "config": self.dataset_config, "split": self.dataset_train_split}
+        entries = [one] if self.datasets is None else _entries(self.datasets)
+        columns = {f.name: getattr(self, f.name) for f in dataclasses.fields(Columns)}
+        sources = [_source(entry, columns) for entry in entries]
         weights = [source.weight for source in sources]
         if any(weights) and not all(weights):
             raise QKGuardError(f"datasets: weights are {weights}; give every entry one, or none of them.")
@@ -153,20 +157,18 @@ def form_of(source: Source, columns: Sequence[str]) -> str:
         QKGuardError: naming the columns found; one that was mapped by hand must be there.
     """
     found = f"{source.path} has the columns {', '.join(columns)}"
-    default = Columns()
-    mapped = [f.name for f in dataclasses.fields(Columns) if f.name.endswith("_column")]
-    by_hand = {key for key in mapped if getattr(source, key) != getattr(default, key)}
-    for key in mapped:
-        if key in by_hand and getattr(source, key) not in columns:
-            raise QKGuardError(f"{found}, and no {getattr(source, key)!r} ({key}); map one of these")
-    complete = [form for form, keys in FORMS.items() if all(getattr(source, key) in columns for key in keys)]
+    mapped = {f.name: getattr(source, f.name) for f in dataclasses.fields(Columns) if f.name.endswith("_column")}
+    by_hand = [key for key, column in mapped.items() if column != getattr(Columns, key)]
+    for key in by_hand:
+        if mapped[key] not in columns:
+            raise QKGuardError(f"{found}, and no {mapped[key]!r} ({key}); map one of these")
+    complete = [form for form, keys in FORMS.items() if all(mapped[key] in columns for key in keys)]
     if not complete:
         raise QKGuardError(
             f"{found}; expected messages, prompt and completion, or problem and solution: map them with "
-            "messages_column, prompt_column, completion_column, problem_column, solution_column, answer_column"
+            f"{', '.join(mapped)}"
         )
-    chosen = [form for form in complete if by_hand & set(FORMS[form])]
-    return [*chosen, *complete][0]
+    return next((form for form in complete if not set(by_hand).isdisjoint(FORMS[form])), complete[0])
 
 
 def convert(row: dict[str, Any], source: Source, form: str, *, chat: bool, as_messages: bool) -> dict[str, Any]:
@@ -239,9 +241,9 @@ def look(arguments: DataArguments, *, chat: bool) -> Sampled:
             rows.append(convert(row, source, form, chat=chat, as_messages=as_messages))
     if not rows:
         raise QKGuardError(f"{sources[0].path} has no rows")
-    sizes = [_size(source, data) for source, data, _ in opened]
-    total = _total(sizes, [source.weight for source in sources], arguments.max_samples)
-    return Sampled(rows, total, "messages" if "messages" in rows[0] else "prompt_completion")
+    return Sampled(
+        rows, _total(opened, arguments.max_samples), "messages" if "messages" in rows[0] else "prompt_completion"
+    )
 
 
 def load(arguments: DataArguments, *, chat: bool, seed: int, split: str | None = None) -> Any:
@@ -261,9 +263,7 @@ def load(arguments: DataArguments, *, chat: bool, seed: int, split: str | None =
         options = {"source": source, "form": form, "chat": chat, "as_messages": as_messages}
         converted.append(data.map(convert, fn_kwargs=options, remove_columns=data.column_names, desc=source.path))
     weights = [source.weight for source in sources if source.weight is not None]
-    if len(converted) == 1:
-        mixed = converted[0]
-    elif weights:
+    if weights:
         shares = [weight / sum(weights) for weight in weights]
         mixed = datasets.interleave_datasets(converted, shares, seed=seed, stopping_strategy="first_exhausted")
     else:
@@ -275,11 +275,10 @@ def load(arguments: DataArguments, *, chat: bool, seed: int, split: str | None =
 
 def _held_out(source: Source, split: str) -> Source:
     """The rows to evaluate on: another split, or another file where the training rows are a file."""
-    saved = os.path.isfile(os.path.join(source.path, "state.json"))  # one data set, as save_to_disk leaves it
-    if source.file_type is None and not saved:
+    if source.file_type is None and not source.is_saved:
         return dataclasses.replace(source, split=split)
-    if not (os.path.isdir(split) if saved else os.path.isfile(split)):
-        kind = "a folder" if saved else "a file"
+    kind, exists = ("a folder", os.path.isdir) if source.is_saved else ("a file", os.path.isfile)
+    if not exists(split):
         raise QKGuardError(
             f"{source.path} is {kind} of rows and has no split {split!r}; "
             f"give dataset_test_split the path of {kind} too"
@@ -309,16 +308,14 @@ def _open_all(sources: list[Source], *, streaming: bool) -> tuple[list[tuple[Sou
 def _open(source: Source, *, streaming: bool) -> Any:
     from datasets import load_dataset, load_from_disk
 
+    if source.file_type and not os.path.isfile(source.path):
+        raise QKGuardError(f"{source.path} does not exist; expected a file of rows, or a hub id")
     try:
         if source.file_type:
-            if not os.path.isfile(source.path):
-                raise QKGuardError(f"{source.path} does not exist; expected a file of rows, or a hub id")
             return load_dataset(source.file_type, data_files=source.path, split="train")
-        if os.path.isfile(os.path.join(source.path, "state.json")):
+        if source.is_saved:
             return load_from_disk(source.path)
         return load_dataset(source.path, source.config, split=source.split, streaming=streaming)
-    except QKGuardError:
-        raise
     except Exception as error:
         raise QKGuardError(
             f"data set {source.path!r} could not be read ({first_line(error)}); expected a hub id, a folder, or a "
@@ -333,21 +330,18 @@ def _spread(data: Any, count: int) -> Iterator[dict[str, Any]]:
     return iter(data.take(count))
 
 
-def _size(source: Source, data: Any) -> int | None:
-    if hasattr(data, "__len__"):
-        return len(data)
-    split = (getattr(data.info, "splits", None) or {}).get(source.split)
-    return getattr(split, "num_examples", None)
-
-
-def _total(sizes: list[int | None], weights: list[float | None], at_most: int | None) -> int | None:
-    if any(size is None for size in sizes):
+def _total(opened: list[tuple[Source, Any, str]], at_most: int | None) -> int | None:
+    """Rows of the mixture; None where a streamed data set does not say how many it has."""
+    sizes: list[Any] = []
+    for source, data, _ in opened:
+        said = (getattr(data.info, "splits", None) or {}).get(source.split)
+        sizes.append(len(data) if hasattr(data, "__len__") else getattr(said, "num_examples", None))
+    if None in sizes:
         return at_most
-    counts = [size for size in sizes if size is not None]
-    shares = [w for w in weights if w is not None]
-    total = sum(counts)
+    total = sum(sizes)
+    shares = [source.weight for source, _, _ in opened if source.weight is not None]
     if shares:  # until the first is used up
-        total = int(min(n * sum(shares) / w for n, w in zip(counts, shares, strict=True)))
+        total = int(min(size * sum(shares) / share for size, share in zip(sizes, shares, strict=True)))
     return min(total, at_most) if at_most else total
 
 

@@ -3,48 +3,80 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from qkguard.checkpoint.manifest import MANIFEST
 from qkguard.checkpoint.reference_file import REFERENCE
 from qkguard.errors import QKGuardError, first_line
 from qkguard.layout.architecture import build_meta, find_architecture, plain_torch
 from qkguard.layout.layers import layer_types
-from qkguard.probe.settings import default_lengths
+from qkguard.layout.selection import show_layers
+from qkguard.report.numbers import human_bytes, number
 from qkguard.report.run import METRICS
 from qkguard.sft.arguments import Settings
 from qkguard.sft.preflight import Preflight
-from qkguard.training.probe_schedule import interval
+from qkguard.training.probe_schedule import interval, pace
 from qkguard.training.run_folder import RESTORED, run_folder
 
-ADAM_STATES = 12  # bytes of a trained parameter's float32 master copy and Adam's two moments
-FORWARD_SHARE = 1 / 3  # of a training step's arithmetic per token; a fourth with gradient checkpointing
-ORDER = {
-    "single": (1, 1, 1),
-    "ddp": (1, 1, 1),
-    "zero1": (1, 1, 0),
-    "zero2": (1, 0, 0),
-    "zero3": (0, 0, 0),
-    "fsdp2": (0, 0, 0),
-}  # 1: every process holds all of it (weights, gradients, optimizer); 0: they share it
+CHECKPOINTED_SHARE, FORWARD_SHARE = (
+    1 / 4,
+    1 / 3,
+)  # of a step's arithmetic per token, with gradient checkpointing or not
+SHARED = {  # what the processes of an arrangement divide among them; each holds all of the rest
+    "zero1": {"optimizer"},
+    "zero2": {"gradients", "optimizer"},
+    "zero3": {"weights", "gradients", "optimizer"},
+    "fsdp2": {"weights", "gradients", "optimizer"},
+}
 
 
 def plan(settings: Settings, found: Preflight, *, accelerate: str | None, processes: int) -> dict[str, Any]:
-    """The plan as JSON values; `plan_text.lines` turns it into lines."""
+    """The plan as JSON values, with all that `describe` says."""
+    training, guard = settings.training, settings.guard
     total, trained = parameters(settings, found)
+    steps = max_steps(settings, found, processes)
+    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * processes
+    lengths: list[Any] = [*found.lengths] or [None]
     return {
-        "model": _model(settings, found, total, trained),
-        "data": _data(settings, found, processes),
-        "guard": _guard(settings, found),
-        "probes": _probes(settings, found, processes),
+        "model": {
+            "name": settings.model_name,
+            "type": found.config.model_type,
+            "layer_kinds": dict(Counter(layer_types(found.config) or [spec.kind for spec in found.specs])),
+            "parameters": total,
+            "trained": trained,
+            "adapter": settings.model.use_peft,
+        },
+        "data": {
+            "sources": [source.path for source in settings.data.sources()],
+            "rows": found.sampled.total,
+            "form": found.sampled.form,
+            "looked_at": len(found.sampled.rows),
+            "tokens": {"median": lengths[len(lengths) // 2], "longest": lengths[-1]},
+            "max_length": training.max_length,
+            "packing": bool(training.packing),
+            "batch": batch,
+            "steps": steps,
+        },
+        "guard": _reference(settings, found)
+        | {key: getattr(guard, key) for key in ("method", "drift_steps", "routing_drift_steps")},
+        "probes": _probes(settings, found, steps, batch),
         "files": _files(settings),
         "memory": memory(settings, found.config, total, trained, accelerate or "single", processes),
         "processes": processes,
         "warnings": found.warnings,
     }
+
+
+def describe(plan: dict[str, Any]) -> str:
+    """The plan as text, one subject a line."""
+    environment = Environment(loader=PackageLoader("qkguard.sft"), undefined=StrictUndefined)
+    environment.filters |= {"bytes": human_bytes, "layers": show_layers, "number": number, "pace": pace}
+    return environment.get_template("plan.txt").render(plan)
 
 
 def parameters(settings: Settings, found: Preflight) -> tuple[int | None, int | None]:
@@ -81,48 +113,15 @@ def held_dtype(settings: Settings, config: Any) -> torch.dtype:
     return getattr(torch, name)
 
 
-def _model(settings: Settings, found: Preflight, total: int | None, trained: int | None) -> dict[str, Any]:
-    types = layer_types(found.config) or [spec.kind for spec in found.specs]
-    counts = {kind: types.count(kind) for kind in dict.fromkeys(types)}
-    return {
-        "name": settings.model_name,
-        "type": found.config.model_type,
-        "layer_kinds": counts,
-        "parameters": total,
-        "trained": trained,
-        "adapter": settings.model.use_peft,
-    }
-
-
-def _guard(settings: Settings, found: Preflight) -> dict[str, Any]:
-    itemsize = held_dtype(settings, found.config).itemsize
-    unique = {pmap.name: pmap for _, maps in found.selection for pmap in maps}
-    adapter = settings.model.use_peft
+def _reference(settings: Settings, found: Preflight) -> dict[str, Any]:
+    """The rows that are guarded; beside adapters the frozen base is their reference."""
+    kept = {pmap.name: pmap.numel for _, maps in found.selection for pmap in maps}
+    elements = sum(kept.values())
     return {
         "layers": [spec.layer for spec, _ in found.selection],
-        "parameters": len(unique),
-        "elements": sum(pmap.numel for pmap in unique.values()),
-        "reference_bytes": 0 if adapter else sum(pmap.numel for pmap in unique.values()) * itemsize,
-        "method": settings.guard.method,
-        "drift_steps": settings.guard.drift_steps,
-        "routing_drift_steps": settings.guard.routing_drift_steps,
-    }
-
-
-def _data(settings: Settings, found: Preflight, processes: int) -> dict[str, Any]:
-    training, lengths = settings.training, found.lengths
-    steps = max_steps(settings, found, processes)
-    middle = lengths[len(lengths) // 2] if lengths else None
-    return {
-        "sources": [source.path for source in settings.data.sources()],
-        "rows": found.sampled.total,
-        "form": found.sampled.form,
-        "looked_at": len(found.sampled.rows),
-        "tokens": {"median": middle, "longest": lengths[-1] if lengths else None},
-        "max_length": training.max_length,
-        "packing": bool(training.packing),
-        "batch": training.per_device_train_batch_size * training.gradient_accumulation_steps * processes,
-        "steps": steps,
+        "parameters": len(kept),
+        "elements": elements,
+        "reference_bytes": 0 if settings.model.use_peft else elements * held_dtype(settings, found.config).itemsize,
     }
 
 
@@ -148,28 +147,22 @@ def max_steps(settings: Settings, found: Preflight, processes: int) -> int | Non
     return max(1, math.ceil(batches / training.gradient_accumulation_steps * training.num_train_epochs))
 
 
-def _probes(settings: Settings, found: Preflight, processes: int) -> dict[str, Any]:
+def _probes(settings: Settings, found: Preflight, steps: int | None, batch: int) -> dict[str, Any]:
     """When and on what; the cost in tokens read, against the tokens trained on."""
-    guard, training = settings.guard, settings.training
-    off = None
+    guard, training, lengths = settings.guard, settings.training, found.probe_lengths
     if guard.probe_steps == 0:
-        off = "probe_steps is 0"
-    lengths = list(guard.probe_lengths or default_lengths(found.config, training.max_length))
-    if not off and not lengths:
-        off = "no default length fits the model's max_position_embeddings; set qkguard.probe_lengths"
-    if off:
-        return {"off": off}
-    samples = len(guard.probe_tasks) * len(lengths) * guard.probe_depths * guard.probe_samples
-    tokens = sum(lengths) * len(guard.probe_tasks) * guard.probe_depths * guard.probe_samples
-    steps = max_steps(settings, found, processes)
+        return {"off": "probe_steps is 0"}
+    if not lengths:
+        return {"off": "no default length fits the model's max_position_embeddings; set qkguard.probe_lengths"}
+    per_length = len(guard.probe_tasks) * guard.probe_depths * guard.probe_samples
+    tokens = sum(lengths) * per_length
     every = interval(guard.probe_steps, training.eval_strategy != "no", steps) if steps else None
     share = within = None
     per_row = tokens_per_row(settings, found)
     if steps and per_row:
-        if training.packing:
-            per_row = float(training.max_length or per_row)
-        batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * processes
-        forward = FORWARD_SHARE if not training.gradient_checkpointing else 1 / 4
+        if training.packing and training.max_length:
+            per_row = float(training.max_length)
+        forward = CHECKPOINTED_SHARE if training.gradient_checkpointing else FORWARD_SHARE
         share = tokens * forward / (steps * batch * per_row)
         ends = 3 if guard.probe_restored else 2  # before the first step, and at the end raw (and restored)
         within = max(0, int(guard.probe_budget / share) - ends) if guard.probe_budget else None
@@ -177,7 +170,7 @@ def _probes(settings: Settings, found: Preflight, processes: int) -> dict[str, A
         "off": None,
         "tasks": list(guard.probe_tasks),
         "lengths": lengths,
-        "samples": samples,
+        "samples": len(lengths) * per_length,
         "tokens": tokens,
         "every": every,
         "schedule": guard.probe_steps,
@@ -211,35 +204,30 @@ def memory(
 
     Frozen parameters take their dtype's bytes, trained ones 16: in bfloat16 under DeepSpeed 2 (weights) + 2
     (gradients) + 12 (float32 master copy, Adam's moments); in float32 4 + 4 + 8. What an arrangement divides among the
-    processes is in ORDER. Plain bfloat16 without DeepSpeed or FSDP2 has no master copy: 2 + 2 + 4.
+    processes is in SHARED. Plain bfloat16 without DeepSpeed or FSDP2 has no master copy: 2 + 2 + 4.
     """
     if total is None or trained is None:
         return None
     itemsize = held_dtype(settings, config).itemsize
-    name = Path(accelerate).stem
-    deepspeed = name.startswith("zero")
-    whole = ORDER.get(name, (1, 1, 1))
-
-    def divided(count: float, part: int) -> float:
-        return count if whole[part] else count / processes
-
-    adapter = settings.model.use_peft
-    if deepspeed:
-        weight = grad = itemsize if settings.training.fp16 or not settings.training.bf16 else 2
-        states = ADAM_STATES if weight == 2 else 8
+    name, adapter = Path(accelerate).stem, settings.model.use_peft
+    if name.startswith("zero"):
+        weight = itemsize if settings.training.fp16 or not settings.training.bf16 else 2
+        gradient, states = weight, 12 if weight == 2 else 8
     elif name == "fsdp2" or adapter:  # float32 trained parameters, with mixed precision
-        weight, grad, states = 4, 4, 8
+        weight, gradient, states = 4, 4, 8
     else:
-        weight, grad, states = itemsize, itemsize, 2 * itemsize
+        weight, gradient, states = itemsize, itemsize, 2 * itemsize
     frozen = total if adapter else 0
-    parts = {
-        "weights": divided(frozen * itemsize + trained * weight, 0),
-        "gradients": divided(trained * grad, 1),
-        "optimizer": divided(trained * states, 2),
+    whole = {
+        "weights": frozen * itemsize + trained * weight,
+        "gradients": trained * gradient,
+        "optimizer": trained * states,
     }
+    shared = SHARED.get(name, set())
+    held = {part: size / processes if part in shared else size for part, size in whole.items()}
     return {
-        **{key: int(value) for key, value in parts.items()},
-        "per_process": int(sum(parts.values())),
-        "per_trained_parameter": weight + grad + states,
+        **{part: int(size) for part, size in held.items()},
+        "per_process": int(sum(held.values())),
+        "per_trained_parameter": weight + gradient + states,
         "arrangement": name,
     }

@@ -28,6 +28,7 @@ class Preflight:
         config: the model's config.
         specs: its softmax-attention layers.
         selection: the query and key rows that the guard will keep.
+        probe_lengths: contexts to probe, in tokens; empty where no default fits the model.
         tokenizer: None where the model's folder has none (a bare config.json).
         sampled: some training rows.
         lengths: their tokens, ascending; empty without a tokenizer.
@@ -37,6 +38,7 @@ class Preflight:
     config: Any
     specs: list[AttentionSpec]
     selection: Selection
+    probe_lengths: list[int]
     tokenizer: Any
     sampled: Sampled
     lengths: list[int]
@@ -75,10 +77,12 @@ def preflight(settings: Settings) -> Preflight:
             f"the rows are chats and the tokenizer of {settings.model_name} has no chat template; set "
             "chat_template_path (a .jinja file, or a model that has one), or train on prompt and completion"
         )
-    check_probes(settings, config, tokenizer)
+    probe_lengths = list(settings.guard.probe_lengths or default_lengths(config, settings.training.max_length))
+    if settings.guard.probe_steps != 0 and tokenizer is not None and probe_lengths:
+        check_probes(settings, min(probe_lengths), tokenizer)
     lengths = sorted(token_lengths(sampled.rows, tokenizer)) if tokenizer is not None else []
     warnings += cut_warning(lengths, settings.training)
-    return Preflight(config, specs, selection, tokenizer, sampled, lengths, warnings)
+    return Preflight(config, specs, selection, probe_lengths, tokenizer, sampled, lengths, warnings)
 
 
 def model_config(settings: Settings) -> Any:
@@ -121,18 +125,16 @@ def training_tokenizer(settings: Settings) -> Any:
     return tokenizer
 
 
-def check_probes(settings: Settings, config: Any, tokenizer: Any) -> None:
+def check_probes(settings: Settings, shortest: int, tokenizer: Any) -> None:
     """Make the probe samples of the shortest length: the one that tasks may not fit into.
 
     Raises:
         QKGuardError: they do not fit.
     """
     guard = settings.guard
-    lengths = guard.probe_lengths or default_lengths(config, settings.training.max_length)
-    if guard.probe_steps == 0 or tokenizer is None or not lengths:
-        return
-    shortest = ProbeSettings([min(lengths)], depths=1, samples=1, tasks=guard.probe_tasks, haystack=guard.haystack)
-    Prober(tokenizer, shortest).prepare()
+    Prober(
+        tokenizer, ProbeSettings([shortest], depths=1, samples=1, tasks=guard.probe_tasks, haystack=guard.haystack)
+    ).prepare()
 
 
 def has_template(tokenizer: Any) -> bool:

@@ -15,8 +15,7 @@ from qkguard.errors import QKGuardError
 from qkguard.sft import launch
 from qkguard.sft.arguments import Settings, parse
 from qkguard.sft.launch import Launch, bundled_configs, launch_command, ranks_per_node
-from qkguard.sft.plan import max_steps, memory, plan
-from qkguard.sft.plan_text import lines
+from qkguard.sft.plan import describe, max_steps, memory, plan
 from qkguard.sft.preflight import preflight
 from qkguard.sft.recipes import find_recipe, recipe_names, recipes_folder
 
@@ -74,7 +73,7 @@ def test_steps_and_probe_costs(rows: Path) -> None:
     trained = 9 * (2 * 3 * 4) * found.lengths[0]
     assert probes["share_of_training"] == pytest.approx(probes["tokens"] / 4 / trained)  # checkpointing: a fourth
     assert made_plan["data"]["batch"] == 24
-    text = dict(lines(made_plan))
+    text = dict(line.split(maxsplit=1) for line in describe(made_plan).splitlines())
     assert "leaves room for about 0 of them" in text["probes"] and "9 steps of 24 sequences" in text["training"]
 
 
