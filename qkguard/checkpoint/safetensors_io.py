@@ -151,6 +151,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def sha256_of(tensor: Tensor) -> str:
+    """The hash of a CPU tensor's bytes."""
     return hashlib.sha256(bytes_of(tensor.contiguous())).hexdigest()
 
 

@@ -10,12 +10,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qkguard.layout.discover import find_attention
-    from qkguard.layout.names import disk_names
-    from qkguard.layout.proof import prove_layout
-    from qkguard.layout.rows import RowSelection
-    from qkguard.layout.selection import select
-    from qkguard.layout.spec import AttentionSpec, Block, ParamMap
+    from qkguard.layout.discover import find_attention as find_attention
+    from qkguard.layout.names import disk_names as disk_names
+    from qkguard.layout.proof import prove_layout as prove_layout
+    from qkguard.layout.rows import RowSelection as RowSelection
+    from qkguard.layout.selection import select as select
+    from qkguard.layout.spec import AttentionSpec as AttentionSpec
+    from qkguard.layout.spec import Block as Block
+    from qkguard.layout.spec import ParamMap as ParamMap
 
 # Imported on first use: the command line checks settings (`rows`) before torch is there.
 _HOME = {
@@ -28,17 +30,6 @@ _HOME = {
     "prove_layout": "proof",
     "select": "selection",
 }
-
-__all__ = [
-    "AttentionSpec",
-    "Block",
-    "ParamMap",
-    "RowSelection",
-    "disk_names",
-    "find_attention",
-    "prove_layout",
-    "select",
-]
 
 
 def __getattr__(name: str) -> Any:

@@ -25,7 +25,8 @@ class Attention:
     """One attention, by the numbers that its query, key and value have in the trace.
 
     Through the attention function these are (1, heads, tokens, channels). Behind a softmax they are the operands of
-    batched products, (heads, tokens, channels) in some order; `scores` and `dim` are the softmax's input and axis.
+    batched products, (heads, tokens, channels) in some order; `scores` and `dim` are the softmax's input and axis
+    (None and -1 through the attention function).
     """
 
     call: Call  # innermost call around it
@@ -36,11 +37,6 @@ class Attention:
     options: dict[str, Any] = field(default_factory=dict)
     scores: int | None = None
     dim: int = -1
-
-    @property
-    def direct(self) -> bool:
-        """Whether it went through the attention function."""
-        return self.scores is None
 
 
 @contextlib.contextmanager

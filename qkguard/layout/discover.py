@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -84,35 +85,18 @@ def _discover(architecture: Architecture) -> list[AttentionSpec]:
             for call, own in by_owner(trace, attentions):
                 layer = numbers.of(call)
                 attended.add(layer)
-                shown, params = maps.of(call, own)
-                if owned.issuperset(param.name for param in params):
+                spec = maps.of(call, own)
+                names = {param.name for param in spec.params}
+                if owned >= names:
                     continue  # a module that runs in several layers belongs to the first
-                owned.update(param.name for param in params)
+                owned |= names
                 kind = layer_kind(types, layer, own[0].options)
-                notes = tuple(_notes(trace, call, own, params))
-                specs.append(_spec(call, layer, kind, shown, params, notes))
+                notes = tuple(_notes(trace, call, own, spec.params))
+                specs.append(replace(spec, layer=layer, kind=kind, notes=notes))
             check_layer_types(types, attended, numbers.that_ran(trace), numbers.count)
     if any(BORROWED in spec.notes for spec in specs):  # from which layer is not known, so it may be any
         specs = [replace(spec, shares_keys=True) for spec in specs]
     return specs
-
-
-def _spec(
-    call: Call, layer: int | None, kind: str, shown: Replay, params: tuple[ParamMap, ...], notes: tuple[str, ...]
-) -> AttentionSpec:
-    return AttentionSpec(
-        layer=layer,
-        module=call.name,
-        kind=kind,
-        num_heads=shown.num_heads,
-        num_kv_heads=shown.num_kv_heads,
-        head_dim=shown.head_dim,
-        params=params,
-        rotary=shown.rotary,
-        rotary_dim=shown.rotary_dim,
-        rotary_start=shown.rotary_start,
-        notes=notes,
-    )
 
 
 def _notes(trace: Trace, call: Call, attentions: list[Attention], params: tuple[ParamMap, ...]) -> Iterator[str]:
@@ -134,22 +118,37 @@ class _RowMaps:
 
     def __init__(self, model: nn.Module, trace: Trace) -> None:
         self._model, self._trace = model, trace
-        self._known: dict[Any, tuple[Replay, dict[str, ParamMap]]] = {}
+        self._known: dict[Any, AttentionSpec] = {}
 
-    def of(self, call: Call, attentions: list[Attention]) -> tuple[Replay, tuple[ParamMap, ...]]:
-        """What the replay showed, and the call's parameters under their names in the model."""
+    def of(self, call: Call, attentions: list[Attention]) -> AttentionSpec:
+        """The call's parameters and geometry; its number and its kind are the caller's to fill in."""
         names = feeding(self._trace, self._model, call, attentions)
         key = program(self._trace, call, attentions)
         if key not in self._known:
-            shown = replay(call, set(names), attentions)
-            maps = {}
-            for name, rows in shown.rows.items():
-                kind = self._trace.kind(names[name])
-                maps[name] = ParamMap(name, rows.shape, rows.dim, kind, _blocks(name, rows, shown))
-            self._known[key] = shown, maps
-        shown, maps = self._known[key]
-        named = {names[name]: replace(param, name=names[name]) for name, param in maps.items()}
-        return shown, tuple(named[name] for name in sorted(named))
+            self._known[key] = self._replayed(call, names, attentions)
+        known = self._known[key]
+        params = sorted((replace(param, name=names[param.name]) for param in known.params), key=attrgetter("name"))
+        return replace(known, module=call.name, params=tuple(params))
+
+    def _replayed(self, call: Call, names: dict[str, str], attentions: list[Attention]) -> AttentionSpec:
+        """The layer by a replay, under the parameters' names in the module."""
+        shown = replay(call, set(names), attentions)
+        params = tuple(
+            ParamMap(name, rows.shape, rows.dim, self._trace.kind(names[name]), _blocks(name, rows, shown))
+            for name, rows in shown.rows.items()
+        )
+        return AttentionSpec(
+            layer=None,
+            module=call.name,
+            kind="",
+            num_heads=shown.num_heads,
+            num_kv_heads=shown.num_kv_heads,
+            head_dim=shown.head_dim,
+            params=params,
+            rotary=shown.rotary,
+            rotary_dim=shown.rotary_dim,
+            rotary_start=shown.rotary_start,
+        )
 
 
 def _blocks(name: str, rows: Rows, shown: Replay) -> tuple[Block, ...]:

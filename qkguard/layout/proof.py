@@ -169,7 +169,7 @@ def _check_restored(proof: Proof, module: _Module, maps: dict[str, ParamMap]) ->
         by_rows = bool(_moved(module.before, module.attend(nudged, base, maps)).replace("v", ""))
         where, on = (proof.problems, "rows") if by_rows else (proof.partial, "choices")
         where.append(f"{module.name}: {' and '.join(lost)} also depend on {on} not mapped")
-    pure = {name: mapped.only(_is_pure) for name, mapped in maps.items()}
+    pure = {name: mapped.pure for name, mapped in maps.items()}
     if "v" in _moved(module.after, module.attend(tuned, base, pure)):
         proof.problems.append(f"{module.name}: taking back rows that feed no values moves the values")
     if any("v" in role for role in _roles(maps)):
@@ -185,10 +185,6 @@ def _with_role(maps: Mapping[str, ParamMap], role: str) -> dict[str, ParamMap]:
         return block.role == role
 
     return {name: mapped.only(has_role) for name, mapped in maps.items()}
-
-
-def _is_pure(block: Block) -> bool:
-    return not block.shared
 
 
 def _moves_own(block: Block, before: list[Operands], after: list[Operands]) -> bool:

@@ -93,7 +93,7 @@ def replay(call: Call, names: set[str], attentions: list[Attention]) -> Replay:
 
 def stop_after(attentions: list[Attention]) -> int | None:
     """After how many attentions a replay may stop: all, if each is seen while it runs; None to run to the end."""
-    return len(attentions) if all(attention.direct for attention in attentions) else None
+    return len(attentions) if all(attention.scores is None for attention in attentions) else None
 
 
 def operands(call: Call, enough: int | None) -> list[Operands]:

@@ -72,6 +72,11 @@ class ParamMap:
         return replace(self, blocks=tuple(b for b in self.blocks if keep(b)))
 
     @property
+    def pure(self) -> ParamMap:
+        """The same parameter without the rows that feed values too."""
+        return replace(self, blocks=tuple(b for b in self.blocks if not b.shared))
+
+    @property
     def ranges(self) -> tuple[tuple[int, int], ...]:
         """Half-open ranges along `dim`, neighbouring blocks joined."""
         return join_ranges((b.start, b.stop) for b in self.blocks)

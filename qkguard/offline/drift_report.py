@@ -1,4 +1,4 @@
-"""Drift between two checkpoints on disk, a layer at a time: the numbers of training without a model."""
+"""Drift between two checkpoints on disk, layer by layer: the metrics of training, without a model."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any, Unpack
 
 from torch import Tensor
 
-from qkguard.drift import add, block_drift, largest, layer_routing, projection_drift
+from qkguard.drift import Sums, add, block_drift, largest, layer_routing, projection_drift
 from qkguard.layout.rows import RowOptions, RowSelection
 from qkguard.layout.spec import AttentionSpec, ParamMap
+from qkguard.offline.pair import find_pair, open_folders
 
 
 def drift_report(
@@ -26,35 +27,40 @@ def drift_report(
     """How far the queries and keys of one checkpoint are from another's, per tensor, layer and head.
 
     Args:
-        base, tuned: folders or hub ids; the base is read in the tuned checkpoint's dtype, so that 0 means that
-            restoring would change nothing.
-        routing: also routing drift per head and the top singular values of W - W0 (float64 products; most of the
-            time).
-        progress: called with (layers done, layers in all).
+        base, tuned: folders or hub ids. The base is read in the tuned checkpoint's dtype, so 0 means that a restore
+            would change nothing.
+        routing: also report routing drift per head and the top singular values of W - W0. These float64 products
+            take most of the time.
+        progress: called with the number of layers done and of all layers.
         spec, trust_remote_code, rows: as in `restore_checkpoint`.
 
     Returns:
         {"base", "tuned", "layers": [...], "mean": {...}, "max": {...}, "warnings"}. A layer has its drift under the
         metric names of training (q_rel, k_rel, q_1mcos, k_1mcos, routing_rel, q_top_sv, k_top_sv), routing_per_head,
-        and per tensor rel, 1mcos and the same per head. Memory: one layer's rows, in float64 with `routing`.
+        and for each tensor rel, 1mcos and rel_per_head. Takes the memory of one layer's rows, in float64 with
+        `routing`.
 
     Raises:
         QKGuardError: as `restore_checkpoint`.
     """
-    from qkguard.offline.pair import find_pair, open_folders
-
-    pair = find_pair(
-        open_folders(base, tuned), rows=RowSelection.of(rows), spec=spec, trust_remote_code=trust_remote_code
-    )
+    folders = open_folders(base, tuned)
+    pair = find_pair(folders, rows=RowSelection.of(rows), spec=spec, trust_remote_code=trust_remote_code)
     layers = []
     for done, (spec, params) in enumerate(pair.selection, 1):
         post = {p.name: pair.weights.read(pair.names[p.name], p) for p in params}
         pre = {p.name: pair.base.get(p).to(post[p.name].dtype) for p in params}
-        layers.append(_layer_report(spec, params, pre, post, pair.names, routing=routing))
+        layer: dict[str, Any] = {"layer": spec.layer, "module": spec.module, "kind": spec.kind}
+        layer["drift"] = projection_drift(params, pre, post)
+        if routing:
+            _add_routing(layer, spec, params, pre, post)
+        layer["tensors"] = [_tensor_report(p, pair.names[p.name], pre[p.name], post[p.name]) for p in params]
+        layers.append(layer)
         if progress:
             progress(done, len(pair.selection))
-    keys = list(dict.fromkeys(key for layer in layers for key in layer["drift"]))
-    columns = {key: [layer["drift"][key] for layer in layers if key in layer["drift"]] for key in keys}
+    columns: dict[str, list[float]] = {}
+    for layer in layers:
+        for key, value in layer["drift"].items():
+            columns.setdefault(key, []).append(value)
     return {
         "base": os.fspath(base),
         "tuned": os.fspath(tuned),
@@ -65,36 +71,39 @@ def drift_report(
     }
 
 
-def _layer_report(
+def _add_routing(
+    layer: dict[str, Any],
     spec: AttentionSpec,
     params: Sequence[ParamMap],
     pre: Mapping[str, Tensor],
     post: Mapping[str, Tensor],
-    names: Mapping[str, str],
-    *,
-    routing: bool,
-) -> dict[str, Any]:
-    drift = projection_drift(params, pre, post)
-    out: dict[str, Any] = {"layer": spec.layer, "module": spec.module, "kind": spec.kind, "drift": drift}
-    if routing:
-        per_head, q_top, k_top = layer_routing(spec, params, pre, post)
-        if per_head:
-            drift["routing_rel"] = sum(per_head) / len(per_head)
-            out["routing_per_head"] = per_head
-        drift |= {key: top for key, top in (("q_top_sv", q_top), ("k_top_sv", k_top)) if top is not None}
-    out["tensors"] = []
-    for param in params:
-        blocks = block_drift(param, pre[param.name], post[param.name])
-        total = add([sums for _, sums in blocks])
-        heads: dict[str, dict[str, float]] = {}
-        for role in sorted({b.role for b, _ in blocks}):
-            numbers = sorted({b.head for b, _ in blocks if b.role == role and b.head is not None})
-            if numbers:
-                heads[role] = {
-                    str(head): add([s for b, s in blocks if b.role == role and b.head == head]).rel for head in numbers
-                }
-        out["tensors"].append(
-            {"name": names[param.name], "module": param.name, "kind": param.kind}
-            | {"rel": total.rel, "1mcos": total.one_minus_cos, "rel_per_head": heads}
-        )
-    return out
+) -> None:
+    per_head, q_top, k_top = layer_routing(spec, params, pre, post)
+    if per_head:
+        layer["drift"]["routing_rel"] = sum(per_head) / len(per_head)
+        layer["routing_per_head"] = per_head
+    for key, top in (("q_top_sv", q_top), ("k_top_sv", k_top)):
+        if top is not None:
+            layer["drift"][key] = top
+
+
+def _tensor_report(param: ParamMap, name: str, pre: Tensor, post: Tensor) -> dict[str, Any]:
+    """Drift of one tensor, whole and by role and head."""
+    blocks = block_drift(param, pre, post)
+    total = add([sums for _, sums in blocks])
+    by_head: dict[str, dict[int, list[Sums]]] = {}
+    for block, sums in blocks:
+        if block.head is not None:
+            by_head.setdefault(block.role, {}).setdefault(block.head, []).append(sums)
+    heads = {
+        role: {str(head): add(parts).rel for head, parts in sorted(found.items())}
+        for role, found in sorted(by_head.items())
+    }
+    return {
+        "name": name,
+        "module": param.name,
+        "kind": param.kind,
+        "rel": total.rel,
+        "1mcos": total.one_minus_cos,
+        "rel_per_head": heads,
+    }

@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
+from math import prod
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from qkguard.checkpoint.weights import open_weights
 from qkguard.errors import QKGuardError
@@ -14,6 +18,9 @@ from qkguard.layout import AttentionSpec, ParamMap, find_attention, prove_layout
 from qkguard.layout.architecture import Architecture, build_meta, find_architecture, plain_torch
 from qkguard.layout.layers import layer_types
 from qkguard.layout.spec import join_ranges
+
+SHOWN = ("layer", "module", "kind", "num_heads", "num_kv_heads", "head_dim", "rotary", "rotary_dim")
+"""What a layer's entry takes over from its `AttentionSpec`."""
 
 
 def layout_report(
@@ -43,67 +50,56 @@ def layout_report(
         if spec is None:
             raise
     types = layer_types(architecture.config) if architecture else None
-    counts = Counter(types if types else [s.kind for s in specs])
-    total, itemsize, dtype = _size(model, architecture)
-    seen: set[str] = set()
-    layers = [_layer(s, seen, itemsize) for s in specs]
-    pure = sum(layer["query_key_parameters"] for layer in layers)
+    total, dtype = _size(model, architecture)
+    layers = _layers(specs, dtype.itemsize)
+    selected = sum(layer["query_key_parameters"] for layer in layers)
+    verified = None
+    if verify:
+        proofs = prove_layout(model, specs, trust_remote_code=trust_remote_code)
+        verified = [asdict(proof) | {"ok": proof.ok} for proof in proofs]
     return {
         "model": os.fspath(model) if isinstance(model, str | os.PathLike) else type(model).__name__,
         "model_type": architecture.config.model_type if architecture else None,
-        "layer_kinds": dict(counts),
-        "softmax_layers": len({s.layer for s in specs}),
+        "layer_kinds": dict(Counter(types or [spec.kind for spec in specs])),
+        "softmax_layers": len({spec.layer for spec in specs}),
         "layers": layers,
-        "parameters": {"total": total, "query_key": pure, "share": pure / total if total else None},
-        "bytes": pure * itemsize,
-        "dtype": dtype,
+        "parameters": {"total": total, "query_key": selected, "share": selected / total if total else None},
+        "bytes": selected * dtype.itemsize,
+        "dtype": str(dtype).removeprefix("torch."),
         "warnings": _warnings(specs),
-        "verified": _verified(model, specs, trust_remote_code) if verify else None,
+        "verified": verified,
     }
 
 
-def _verified(model: Any, specs: Sequence[AttentionSpec], trust_remote_code: bool) -> list[dict[str, Any]]:
-    return [
-        {"layers": list(v.layers), "module": v.module, "ok": v.ok}
-        | {"problems": list(v.problems), "partial": list(v.partial)}
-        for v in prove_layout(model, specs, trust_remote_code=trust_remote_code)
-    ]
+def _layers(specs: Sequence[AttentionSpec], itemsize: int) -> list[dict[str, Any]]:
+    """One entry per layer; a parameter that several layers use is listed in each and counted in the first."""
+    seen: set[str] = set()
+    layers = []
+    for spec in specs:
+        own = [param for param in spec.params if param.kind != "norm" and param.name not in seen]
+        seen.update(param.name for param in own)
+        numel = sum(param.pure.numel for param in own)
+        entry = {name: getattr(spec, name) for name in SHOWN}
+        entry["params"] = [_param(param) for param in sorted(spec.params, key=_reading_order)]
+        entry |= {"query_key_parameters": numel, "query_key_bytes": numel * itemsize, "notes": list(spec.notes)}
+        layers.append(entry)
+    return layers
 
 
-def _layer(spec: AttentionSpec, seen: set[str], itemsize: int) -> dict[str, Any]:
-    """One layer; parameters that an earlier layer owns are listed but not counted again."""
-    params, numel = [], 0
-    for param in sorted(spec.params, key=_reading_order):
-        pure = param.only(lambda block: not block.shared)
-        if param.name not in seen and param.kind != "norm":
-            numel += pure.numel if pure.blocks else 0
-        seen.add(param.name)
-        params.append(
-            {"name": param.name, "kind": param.kind, "shape": list(param.shape), "dim": param.dim}
-            | {"rows": {role: _rows(param, role) for role in _roles(param)}}
-        )
-    return {
-        "layer": spec.layer,
-        "module": spec.module,
-        "kind": spec.kind,
-        "num_heads": spec.num_heads,
-        "num_kv_heads": spec.num_kv_heads,
-        "head_dim": spec.head_dim,
-        "rotary": spec.rotary,
-        "rotary_dim": spec.rotary_dim,
-        "params": params,
-        "query_key_parameters": numel,
-        "query_key_bytes": numel * itemsize,
-        "notes": list(spec.notes),
-    }
+def _param(param: ParamMap) -> dict[str, Any]:
+    rows = {}
+    for role in _roles(param):
+        ranges = join_ranges((block.start, block.stop) for block in param.blocks if block.role == role)
+        rows[role] = [list(one) for one in ranges]
+    return {"name": param.name, "kind": param.kind, "shape": list(param.shape), "dim": param.dim, "rows": rows}
 
 
 def _roles(param: ParamMap) -> list[str]:
-    """Roles in the order of "qkv"."""
-    return sorted({b.role for b in param.blocks}, key=_letters)
+    """Roles in the order of "qkv", which is not the alphabet's."""
+    return sorted({block.role for block in param.blocks}, key=_qkv_order)
 
 
-def _letters(role: str) -> list[int]:
+def _qkv_order(role: str) -> list[int]:
     return ["qkv".index(letter) for letter in role]
 
 
@@ -112,57 +108,37 @@ def _reading_order(param: ParamMap) -> tuple[int, bool, str]:
     return ("weight", "bias", "norm").index(param.kind), "q" not in "".join(_roles(param)), param.name
 
 
-def _rows(param: ParamMap, role: str) -> list[list[int]]:
-    return [list(r) for r in join_ranges((b.start, b.stop) for b in param.blocks if b.role == role)]
-
-
-def _size(model: Any, architecture: Architecture | None) -> tuple[int | None, int, str]:
-    """(parameters of the model, bytes of a query/key element, dtype): from the files where there are some."""
-    if isinstance(model, str | os.PathLike) and Path(model).is_dir():
-        try:
+def _size(model: Any, architecture: Architecture | None) -> tuple[int | None, torch.dtype]:
+    """Parameters of the model and dtype of queries and keys: from the files where there are some."""
+    try:
+        if isinstance(model, str | os.PathLike) and Path(model).is_dir():
             weights = open_weights(Path(model))
-        except QKGuardError:
-            weights = None  # a folder with a config alone
-        if weights is not None:
-            from math import prod
-
-            shapes = weights.shapes()
-            largest = max(shapes, key=lambda name: prod(shapes[name]))
-            try:
-                dtype = weights.dtype(largest)
-                return sum(map(prod, shapes.values())), dtype.itemsize, str(dtype).removeprefix("torch.")
-            except QKGuardError:
-                pass  # quantised: the size below is that of the unquantised model
+            sizes = {name: prod(shape) for name, shape in weights.shapes().items()}
+            return sum(sizes.values()), weights.dtype(max(sizes, key=sizes.__getitem__))
+    except QKGuardError:
+        pass  # a folder with a config alone, or quantised: the size is that of the unquantised model
+    if architecture is None:
+        return None, torch.bfloat16
     total = None
-    if architecture is not None and architecture.model_class is not None:
+    if architecture.model_class is not None:
         with plain_torch():
-            total = sum(p.numel() for p in build_meta(architecture).parameters())
-    return total, *_dtype(architecture)
-
-
-def _dtype(architecture: Architecture | None) -> tuple[int, str]:
-    """Bytes of an element and name of the config's dtype; bfloat16 where it does not say."""
-    import torch
-
-    said = next(
-        (d for key in ("dtype", "torch_dtype") if architecture and (d := getattr(architecture.config, key, None))),
-        "bfloat16",
-    )
-    name = str(said).removeprefix("torch.")
-    return getattr(torch, name, torch.bfloat16).itemsize, name
+            total = sum(param.numel() for param in build_meta(architecture).parameters())
+    config = architecture.config
+    named = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
+    dtype = getattr(torch, str(named).removeprefix("torch."), None)
+    return total, dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
 
 
 def _warnings(specs: Sequence[AttentionSpec]) -> list[str]:
     out = []
-    shared_rows = sorted({p.name for s in specs for p in s.params if any(b.shared for b in p.blocks)})
-    if shared_rows:
+    mixed = sorted({param.name for spec in specs for param in spec.params if param.pure != param})
+    if mixed:
         out.append(
-            f"{len(shared_rows)} parameters have rows that feed keys and values alike ({shared_rows[0]}, ...): they "
-            "are left tuned by default (shared=keep), so a restore is partial"
+            f"{len(mixed)} parameters have rows that feed both keys and values ({mixed[0]}, ...). They stay tuned by "
+            "default (shared=keep), so a restore is partial."
         )
-    owners: dict[str, int] = Counter(p.name for s in specs for p in s.params)
-    shared = sorted(name for name, count in owners.items() if count > 1)
-    if shared:
-        out.append(f"{len(shared)} parameters serve several layers ({shared[0]}, ...); each is restored once")
-    out += sorted({note for s in specs for note in s.notes})
-    return out
+    users = Counter(param.name for spec in specs for param in spec.params)
+    reused = sorted(name for name, count in users.items() if count > 1)
+    if reused:
+        out.append(f"{len(reused)} parameters serve several layers ({reused[0]}, ...); each is restored once.")
+    return [*out, *sorted({note for spec in specs for note in spec.notes})]
