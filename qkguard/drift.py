@@ -131,6 +131,14 @@ def head_weights(
     return heads.q.read(compact, with_bias=False), heads.k.read(compact, with_bias=False)
 
 
+class Grams(NamedTuple):
+    """Products of one projection's rows per head, (heads, d_k, d_k): W0 W0^T, dW W0^T and dW dW^T, dW = W - W0."""
+
+    base: Tensor
+    cross: Tensor
+    moved: Tensor
+
+
 def routing_drift(q: Tensor, q0: Tensor, k: Tensor, k0: Tensor) -> Tensor:
     """|R - R0|_F / |R0|_F per query head, where R = W_Q^T W_K is the routing matrix (arXiv 2606.11052).
 
@@ -139,21 +147,32 @@ def routing_drift(q: Tensor, q0: Tensor, k: Tensor, k0: Tensor) -> Tensor:
         k, k0: key weights, (kv_heads, d_k, d); query head h reads key head `h // (heads // kv_heads)`.
 
     Returns:
-        float64, (heads,). R itself (d x d) is never formed: with dQ = Q - Q0 and dK = K - K0,
-        |R - R0|^2 = tr(dQ dQ^T K K^T) + tr(Q0 Q0^T dK dK^T) + 2 tr(dQ Q0^T dK K^T).
+        float64, (heads,). R itself (d x d) is never formed.
     """
-    q, q0, k, k0 = (weight.double() for weight in (q, q0, k, k0))
-    group = q.shape[0] // k.shape[0]
-    dq, dk = q - q0, k - k0
+    return routing_from_grams(_grams(q.double(), q0.double()), _grams(k.double(), k0.double()))
 
-    def trace(queries: tuple[Tensor, Tensor], keys: tuple[Tensor, Tensor]) -> Tensor:
-        """tr(A B^T C D^T) per query head, of queries A, B and keys C, D."""
-        gram_q, gram_k = queries[0] @ queries[1].mT, keys[0] @ keys[1].mT
-        return (gram_q * gram_k.repeat_interleave(group, 0).mT).sum((-1, -2))
 
-    moved = trace((dq, dq), (k, k)) + trace((q0, q0), (dk, dk)) + 2 * trace((dq, q0), (dk, k))
+def _grams(now: Tensor, before: Tensor) -> Grams:
+    delta = now - before
+    return Grams(before @ before.mT, delta @ before.mT, delta @ delta.mT)
+
+
+def routing_from_grams(q: Grams, k: Grams) -> Tensor:
+    """`routing_drift` from the products of its weights, float64.
+
+    With dQ = Q - Q0 and dK = K - K0,
+    |R - R0|^2 = tr(dQ dQ^T K K^T) + tr(Q0 Q0^T dK dK^T) + 2 tr(dQ Q0^T dK K^T).
+    """
+    group = q.base.shape[0] // k.base.shape[0]
+
+    def trace(queries: Tensor, keys: Tensor) -> Tensor:
+        """tr(A B^T) per query head."""
+        return (queries * keys.repeat_interleave(group, 0).mT).sum((-1, -2))
+
+    now = k.base + k.cross + k.cross.mT + k.moved
+    moved = trace(q.moved, now) + trace(q.base, k.moved) + 2 * trace(q.cross, k.cross + k.moved)
     # Rounding can leave a head that did not move a little below zero.
-    return (moved.clamp_min(0) / trace((q0, q0), (k0, k0))).sqrt()
+    return (moved.clamp_min(0) / trace(q.base, k.base)).sqrt()
 
 
 def top_singular_value(delta: Tensor, iterations: int = 12) -> float:
@@ -193,14 +212,22 @@ def layer_routing(
     return LayerRouting(routing, _top_sv(maps, pre, live, "q"), _top_sv(maps, pre, live, "k"))
 
 
-def _top_sv(
-    maps: Sequence[ParamMap], pre: Mapping[str, Tensor], live: Mapping[str, Tensor], role: str
-) -> float | None:
+def sole_weight(maps: Sequence[ParamMap], role: str) -> tuple[ParamMap, Tensor] | None:
+    """The weight that makes the queries or keys of a layer, and its rows of them in compact form; None unless one."""
     owners = [p for p in maps if p.kind == "weight" and any(role in block.role for block in p.blocks)]
     if len(owners) != 1:
         return None
-    param = owners[0]
-    rows = torch.cat([torch.arange(lo, hi) for block, lo, hi in param.compact_blocks() if role in block.role])
+    ranges = [torch.arange(lo, hi) for block, lo, hi in owners[0].compact_blocks() if role in block.role]
+    return owners[0], torch.cat(ranges)
+
+
+def _top_sv(
+    maps: Sequence[ParamMap], pre: Mapping[str, Tensor], live: Mapping[str, Tensor], role: str
+) -> float | None:
+    found = sole_weight(maps, role)
+    if found is None:
+        return None
+    param, rows = found
     delta = live[param.name].double() - pre[param.name].double().to(live[param.name].device)
     return top_singular_value(delta.index_select(param.dim, rows.to(delta.device)))
 

@@ -24,10 +24,7 @@ _UNSUPPORTED = (
     *("layer_replication", "megatron_config", "alora_invocation_tokens", "arrow_config"),
     *("use_bdlora", "velora_config", "monteclora_config", "kasa_config", "use_qalora"),
 )
-_UNMERGEABLE = (
-    "target_parameters",
-    "ensure_weight_tying",
-)  # experts stored apart and held fused; adapters that are tied
+_UNMERGEABLE = ("target_parameters", "ensure_weight_tying")  # experts that are fused in memory alone; tied adapters
 _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
 

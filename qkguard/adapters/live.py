@@ -44,7 +44,11 @@ class AdaptedWeight:
 
     @property
     def adapters(self) -> list[str]:
-        """Active adapters on it, in PEFT's order."""
+        """Active adapters on it, in PEFT's order.
+
+        `lora_A`, `lora_variant` and `scaling`, here and below, are undocumented attributes of PEFT's LoRA layers (read
+        in 0.21): `get_delta_weight` gives only their dense product, which the drift formulas avoid.
+        """
         if self.layer is None or self.layer.disable_adapters:
             return []
         return [name for name in self.layer.active_adapters if name in self.layer.lora_A]
@@ -54,8 +58,8 @@ class AdaptedWeight:
         return any(name in self.layer.lora_variant for name in self.adapters)
 
     @property
-    def outputs(self) -> int:
-        return self.pmap.shape[self.pmap.dim]
+    def inputs(self) -> int:
+        return self.pmap.shape[1 - self.pmap.dim]
 
     def base(self, param: Any) -> Any:
         """The base weight that the forward pass works with; a 4/8-bit one dequantised for the moment."""
@@ -83,6 +87,8 @@ class AdaptedWeight:
 def adapted_weights(model: Any, selection: Selection, *, merging: bool = False) -> list[AdaptedWeight]:
     """Every query and key weight of the selection with its PEFT layer; with `merging` the adapters must be mergeable.
 
+    On every rank by itself: it looks at names and types, not at values.
+
     Raises:
         QKGuardError: queries or keys are trained beside or instead of LoRA (modules_to_save, unfrozen base weights,
             trained biases), or by another PEFT method.
@@ -97,13 +103,14 @@ def adapted_weights(model: Any, selection: Selection, *, merging: bool = False) 
             param = live[pmap.name]
             if param.requires_grad:
                 raise QKGuardError(
-                    f"{pmap.name} is trained whole (modules_to_save, or unfrozen) in a model with adapters; leave "
-                    "queries and keys to LoRA, or train without PEFT"
+                    f"{pmap.name} is trained whole (modules_to_save, or unfrozen) in a model with adapters. Leave "
+                    "queries and keys to LoRA, or train without PEFT."
                 )
             if not param.is_floating_point() and (type(param).__name__ not in QUANTISED or sharding.is_sharded(param)):
                 raise QKGuardError(
-                    f"{pmap.name} is held as {type(param).__name__} of {param.dtype}, which is not read; expected a "
-                    "base in 16 or 32 bits, or bitsandbytes' 4 or 8 without ZeRO-3. `qkguard merge` works afterwards"
+                    f"{pmap.name} is held as {type(param).__name__} of {param.dtype}, which cannot be read. Expected "
+                    "a base in 16 or 32 bits, or in bitsandbytes' 4 or 8 without ZeRO-3. Without the guard, `qkguard "
+                    "merge` still works afterwards."
                 )
             if pmap.kind != "weight":
                 continue
@@ -111,7 +118,8 @@ def adapted_weights(model: Any, selection: Selection, *, merging: bool = False) 
             layer: Any = model.get_submodule(path) if found else None
             for name in getattr(layer, "lora_variant", {}):
                 if not layer.use_dora.get(name):
-                    raise QKGuardError(f"{path} uses {type(layer.lora_variant[name]).__name__}; expected LoRA or DoRA")
+                    variant = type(layer.lora_variant[name]).__name__
+                    raise QKGuardError(f"{path} uses {variant}: expected LoRA or DoRA.")
             out.append(AdaptedWeight(pmap, layer, model.get_submodule(pmap.name.rpartition(".")[0])))
     return out
 
@@ -122,11 +130,15 @@ def _dequantised(module: Any) -> Tensor:
     if type(weight).__name__ == "Int8Params":  # PEFT's function moves the scales, which training still needs
         scale = weight.SCB if weight.SCB is not None else module.state.SCB
         return weight.detach().float() * scale.float()[:, None] / 127
+    # An undocumented helper of PEFT's (read in 0.21): the dequantisation that its own merge relies on
     return dequantize_module_weight(module).detach()
 
 
 def replicate(params: list[Any]) -> list[Tensor]:
-    """Full tensors of small parameters in float64 on the CPU of every rank; one collective where they are sharded."""
+    """Full tensors of small parameters in float64 on the CPU of every rank; ALL ranks must call this.
+
+    One all-reduce, and only where the parameters are sharded.
+    """
     if not any(map(sharding.is_sharded, params)):
         return [p.detach().double().cpu() for p in params]
     sizes = [sharding.full_numel(p) for p in params]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +27,8 @@ from qkguard.errors import QKGuardError, first_line
 from qkguard.layout.architecture import build_meta, find_architecture, plain_torch
 
 NAME = "default"
+# The classes that stand for DoRA in a layer's `lora_variant`; undocumented, read in PEFT 0.21. Nothing public
+# tells DoRA from later variants, whose merge would pass here untested.
 DORA = (variants.DoraLinearVariant, variants.DoraEmbeddingVariant)
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -61,8 +63,34 @@ class AdaptedParam:
     untied: tuple[tuple[str, tuple[MergeStep, ...]], ...] = ()
 
 
+@dataclass
+class _Shared:
+    """One tensor of the base under all its names, the first of which names it, and what PEFT's modules do to it."""
+
+    param: Tensor
+    names: list[str]
+    steps: list[MergeStep] = field(default_factory=list)
+    """On the tensor itself."""
+    copies: dict[str, MergeStep] = field(default_factory=dict)
+    """Name -> the trained copy that takes its place under that name alone."""
+
+    def adapted(self) -> AdaptedParam:
+        """What becomes of it: names whose values part get tensors of their own."""
+        name, shape = self.names[0], tuple(self.param.shape)
+        values = {n: (self.copies[n],) if n in self.copies else tuple(self.steps) for n in self.names}
+        if len(self.names) == 1 or not self.copies:
+            return AdaptedParam(name, shape, values[name])
+        return AdaptedParam(name, shape, values.pop(name), tuple(values.items()))
+
+
 class MetaPeftModel:
     """An adapter bound to the class of its base model.
+
+    Attributes:
+        config: the base model's.
+        model: PEFT's model: the base on the meta device, the adapter's own parameters on the CPU.
+        adapted: every parameter of the base that changes.
+        copies: by name, the base's own embeddings as the adapter's file holds them.
 
     Raises:
         QKGuardError: the adapter does not fit the base, or targets a kind of layer that is not supported.
@@ -73,10 +101,10 @@ class MetaPeftModel:
         with plain_torch(), quiet():
             bare: Any = build_meta(architecture)
             self.config = bare.config
-            self._names: dict[int, list[str]] = {}
+            # By id, because PEFT wraps and renames the modules but keeps their parameters
+            self._shared: dict[int, _Shared] = {}
             for name, param in bare.named_parameters(remove_duplicate=False):
-                self._names.setdefault(id(param), []).append(name)
-            self._kept = list(bare.parameters())  # the ids above stay theirs
+                self._shared.setdefault(id(param), _Shared(param, [])).names.append(name)
             try:
                 settings = PeftConfig.from_pretrained(str(adapter.folder))
                 assert isinstance(settings, LoraConfig)
@@ -88,20 +116,12 @@ class MetaPeftModel:
                     "base model it was trained on."
                 ) from error
             self._tied_tokens: list[str] = []
-            self.adapted = self._adapted_params()
+            self._find_steps()
+            self.adapted = [one.adapted() for one in self._shared.values() if one.steps or one.copies]
             self._load(adapter, base)
 
-    def _adapted_params(self) -> list[AdaptedParam]:
-        shared: dict[str, list[MergeStep]] = {}  # canonical name -> steps on the shared tensor
-        own: dict[str, list[MergeStep]] = {}  # one name of a parameter -> what it becomes
-        shapes: dict[str, tuple[int, ...]] = {}
-        groups: dict[str, list[str]] = {}
-
-        def canonical(param: Tensor) -> str:
-            names = self._names[id(param)]
-            groups[names[0]], shapes[names[0]] = names, tuple(param.shape)
-            return names[0]
-
+    def _find_steps(self) -> None:
+        """Note, for every tensor of the base, what PEFT's modules do to it."""
         inside: tuple[str, ...] = ()
         module: Any
         for key, module in self.model.base_model.model.named_modules():
@@ -112,27 +132,26 @@ class MetaPeftModel:
                 if any(isinstance(m, BaseTunerLayer) for m in module.modules()):
                     raise QKGuardError(f"{key} is in modules_to_save and carries an adapter: this is not supported.")
                 for tensor, param in module.original_module.named_parameters():
-                    canonical(param)
-                    own[f"{key}.{tensor}"] = [MergeStep("saved", module.modules_to_save[NAME], key, tensor)]
+                    step = MergeStep("saved", module.modules_to_save[NAME], key, tensor)
+                    self._shared[id(param)].copies[f"{key}.{tensor}"] = step
             elif isinstance(module, TrainableTokensWrapper):
                 inside += (key,)
                 if module.token_adapter.tied_adapter:  # the tied layer has the same rows, and merges them
                     self._tied_tokens.append(key)
                     continue
-                step = MergeStep("tokens", module.token_adapter, key)
-                shared.setdefault(canonical(cast(Any, module.token_adapter.get_base_layer()).weight), []).append(step)
+                tokens = cast(Any, module.token_adapter)
+                self._shared[id(tokens.get_base_layer().weight)].steps.append(MergeStep("tokens", tokens, key))
             elif isinstance(module, lora.LoraLayer):
                 inside += (key,)
                 _check_layer(key, module)
                 module, base = cast(Any, module), cast(Any, module.get_base_layer())
-                shared.setdefault(canonical(base.weight), []).append(MergeStep("lora", module, key))
+                self._shared[id(base.weight)].steps.append(MergeStep("lora", module, key))
                 if module.lora_bias.get(NAME):
                     if base.bias is None:
                         raise QKGuardError(f"{key} has lora_bias but no bias of its own, so it cannot be merged.")
-                    shared.setdefault(canonical(base.bias), []).append(MergeStep("bias", module, key))
+                    self._shared[id(base.bias)].steps.append(MergeStep("bias", module, key))
             elif isinstance(module, BaseTunerLayer):
                 raise QKGuardError(f"{key}: PEFT layers of type {type(module).__name__} are not supported.")
-        return [_adapted(name, groups[name], shapes[name], shared.get(name, []), own) for name in groups]
 
     def _load(self, adapter: Adapter, base: Path) -> None:
         """Fill the adapter's parameters from its file."""
@@ -164,24 +183,23 @@ class MetaPeftModel:
 
     def _take_copies(self, state: dict[str, Tensor], base: Path) -> None:
         """Take out the base's own embeddings, which PEFT saves beside an adapter on them and loads into the base."""
-        canonical = {name: names[0] for names in self._names.values() for name in names}
+        by_name = {name: one for one in self._shared.values() for name in one.names}
         saved = {f"{s.where}.{s.tensor}" for c in self.adapted for s in _all_steps(c) if s.kind == "saved"}
-        self.copies: dict[str, Tensor] = {}
         known = {param.name for param in self.adapted}
-        shapes = {names[0]: tuple(p.shape) for p in self._kept for names in [self._names[id(p)]]}
+        self.copies: dict[str, Tensor] = {}
         for key in list(state):
-            name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
-            if name not in canonical or name in saved:
+            found = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            if found not in by_name or found in saved:
                 continue
-            tensor, name = state.pop(key), canonical[name]
-            if tuple(tensor.shape) != shapes[name]:
+            tensor, name, shape = state.pop(key), by_name[found].names[0], tuple(by_name[found].param.shape)
+            if tuple(tensor.shape) != shape:
                 raise QKGuardError(
-                    f"The adapter holds {name} of shape {list(tensor.shape)}, {base} has {list(shapes[name])}: the "
+                    f"The adapter holds {name} of shape {list(tensor.shape)}, {base} has {list(shape)}: the "
                     "vocabulary was resized. Resize the base model, save it, and merge onto that."
                 )
             self.copies[name] = tensor
             if name not in known:
-                self.adapted.append(AdaptedParam(name, shapes[name], ()))
+                self.adapted.append(AdaptedParam(name, shape, ()))
 
     def merged(
         self, param: AdaptedParam, weight: Tensor, steps: tuple[MergeStep, ...] | None = None, scale: float = 1.0
@@ -202,20 +220,12 @@ class MetaPeftModel:
         return weight
 
 
-def _adapted(
-    name: str, group: list[str], shape: tuple[int, ...], shared: list[MergeStep], own: dict[str, list[MergeStep]]
-) -> AdaptedParam:
-    values = {n: tuple(own.get(n, shared)) for n in group}
-    if len(set(values.values())) == 1 and not (len(group) > 1 and any(n in own for n in group)):
-        return AdaptedParam(name, shape, values[name])
-    return AdaptedParam(name, shape, values[name], tuple((n, steps) for n, steps in values.items() if n != name))
-
-
 def _all_steps(param: AdaptedParam) -> tuple[MergeStep, ...]:
     return (*param.steps, *(step for _, steps in param.untied for step in steps))
 
 
 def _check_layer(key: str, module: lora.LoraLayer) -> None:
+    """Refuse layers and variants whose merge is not tested here; `lora_variant` (undocumented) names the variant."""
     variant = module.lora_variant.get(NAME)
     if type(module) not in (lora.Linear, lora.Embedding):
         raise QKGuardError(f"{key}: LoRA on {type(module).__name__} is not supported: expected Linear or Embedding.")
@@ -224,7 +234,11 @@ def _check_layer(key: str, module: lora.LoraLayer) -> None:
 
 
 def _materialise(step: MergeStep, dtype: torch.dtype) -> None:
-    """Room on the CPU for one layer's adapter parameters."""
+    """Room on the CPU for one layer's adapter parameters, which `low_cpu_mem_usage` leaves on the meta device.
+
+    Through torch's private tables (`_parameters` and `_buffers`, torch 2): `Module.to_empty` keeps the dtype, which
+    here has to become one that holds the adapter's file exactly.
+    """
     parts = [step.module] if step.kind == "saved" else _adapter_parts(step.module)
     for part in parts:
         for owner in part.modules():
@@ -250,6 +264,7 @@ def _run(step: MergeStep, weight: Tensor, scale: float) -> Tensor:
     if step.kind == "bias":
         return (weight + module.lora_B[NAME].bias * module.scaling[NAME] * scale).to(weight.dtype)
     base, kept = module.get_base_layer(), module.get_base_layer().weight
+    # `merge` (PEFT 0.21) has no argument for a scaling or to leave a bias out, so its undocumented tables change
     settings = [(table, dict(table)) for table in (getattr(module, n, {}) for n in ("scaling", "lora_bias"))]
     base.weight = nn.Parameter(weight, requires_grad=False)
     try:
@@ -262,6 +277,7 @@ def _run(step: MergeStep, weight: Tensor, scale: float) -> Tensor:
         raise QKGuardError(f"{step.where}: {error}") from None
     finally:
         base.weight = kept
+        # PEFT would refuse to merge the adapter twice; the base weight that it merged into is gone
         module.merged_adapters.clear()
         for table, values in settings:
             table.update(values)

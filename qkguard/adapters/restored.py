@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -121,27 +121,31 @@ def restrict(
             for key in keys:
                 del tensors[key]
         elif pmap.whole:
+            # Undocumented (read in PEFT 0.21), but PEFT's own rule for which entry of alpha_pattern holds for a module
             held: dict[str, float] = config.get("alpha_pattern") or {}
             alpha = held.get(get_pattern_key(list(held), module), config["lora_alpha"])
             scaled[re.escape(module)] = share * alpha
         else:
             for key in (k for k in keys if ".lora_B." in k):
-                changed = tensors[key].clone()
-                for lo, hi in pmap.ranges:
-                    changed[lo:hi] *= share
-                    if not share:
-                        changed[lo:hi] = 0  # also where it was NaN or -0
-                tensors[key] = changed
+                tensors[key] = _scale_rows(tensors[key], pmap.ranges, share)
                 rows.append({"tensor": key, "ranges": [list(r) for r in pmap.ranges], "factor": share})
     if not any(".lora_" in key for key in tensors):
         raise QKGuardError(
-            "The adapter is on queries and keys alone: without them nothing is left, the restored model is the base."
+            "The adapter is on queries and keys alone. Without them nothing is left: the restored model is the base."
         )
     if removed:
         config["exclude_modules"] = _excluding(config.get("exclude_modules"), removed)
     if scaled:
         config["alpha_pattern"] = scaled | (config.get("alpha_pattern") or {})  # PEFT takes the first that matches
     return {"removed": removed, "rows": rows, "scaled": {re.sub(r"\\(.)", r"\1", k): v for k, v in scaled.items()}}
+
+
+def _scale_rows(tensor: Tensor, ranges: Iterable[Sequence[int]], factor: float) -> Tensor:
+    """A copy of a tensor with ranges of its rows multiplied; a factor of 0 also clears NaN and -0."""
+    scaled = tensor.clone()
+    for lo, hi in ranges:
+        scaled[lo:hi] = scaled[lo:hi] * factor if factor else 0
+    return scaled
 
 
 def no_restored_form(module: str, share: float) -> str:
@@ -168,7 +172,7 @@ def verify_adapter(folder: Path, manifest: Mapping[str, Any], *, raw: bool = Tru
             raise QKGuardError(f"{folder} lacks {name}, which it was written with. Restore it again.")
     adapter = open_adapter(folder, merging=False)
     if describe_file(folder / ADAPTER_TENSORS, adapter.header) != manifest["files"][ADAPTER_TENSORS]:
-        raise QKGuardError(f"{folder / ADAPTER_TENSORS} has another content than recorded. Restore it again.")
+        raise QKGuardError(f"{folder / ADAPTER_TENSORS} differs from what its manifest records. Restore it again.")
     found, state = folder / manifest["raw"]["path"], "not found" if raw else "not checked"
     if raw and (found / ADAPTER_TENSORS).is_file():
         trained = open_adapter(found, merging=False)
@@ -198,12 +202,14 @@ def _compare(ours: dict[str, Tensor], raw: dict[str, Tensor], manifest: Mapping[
     gone = tuple(f"{PREFIX}{module}.lora_" for module in manifest["removed"])
     rows = {entry["tensor"]: entry for entry in manifest["rows"]}
     for key, tensor in raw.items():
-        wanted: Tensor | None = None if key.startswith(gone) else tensor.clone()
-        if wanted is not None and key in rows:
-            for lo, hi in rows[key]["ranges"]:
-                wanted[lo:hi] = wanted[lo:hi] * rows[key]["factor"] if rows[key]["factor"] else 0
         found = ours.get(_loadable(key))
-        if (found is None) != (wanted is None) or (wanted is not None and not same_bits(found, wanted)):  # type: ignore[arg-type]
+        if key.startswith(gone):
+            as_recorded = found is None
+        else:
+            entry = rows.get(key)
+            wanted = _scale_rows(tensor, entry["ranges"], entry["factor"]) if entry else tensor
+            as_recorded = found is not None and same_bits(found, wanted)
+        if not as_recorded:
             raise QKGuardError(f"{folder}: {key} is not what its manifest says it is. Restore it again.")
 
 
@@ -217,7 +223,7 @@ def copy_adapter(raw: Path, out: Path) -> None:
 
 
 def export_adapter(model: Any, name: str, folder: Path, processing_class: Any = None) -> None:
-    """Write one live adapter, gathered a parameter at a time; a collective (ALL ranks), the files are rank 0's."""
+    """Write one live adapter, gathered a parameter at a time, by rank 0; ALL ranks must call this."""
     mine = [(n, p) for n, p in model.named_parameters(remove_duplicate=False) if name in n.split(".")]
     state = {}
     for (key, _), full in zip(mine, sharding.gather_full([p for _, p in mine]), strict=True):
@@ -247,9 +253,14 @@ def _save_tensors(tensors: dict[str, Tensor], file: Path, mode: int) -> None:
 
 
 def _save_config(model: Any, name: str, folder: Path) -> None:
+    """The adapter's config for inference, naming its base: what `PeftModel.save_pretrained` does to it (0.21).
+
+    That method itself takes tensors as they are, cut into shards, and writes into a folder that readers already see.
+    """
     config = model.peft_config[name]
     held = config.inference_mode, config.base_model_name_or_path
     config.inference_mode = True
+    # `_name_or_path` is private, and the only place where transformers (5) keeps what a model was loaded from
     config.base_model_name_or_path = held[1] or getattr(model.config, "_name_or_path", None)
     try:
         config.save_pretrained(str(folder))

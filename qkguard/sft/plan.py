@@ -20,8 +20,8 @@ from qkguard.report.numbers import human_bytes, number
 from qkguard.report.run import METRICS
 from qkguard.sft.arguments import Settings
 from qkguard.sft.preflight import Preflight
-from qkguard.training.probe_schedule import interval, pace
 from qkguard.training.run_folder import RESTORED, run_folder
+from qkguard.training.schedules import interval, pace
 
 CHECKPOINTED_SHARE, FORWARD_SHARE = (
     1 / 4,

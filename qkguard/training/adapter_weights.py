@@ -54,9 +54,8 @@ class AdapterWeights:
     ) -> None:
         _check_settings(config)
         self.config, self.model, self.folder, self.writers, self.selection = config, model, folder, writers, selection
-        self.share = (
-            1.0 - config.alpha if config.method == "interpolate" else 0.0
-        )  # of the adapters' effect on Q and K
+        # How much of the adapters' effect on queries and keys stays
+        self.share = 1.0 - config.alpha if config.method == "interpolate" else 0.0
         self.weights = adapted_weights(model, selection, merging=config.merge_at_end)
         self.adapted = [weight for weight in self.weights if weight.layer is not None]
         self.writable = bool(self.adapted) and self._check_writable()
@@ -98,9 +97,10 @@ class AdapterWeights:
                 f"merge_at_end merges one adapter, but {active} are active. Merge them with `qkguard merge`."
             )
         named = self.model.peft_config[active[0]].base_model_name_or_path
+        # transformers keeps what a model was loaded from in `_name_or_path` alone (private, read in 5)
         base = self.config.base_model or named or getattr(self.model.config, "_name_or_path", None)
         if not base:
-            raise QKGuardError("merge_at_end: the base model's folder is unknown. Name it with base_model=....")
+            raise QKGuardError("merge_at_end does not know the base model's folder. Set base_model to it.")
         return str(base)
 
     def describe(self) -> list[str]:
@@ -167,7 +167,7 @@ class AdapterWeights:
         return written
 
     def _write_raw(self, name: str, checkpoint: Path, raw: Path, processing_class: Any) -> None:
-        """An adapter as trained: the checkpoint's, linked, or the live one."""
+        """An adapter as trained: the checkpoint's, linked, or the live one; ALL ranks must call this."""
         places = (_saved_at(checkpoint, name), checkpoint / "raw" / name)
         saved = [place for place in places if (place / ADAPTER_TENSORS).is_file()]
         if ranks.on_rank_zero("looking for the final adapter", partial(bool, saved)):
@@ -180,6 +180,7 @@ class AdapterWeights:
             export_adapter(self.model, name, raw, processing_class)
 
     def _write_restored(self, raw: Path, out: Path, record: Mapping[str, Any]) -> None:
+        """The adapter without queries and keys, from the files in `raw`; ALL ranks must call this."""
         write = partial(
             write_restored_adapter,
             raw,
@@ -194,7 +195,7 @@ class AdapterWeights:
         self.writers.run(f"writing {out}", write)
 
     def _merge(self, final: Path, record: Mapping[str, Any]) -> list[Path]:
-        """`merged_raw` and, where adapters move queries and keys, `merged_qk_restored` in `final`."""
+        """`merged_raw` and, where adapters move queries and keys, `merged_qk_restored` in `final`; ALL ranks."""
         (adapter,) = self.model.active_adapters
         extra = {"trained_drift" if key == "drift" else key: value for key, value in record.items()}
         if self._is_quantised():

@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from qkguard.errors import QKGuardError, current_names
 from qkguard.training.attempt import attempt
-from qkguard.training.probe_schedule import is_due
+from qkguard.training.schedules import is_due
 from qkguard.training.session import Session
 
 if TYPE_CHECKING:  # pydantic doubles the time that `from qkguard import QKGuardCallback` takes

@@ -1,4 +1,4 @@
-"""Recall probes of one guarded training: when, on which samples, and what follows from a fall.
+"""Recall probes of a guarded training: when, on which samples, and what follows from a fall.
 
 ALL ranks must call every method. Samples are divided over them; a failure on one rank becomes everybody's, except
 inside a sharded forward pass, where the others wait in an all-gather: there the run ends.
@@ -17,17 +17,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import IntervalStrategy, TrainerControl, TrainerState, TrainingArguments
 
 from qkguard.checkpoint.files import write_json
-from qkguard.distributed import collectives, ranks, sharding
+from qkguard.distributed import ranks, sharding
 from qkguard.probe.prober import Prober
 from qkguard.probe.results import ProbeResult, alarm
 from qkguard.probe.settings import ProbeSettings, check_lengths, default_lengths
+from qkguard.training.agreed_probe import TIMEOUT, AgreedProbe
 from qkguard.training.attempt import attempt
-from qkguard.training.probe_schedule import Budget, interval
 from qkguard.training.probe_setup import training_prose, why_not
+from qkguard.training.schedules import Budget, interval
 
 if TYPE_CHECKING:  # pydantic doubles the time that `from qkguard import QKGuardCallback` takes
     from qkguard.training.config import QKGuardConfig
@@ -35,7 +36,6 @@ if TYPE_CHECKING:  # pydantic doubles the time that `from qkguard import QKGuard
 logger = logging.getLogger(__name__)
 
 STATE = "probe.json"
-TIMEOUT = 1800.0  # seconds; a rank posts no heartbeat while it scores, so this covers the passes between agreements
 ADVICE = "Change the probe_* settings or set probe_steps=0; `qkguard probe` measures finished checkpoints."
 T = TypeVar("T")
 Swap = Callable[[], AbstractContextManager[None]]
@@ -46,14 +46,20 @@ RAW, RESTORED = "", "_restored"
 
 @dataclass
 class _Training:
-    """What begins anew with each training."""
+    """What begins anew with each `train()`: its schedule and budget, what it has probed, and what it has told."""
 
     first_step: int
     max_steps: int
+    every: int | None
+    """Steps between scheduled probes; None where evaluations set the pace."""
+    reloads_best: bool
     budget: Budget
+    running: bool
     began: float = field(default_factory=time.perf_counter)
-    probed: dict[str, int] = field(default_factory=dict)  # last step at which raw and restored weights were probed
+    probed: dict[str, int] = field(default_factory=dict)
+    """The last step at which raw and restored weights were probed."""
     last_raw: ProbeResult | None = None
+    summary: dict[str, Any] = field(default_factory=dict)
     alarmed: bool = False
     thinned: bool = False
 
@@ -62,11 +68,14 @@ class _Training:
         return time.perf_counter() - self.began - self.budget.spent
 
     def progress(self, step: int) -> float:
+        """From 0 at this training's first step to 1 at its last."""
         return (step - self.first_step) / max(1, self.max_steps - self.first_step)
 
 
 class RecallMonitor:
-    """Probes one training's recall by schedule and compares it with the probe before the first step.
+    """Probes recall by schedule, in one `train()` or several, and compares it with the probe before the first step.
+
+    ALL ranks must make one and call all its methods. `at_start` comes first in every `train()`.
 
     Args:
         config: the guard's settings.
@@ -74,7 +83,12 @@ class RecallMonitor:
         model: the unwrapped model.
         swap: opens a context in which the model has restored queries and keys; None where these are not probed.
         publish: takes (metrics, step, details).
-        args, state, tokenizer, dataset: as the trainer has them.
+        args, tokenizer, dataset: as the trainer has them.
+
+    Attributes:
+        prober: scores the samples; None where probes are off.
+        baseline: the probe before the first step of all; None if there was none.
+        training: the state of this `train()`.
     """
 
     def __init__(
@@ -85,16 +99,14 @@ class RecallMonitor:
         swap: Swap | None,
         publish: Publish,
         args: TrainingArguments,
-        state: TrainerState,
         tokenizer: Any,
         dataset: Any = None,
     ) -> None:
         self.config, self.folder, self.model, self.publish = config, folder, model, publish
         self.swap = swap if config.probe_restored else None
-        self.every = interval(config.probe_steps, IntervalStrategy(args.eval_strategy) != "no", state.max_steps)
-        self.reloads_best = bool(args.load_best_model_at_end)
         self.baseline: ProbeResult | None = None
-        self.summary: dict[str, Any] = {}
+        self.training: _Training
+        self._may_measure_baseline = True  # until the first train() begins to move the weights
         self._cost = 0.0  # seconds of one probe: a pass over the samples, and the trackers' pictures of it
         self.prober: Prober | None = None
         lengths = list(config.probe_lengths or default_lengths(model, getattr(args, "max_length", None)))
@@ -102,10 +114,10 @@ class RecallMonitor:
         if why is None:
             self.prober = self._attempt("making the probe's samples", partial(self._make, tokenizer, lengths, dataset))
         elif config.probe_steps != 0:
-            _tell(logging.INFO, "recall probes are off: %s", why)
-        self.begin(state)
+            _tell(logging.INFO, "Recall probes are off: %s.", why)
 
     def _make(self, tokenizer: Any, lengths: list[int], dataset: Any) -> Prober:
+        """A prober with its samples made; ALL ranks must call this."""
         config = self.config
         haystack: Any = config.haystack
         if haystack is None:  # rank 0's rows: data sets may differ from rank to rank, the samples must not
@@ -113,108 +125,127 @@ class RecallMonitor:
         settings = ProbeSettings(
             lengths, config.probe_depths, config.probe_samples, config.probe_tasks, haystack=haystack
         )
-        made: list[Prober] = []
 
-        def make() -> None:
+        def make() -> Prober:
             for warning in check_lengths(self.model, lengths):
                 _tell(logging.WARNING, "%s", warning)
             prober = Prober(tokenizer, settings)
             prober.prepare(ranks.rank(), ranks.world_size())
-            made.append(prober)  # not returned: `agree` would send it to every rank
+            return prober
 
-        ranks.agree("making the probe's samples", make, timeout=TIMEOUT)
-        return made[0]
+        return ranks.all_ranks("making the probe's samples", make, timeout=TIMEOUT)
 
-    def begin(self, state: TrainerState) -> None:
-        """A training begins or continues: the clock of the budget starts."""
-        self.budget = Budget(self.config.probe_budget)
-        self._training = _Training(state.global_step, state.max_steps, self.budget)
-        self._running = self.prober is not None
-        self._expect(self._cost)
+    @property
+    def summary(self) -> dict[str, Any]:
+        """For manifests: the probe "before" SFT, and this training's last ones of the "raw" and "restored" weights."""
+        before = {} if self.baseline is None else {"before": _summary(self.baseline)}
+        return before | self.training.summary
 
     # -- events ------------------------------------------------------------------------------------------------------
 
-    def at_start(self, state: TrainerState) -> None:
-        """The baseline; in a resumed run from its file, never from weights that have moved."""
-        if not self._running or self.baseline is not None:
+    def at_start(self, args: TrainingArguments, state: TrainerState) -> None:
+        """A `train()` begins: take a fresh schedule, budget and alarms, and see to the baseline.
+
+        The baseline is measured before the first step of all. A resumed run takes it from its file: it is never
+        measured on weights that have moved.
+        """
+        evaluates = IntervalStrategy(args.eval_strategy) != "no"
+        self.training = _Training(
+            state.global_step,
+            state.max_steps,
+            interval(self.config.probe_steps, evaluates, state.max_steps),
+            bool(args.load_best_model_at_end),
+            Budget(self.config.probe_budget),
+            running=self.prober is not None,
+        )
+        self._expect(self._cost)
+        untrained, self._may_measure_baseline = self._may_measure_baseline and state.global_step == 0, False
+        if self.prober is None or self.baseline is not None:
             return
-        if state.global_step > 0:
+        if untrained:
+            self._start_from_baseline()
+        else:
             self._attempt("reading the probe's baseline", self._load_baseline)
-            return
+        self.training.began = time.perf_counter()
+
+    def _start_from_baseline(self) -> None:
+        """Measure and report the baseline, and set its cost aside; ALL ranks must call this."""
         began = time.perf_counter()
         self.baseline = self._attempt("the probe before the first step", self._measure_baseline)
         if self.baseline is not None:
             reporting = time.perf_counter()
             self._report(self.baseline, 0, RAW, None)
-            self._cost = self.baseline.seconds + time.perf_counter() - reporting
-        self.begin(state)
-        self.budget.first = time.perf_counter() - began
-        if self.baseline is not None:
-            self._training.probed[RAW] = 0
+            self._expect(self.baseline.seconds + time.perf_counter() - reporting)
+            self.training.probed[RAW] = 0
+        self.training.budget.first = time.perf_counter() - began
 
     def at_step(self, state: TrainerState, control: TrainerControl) -> None:
-        if self.every and state.global_step % self.every == 0:
+        """Raw weights, every so many steps."""
+        if self.training.every and state.global_step % self.training.every == 0:
             self._scheduled(state, control)
 
     def at_evaluation(self, state: TrainerState, control: TrainerControl) -> None:
-        if self.every is None:
+        """Raw weights, where evaluations set the pace."""
+        if self.training.every is None:
             self._scheduled(state, control)
 
     def at_save(self, state: TrainerState, control: TrainerControl) -> None:
         """Raw and restored weights, before the restored checkpoint is written."""
-        if self.swap is None or not self._running:
+        if self.swap is None or not self.training.running:
             return
         due = self._due(state.global_step)
-        if state.global_step >= self._training.max_steps or self._affords(state, len(due) * self._cost):
+        if state.global_step >= self.training.max_steps or self._affords(state, len(due) * self._cost):
             for which in due:
                 self._probe(state, control, which)
 
     def at_end(self, state: TrainerState, control: TrainerControl) -> None:
         """Once more, whatever the budget says; raw and restored."""
-        if self._running:
-            if self.reloads_best:  # these are not the weights of the last step
-                self._training.probed.clear()
+        training = self.training
+        if training.running:
+            if training.reloads_best:  # these are not the weights of the last step
+                training.probed.clear()
             for which in self._due(state.global_step):
                 self._probe(state, control, which)
-        self._running = False
+        training.running = False  # an evaluation or a save after the end is no part of the training
 
     def _scheduled(self, state: TrainerState, control: TrainerControl) -> None:
         """Raw weights, where the budget allows it; those of the last step are `at_end`'s."""
         step = state.global_step
-        due = self._running and step < self._training.max_steps and RAW in self._due(step)
+        due = self.training.running and step < self.training.max_steps and RAW in self._due(step)
         if due and self._affords(state, self._cost):
             self._probe(state, control, RAW)
 
     def _due(self, step: int) -> list[str]:
         """Which weights have not been probed at this step."""
         both = [RAW] if self.swap is None else [RAW, RESTORED]
-        return [which for which in both if self._training.probed.get(which) != step]
+        return [which for which in both if self.training.probed.get(which) != step]
 
     def _affords(self, state: TrainerState, cost: float) -> bool:
         """Whether the budget allows a probe now, decided on rank 0 from its clock. ALL ranks must call this."""
-        training, step = self._training, state.global_step
+        training, step = self.training, state.global_step
         seconds = training.seconds()
-        decide = partial(self.budget.allows, cost, seconds, training.progress(step))
+        decide = partial(training.budget.allows, cost, seconds, training.progress(step))
         allowed = ranks.on_rank_zero("budgeting a probe", decide)
         if not allowed and not training.thinned:
             training.thinned = True
             _tell(
                 logging.INFO,
-                "probe_budget=%g leaves out the probe at step %d, and others as needed: a probe takes %.1f s; "
-                "training so far took %.1f s, the probe before it %.1f s. Fewer probe_samples or probe_depths, or "
-                "shorter probe_lengths, make probes cheaper",
-                *(self.config.probe_budget, step, self._cost, seconds, self.budget.first),
+                "probe_budget=%g leaves out the probe at step %d, and later ones as needed: a probe takes %.1f s, "
+                "training has taken %.1f s so far, and the first probe took %.1f s. For cheaper probes, lower "
+                "probe_samples, probe_depths or probe_lengths.",
+                *(self.config.probe_budget, step, self._cost, seconds, training.budget.first),
             )
         return allowed
 
     def _expect(self, seconds: float) -> None:
         """What the next probe, and those at the end, will cost."""
-        self._cost, self.budget.last = seconds, seconds * (1 if self.swap is None else 2)
+        self._cost, self.training.budget.last = seconds, seconds * (1 if self.swap is None else 2)
 
     # -- one probe ---------------------------------------------------------------------------------------------------
 
     def _probe(self, state: TrainerState, control: TrainerControl, which: str) -> None:
-        training, step, began = self._training, state.global_step, time.perf_counter()
+        """Probe raw or restored weights, and act on the result; ALL ranks must call this."""
+        training, step, began = self.training, state.global_step, time.perf_counter()
         what = f"the probe{' of the restored weights' if which == RESTORED else ''} at step {step}"
         result = self._attempt(what, partial(self._run, what, swap=self.swap if which == RESTORED else None))
         if result is not None:
@@ -224,17 +255,19 @@ class RecallMonitor:
                 training.last_raw = result
                 self._watch(result, step, control)
             self._cost = time.perf_counter() - began
-        self.budget.spent += time.perf_counter() - began
+        training.budget.spent += time.perf_counter() - began
 
     def _run(self, what: str, *, swap: Swap | None = None, find_formats: bool = False) -> ProbeResult:
+        """One pass over the samples, on ALL ranks; the weights are as before whatever happens."""
         assert self.prober is not None
         try:
             with swap() if swap is not None else nullcontext():
-                return _AgreedProbe(what, self.prober, self.model).run(find_formats)
+                return AgreedProbe(what, self.prober, self.model).run(find_formats)
         finally:
             sharding.settle(self.model)
 
     def _measure_baseline(self) -> ProbeResult:
+        """Probe the model before SFT and keep the result for resumed runs; ALL ranks must call this."""
         assert self.prober is not None
         result = self._run("the probe before the first step", find_formats=True)
         data = {"state": self.prober.state(), "baseline": result.to_json()}
@@ -242,6 +275,7 @@ class RecallMonitor:
         return result
 
     def _load_baseline(self) -> None:
+        """The baseline from its file, or the answer formats found anew without one; ALL ranks must call this."""
         assert self.prober is not None
         file = self.folder / STATE
         data = ranks.on_rank_zero("reading the probe's baseline", partial(_read_json, file))
@@ -249,8 +283,8 @@ class RecallMonitor:
             self._expect(self._run("finding the answer formats", find_formats=True).seconds)
             _tell(
                 logging.WARNING,
-                "the resumed run has no %s: recall is probed, but without a probe from before training there is "
-                "nothing to compare it with, and no alert",
+                "There is no %s from before training. Recall is probed, but there is nothing to compare it with, so "
+                "no alert can follow.",
                 file,
             )
             return
@@ -271,30 +305,28 @@ class RecallMonitor:
         lengths = ", ".join(f"{n}: {group.recall:.2f}" for (n,), group in result.by("length").items())
         _tell(
             logging.INFO,
-            "recall%s at step %d: %.3f (95%% interval %.3f to %.3f; by length %s), %.1f s",
+            "Recall%s at step %d: %.3f (95%% interval %.3f to %.3f; by length %s), in %.1f s.",
             " of the restored weights" if which == RESTORED else "",
             *(step, result.recall, low, high, lengths, result.seconds),
         )
         change = result.change_since(earlier) if earlier else None
         self.publish(metrics_of(result, which), step, _details(result, which, change))
-        if self.baseline is not None and "before" not in self.summary:
-            self.summary["before"] = _summary(self.baseline)
         if step or which == RESTORED:
             name = "raw" if which == RAW else "restored"
-            self.summary[name] = _summary(result) | {"step": step, "change": change}
+            self.training.summary[name] = _summary(result) | {"step": step, "change": change}
 
     def _watch(self, result: ProbeResult, step: int, control: TrainerControl) -> None:
         """Warn once of a fall of recall, and save or stop where `on_alert` says so."""
         if self.baseline is None:
             return
         found = alarm(result, self.baseline, self.config.recall_alert)
-        was_alarmed, self._training.alarmed = self._training.alarmed, found is not None
+        was_alarmed, self.training.alarmed = self.training.alarmed, found is not None
         if found is None or was_alarmed:
             return
         where, drop = found
         text = (
-            f"recall{where} fell from {drop.before:.2f} to {drop.now:.2f} by step {step} (95% interval of the drop "
-            f"{drop.low:.2f} to {drop.high:.2f}). The restored checkpoints keep the queries and keys from before"
+            f"Recall{where} fell from {drop.before:.2f} to {drop.now:.2f} by step {step} (95% interval of the drop: "
+            f"{drop.low:.2f} to {drop.high:.2f}). Restored checkpoints keep the queries and keys from before SFT."
         )
         _tell(logging.WARNING, "%s", text)
         _wandb_alert(text)
@@ -302,45 +334,6 @@ class RecallMonitor:
             control.should_save = True
         elif self.config.on_alert == "stop":
             control.should_training_stop = True
-
-
-class _AgreedProbe:
-    """One probe on ALL ranks: a failure outside forward passes on one of them is raised on all.
-
-    `ranks.agree` before every all-reduce lets a rank that failed meet the others there, instead of leaving them in
-    the collective until its timeout. A rank whose failure the others have not heard of yet tells them.
-    """
-
-    def __init__(self, what: str, prober: Prober, model: nn.Module) -> None:
-        self.what, self.prober, self.model = what, prober, model
-        self.rank, self.world = ranks.rank(), ranks.world_size()
-        self.failed_together = False
-
-    def run(self, find_formats: bool) -> ProbeResult:
-        where: dict[str, Any] = {"rank": self.rank, "world": self.world, "all_reduce": self._all_reduce}
-        try:
-            if find_formats:
-                self.prober.find_formats(self.model, **where)
-            # In the formats now known; making samples can fail on one rank alone, so it stays outside forward passes
-            self._agree(partial(self.prober.prepare, self.rank, self.world))
-            return self.prober.run(self.model, **where)
-        except Exception as error:
-            if not self.failed_together:
-                self._agree(partial(_raise, error))
-            raise
-
-    def _all_reduce(self, vector: Tensor) -> Tensor:
-        """ALL ranks must call this."""
-        self._agree(_nothing)
-        return collectives.all_reduce_sum(vector)
-
-    def _agree(self, work: Callable[[], None]) -> None:
-        """ALL ranks must call this."""
-        try:
-            ranks.agree(self.what, work, timeout=TIMEOUT)
-        except BaseException:
-            self.failed_together = True
-            raise
 
 
 def metrics_of(result: ProbeResult, suffix: str = RAW) -> dict[str, float]:
@@ -386,14 +379,6 @@ def _read_json(file: Path) -> Any:
     return json.loads(file.read_text()) if file.exists() else None
 
 
-def _nothing() -> None:
-    pass
-
-
-def _raise(error: Exception) -> None:
-    raise error
-
-
 def _wandb_alert(text: str) -> None:
     """Tell the open W&B run, if there is one; never in the way of training."""
     wandb = sys.modules.get("wandb")
@@ -402,4 +387,4 @@ def _wandb_alert(text: str) -> None:
     try:
         wandb.run.alert(title="qkguard: recall fell", text=text, level="WARN")
     except Exception as error:
-        logger.error("wandb.alert failed (%s)", error)
+        logger.error("The alert was not sent to W&B (%s).", error)

@@ -89,7 +89,7 @@ class Session:
         self._log_start(args, time.perf_counter() - started)
         swap, publish = self.weights.swap, self.publish
         self.recall_monitor = RecallMonitor(
-            config, self.folder, self.model, swap, publish, args, state, processing_class, dataset
+            config, self.folder, self.model, swap, publish, args, processing_class, dataset
         )
 
     def _log_start(self, args: TrainingArguments, seconds: float) -> None:
@@ -115,8 +115,7 @@ class Session:
         self.drift: dict[str, float] = {}
         self.metrics_log = ranks.held_by(0, "opening the run folder", partial(self._open_log, args, state))
         self._heldout_kept = False
-        self.recall_monitor.begin(state)
-        self.recall_monitor.at_start(state)
+        self.recall_monitor.at_start(args, state)
 
     def _open_log(self, args: TrainingArguments, state: TrainerState) -> MetricsLog:
         step = state.global_step

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from qkguard.layout.selection import show_layers
 from qkguard.report.run import METRICS
-from qkguard.training.probe_schedule import pace
+from qkguard.training.schedules import pace
 
 if TYPE_CHECKING:
     from qkguard.training.config import QKGuardConfig

@@ -71,9 +71,9 @@ def probes(guard: QKGuardCallback, run: Path, steps: int) -> dict[str, object]:
     probing = guard.session.recall_monitor
     return {
         "seconds": {name: [r[key] for r in rows if key in r] for name, key in keys.items()},
-        "scheduled_between": sum(step % probing.every == 0 for step in range(1, steps)),
-        "first_s": probing.budget.first,  # with finding the answer forms
-        "others_s": probing.budget.spent,
+        "scheduled_between": sum(step % probing.training.every == 0 for step in range(1, steps)),
+        "first_s": probing.training.budget.first,  # with finding the answer forms
+        "others_s": probing.training.budget.spent,
     }
 
 

@@ -278,7 +278,7 @@ def test_verify_finds_a_changed_adapter_and_a_changed_raw(tmp_path):
     tensors = load_file(tmp_path / "copy/adapter_model.safetensors")
     next(iter(tensors.values()))[0, 0] += 1
     save_file(tensors, tmp_path / "copy/adapter_model.safetensors")
-    with pytest.raises(QKGuardError, match="another content"):
+    with pytest.raises(QKGuardError, match="differs from what its manifest records"):
         verify(tmp_path / "copy")
     save_adapter(base, adapter, seed=9, target_modules=LINEAR)
     with pytest.raises(QKGuardError, match="raw adapter has changed"):

@@ -24,8 +24,9 @@ from qkguard.probe.prober import Prober
 from qkguard.probe.results import ProbeResult, alarm
 from qkguard.probe.samples import plan
 from qkguard.training.metrics_log import MetricsLog
-from qkguard.training.probe_schedule import Budget, interval
 from qkguard.training.probe_setup import training_prose, why_not
+from qkguard.training.recall_monitor import RecallMonitor
+from qkguard.training.schedules import Budget, interval
 from tests.support import judge
 from tests.support.models import tiny_model
 from tests.support.probing import bpe_tokenizer
@@ -203,7 +204,8 @@ def test_the_first_probe_costs_its_pictures_too_and_makes_its_samples_in_the_for
     monkeypatch.setattr(Prober, "prepare", watched)
     probed(base, tmp_path, guard := QKGuardCallback(strict=True, probe_restored=False, **PROBES), max_steps=1)
     probing = guard.session.recall_monitor
-    assert min(probing.budget.first, probing.budget.last) > probing.baseline.seconds + 0.5
+    budget = probing.training.budget
+    assert min(budget.first, budget.last) > probing.baseline.seconds + 0.5
     assert forms[0] == {} and len(forms) == 3 and all(found.keys() == {"single_1"} for found in forms[1:])
 
 
@@ -300,13 +302,89 @@ def test_a_fall_of_recall_warns_once_and_acts(base, tmp_path, monkeypatch, caplo
     options = PROBES | {"probe_samples": 5, "probe_restored": False}
     guard = QKGuardCallback(strict=True, probe_steps=1, on_alert=on_alert, **options)
     trainer = probed(base, tmp_path, guard, max_steps=3)
-    told = [r for r in caplog.records if "recall fell from 1.00 to 0.00" in r.getMessage()]
+    told = [r for r in caplog.records if "Recall fell from 1.00 to 0.00" in r.getMessage()]
     assert len(told) == 1 and told[0].levelno == logging.WARNING
     assert [(a["level"], a["text"] == told[0].getMessage()) for a in alerts] == [("WARN", True)]
     assert trainer.state.global_step == (1 if on_alert == "stop" else 3)
     if on_alert == "save":
         assert (tmp_path / "run/checkpoint-1/qk_restored/qkguard.json").exists()
     assert (tmp_path / "run/checkpoint-1").exists() == (on_alert == "save")
+
+
+def train_twice(base: Path, folder: Path, monkeypatch: Any, caplog: Any) -> tuple[Any, Any]:
+    """Two trainings of one trainer, 2 and 4 steps, with a fall of recall and too small a budget in each: their states.
+
+    The checks: both warned, both left out a probe and said so, each by its own schedule and on its own account.
+    """
+    original, runs = Prober.run, []
+
+    def pretending(self: Prober, model: Any, **options: Any) -> ProbeResult:
+        runs.append(1)
+        found = original(self, model, **options)
+        return replace(found, correct=(len(runs) == 1,) * len(found.sample_keys))
+
+    monkeypatch.setattr(Prober, "run", pretending)
+    monkeypatch.setattr(logging.getLogger("qkguard"), "propagate", True)
+    options = PROBES | {"probe_samples": 5, "probe_restored": False, "probe_budget": 0.001}
+    guard = QKGuardCallback(strict=True, probe_steps=0.5, **options)
+    with caplog.at_level(logging.INFO, logger="qkguard"):
+        trainer = probed(base, folder, guard, max_steps=2)
+        monitor = guard.session.recall_monitor
+        first, baseline = monitor.training, monitor.baseline
+        caplog.clear()
+        trainer.args.max_steps = 4
+        trainer.train()
+    assert guard.session.recall_monitor is monitor and monitor.baseline is baseline and baseline is not None
+    assert first.alarmed and first.thinned and first.budget.first > 0
+    return first, monitor.training
+
+
+def check_fresh(first: Any, second: Any, messages: list[str]) -> None:
+    """What one training did leaves no trace in the next one's schedule, budget, flags and messages."""
+    assert (first.every, second.every) == (1, 2) and second.max_steps == 4
+    assert second.budget.first == 0 and 0 < second.budget.spent < first.budget.first + first.budget.spent
+    assert second.alarmed and second.thinned
+    assert sum("Recall fell from 1.00 to 0.00 by step 4" in message for message in messages) == 1
+    assert sum("leaves out the probe at step 2" in message for message in messages) == 1
+
+
+def test_a_second_training_starts_with_a_fresh_schedule_budget_and_alarm(base, tmp_path, monkeypatch, caplog):
+    first, second = train_twice(base, tmp_path, monkeypatch, caplog)
+    check_fresh(first, second, [r.getMessage() for r in caplog.records])
+    assert second.summary.keys() == {"raw"} and second.summary["raw"]["step"] == 4
+
+
+@pytest.mark.parametrize("survivor", ["every", "budget", "alarmed", "thinned"])
+def test_state_that_survives_a_training_is_found(base, tmp_path, monkeypatch, caplog, survivor):
+    original = RecallMonitor.at_start
+
+    def keeping(self: RecallMonitor, args: Any, state: Any) -> None:
+        earlier = getattr(self, "training", None)
+        original(self, args, state)
+        if earlier is not None:
+            setattr(self.training, survivor, getattr(earlier, survivor))
+
+    monkeypatch.setattr(RecallMonitor, "at_start", keeping)
+    first, second = train_twice(base, tmp_path, monkeypatch, caplog)
+    with pytest.raises(AssertionError):
+        check_fresh(first, second, [r.getMessage() for r in caplog.records])
+
+
+def test_a_baseline_that_failed_is_not_made_up_for_from_weights_that_have_moved(base, tmp_path, monkeypatch, caplog):
+    original, runs = Prober.run, []
+
+    def failing_once(self: Prober, model: Any, **options: Any) -> ProbeResult:
+        runs.append(1)
+        if len(runs) == 1:
+            raise BoomError("no luck")
+        return original(self, model, **options)
+
+    monkeypatch.setattr(Prober, "run", failing_once)
+    monkeypatch.setattr(logging.getLogger("qkguard"), "propagate", True)
+    trainer = probed(base, tmp_path, guard := QKGuardCallback(probe_steps=1, **PROBES), max_steps=1)
+    trainer.train()
+    assert guard.session.recall_monitor.baseline is None and len(runs) > 2
+    assert any("nothing to compare it with" in r.getMessage() for r in caplog.records)
 
 
 @pytest.mark.parametrize("case", ["no tokenizer", "no length", "sequence parallel", "context parallel"])
@@ -331,7 +409,7 @@ def test_training_without_room_for_any_length_has_no_probes(base, tmp_path, capl
     with caplog.at_level(logging.INFO, logger="qkguard"):
         probed(base, tmp_path, QKGuardCallback(strict=True), max_steps=1)
     assert not recalls(tmp_path)
-    lines = [r.getMessage() for r in caplog.records if "recall probes are off" in r.getMessage()]
+    lines = [r.getMessage() for r in caplog.records if "Recall probes are off" in r.getMessage()]
     assert len(lines) == 1 and "max_position_embeddings" in lines[0]
 
 

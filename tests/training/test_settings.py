@@ -17,7 +17,7 @@ from qkguard import QKGuardCallback, QKGuardConfig, QKGuardError
 from qkguard.cli.options import current_flags
 from qkguard.restore.registry import METHODS
 from qkguard.sft.arguments import Settings, parse
-from qkguard.training.probe_schedule import is_due, pace
+from qkguard.training.schedules import is_due, pace
 from tests.support.training import save_base
 
 WRONG: list[tuple[dict[str, Any], str]] = [

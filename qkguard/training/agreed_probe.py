@@ -1,0 +1,63 @@
+"""One probe on all ranks, which fails on all of them or on none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from qkguard.distributed import collectives, ranks
+from qkguard.probe.prober import Prober
+from qkguard.probe.results import ProbeResult
+
+TIMEOUT = 1800.0  # seconds; a rank posts no heartbeat while it scores, so this covers the passes between agreements
+
+
+class AgreedProbe:
+    """One probe on ALL ranks: a failure outside forward passes on one of them is raised on all.
+
+    `ranks.agree` before every all-reduce lets a rank that failed meet the others there, instead of leaving them in
+    the collective until its timeout. A rank whose failure the others have not heard of yet tells them.
+    """
+
+    def __init__(self, what: str, prober: Prober, model: nn.Module) -> None:
+        self.what, self.prober, self.model = what, prober, model
+        self.rank, self.world = ranks.rank(), ranks.world_size()
+        self.failed_together = False
+
+    def run(self, find_formats: bool) -> ProbeResult:
+        """Score this rank's samples, and sum over the ranks; ALL ranks must call this."""
+        where: dict[str, Any] = {"rank": self.rank, "world": self.world, "all_reduce": self._all_reduce}
+        try:
+            if find_formats:
+                self.prober.find_formats(self.model, **where)
+            # In the formats now known; making samples can fail on one rank alone, so it stays outside forward passes
+            self._agree(partial(self.prober.prepare, self.rank, self.world))
+            return self.prober.run(self.model, **where)
+        except Exception as error:
+            if not self.failed_together:
+                self._agree(partial(_raise, error))
+            raise
+
+    def _all_reduce(self, vector: Tensor) -> Tensor:
+        """ALL ranks must call this."""
+        self._agree(_nothing)
+        return collectives.all_reduce_sum(vector)
+
+    def _agree(self, work: Callable[[], None]) -> None:
+        """ALL ranks must call this."""
+        try:
+            ranks.agree(self.what, work, timeout=TIMEOUT)
+        except BaseException:
+            self.failed_together = True
+            raise
+
+
+def _nothing() -> None:
+    pass
+
+
+def _raise(error: Exception) -> None:
+    raise error
