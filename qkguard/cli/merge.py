@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from qkguard.cli import options as opt
-from qkguard.cli.output import drifts, print_json, progress_bar, quiet_transformers, say, warn
-from qkguard.report.numbers import human_bytes
+from qkguard.cli.output import drifts, progress_bar, quiet_transformers, show_written, weight_size
 
 
 def merge(
@@ -55,17 +55,15 @@ def merge(
             progress=progress,
             **rows,
         )
-    warn(manifest["warnings"])
-    if as_json:
-        print_json({"out": str(out), **manifest})
-        return
-    size = sum(file["size"] for file in manifest["files"].values())
-    adapted = [layer for layer in manifest["layers"] if layer["adapted"]]
     what = "merged too" if keep_qk else "left out" if alpha == 1 else f"merged with {1 - alpha:g} of their scaling"
-    say(
-        f"{out}: {len(manifest['tensors'])} tensors merged ({human_bytes(size)}); the adapters on queries and keys of "
-        f"{len(adapted)} of {len(manifest['layers'])} softmax-attention layers {what}"
+    show_written(out, manifest, _sentences(out, manifest, what), as_json=as_json)
+
+
+def _sentences(out: Path, manifest: dict[str, Any], what: str) -> Iterator[str]:
+    adapted = [layer for layer in manifest["layers"] if layer["adapted"]]
+    yield (
+        f"{out}: {len(manifest['tensors'])} tensors merged ({weight_size(manifest)}); the adapters on queries and "
+        f"keys of {len(adapted)} of {len(manifest['layers'])} softmax-attention layers {what}"
     )
     for name, drift in drifts(adapted):
-        say(f"the whole adapter moves {name} by: {drift} of the base's norm")
-    say(f"next: qkguard verify {out}")
+        yield f"the whole adapter moves {name} by: {drift} of the base's norm"

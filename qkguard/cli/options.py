@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -122,19 +123,26 @@ def parse_names(text: str) -> list[str]:
     return text.replace(",", " ").split()
 
 
+@contextmanager
+def _expecting(option: str, text: str, what: str) -> Iterator[None]:
+    """Turn a ValueError met in reading an option into one line that says what is expected."""
+    try:
+        yield
+    except ValueError:
+        raise QKGuardError(f"Invalid {option} {text!r}: expected {what}.") from None
+
+
 def parse_layers(text: str | None) -> list[int] | None:
     """ "3,7,11-13" -> [3, 7, 11, 12, 13]."""
     if text is None:
         return None
     layers: set[int] = set()
-    try:
+    with _expecting("--layers", text, "layer numbers such as 3,7,11 or 0-15"):
         for item in parse_names(text):
             first, _, last = item.partition("-")
             layers |= set(range(int(first), int(last or first) + 1))
-    except ValueError:
-        layers.clear()
-    if not layers:
-        raise QKGuardError(f"Invalid --layers {text!r}: expected layer numbers such as 3,7,11 or 0-15.")
+        if not layers:
+            raise ValueError
     return sorted(layers)
 
 
@@ -143,36 +151,29 @@ def parse_per_layer(text: str | None) -> dict[int, float] | None:
     if text is None:
         return None
     pairs = [item.partition("=") for item in parse_names(text)]
-    try:
+    with _expecting("--per-layer", text, "layers and values such as 3=0.5,7=1"):
         values = {int(layer): float(value) for layer, _, value in pairs}
-    except ValueError:
-        values = {}
-    if not values or len(values) != len(pairs):
-        raise QKGuardError(f"Invalid --per-layer {text!r}: expected layers and values such as 3=0.5,7=1.")
+        if not values or len(values) != len(pairs):
+            raise ValueError
     return values
 
 
 def parse_lengths(text: str) -> list[int]:
     """ "512,1K,2k" -> [512, 1024, 2048]."""
     lengths = []
-    try:
+    with _expecting("--lengths", text, "token counts such as 512,4096,32K"):
         for item in parse_names(text.lower()):
             lengths.append(int(float(item[:-1]) * 1024) if item.endswith("k") else int(item))
-    except ValueError:
-        lengths = []
-    if not lengths or min(lengths) < 1:
-        raise QKGuardError(f"Invalid --lengths {text!r}: expected token counts such as 512,4096,32K.")
+        if min(lengths) < 1:  # min also refuses an empty list
+            raise ValueError
     return lengths
 
 
 def parse_depths(text: str) -> int | list[float]:
     """ "5" -> 5 depths; "0,0.5,1" or "0.5," -> these."""
-    try:
-        return int(text) if text.strip().isdigit() else [float(item) for item in parse_names(text)]
-    except ValueError:
-        raise QKGuardError(
-            f"Invalid --depths {text!r}: expected a number of depths, or a list such as 0,0.5,1."
-        ) from None
+    with _expecting("--depths", text, "a number of depths, or a list such as 0,0.5,1"):
+        depths = int(text) if text.strip().isdigit() else [float(item) for item in parse_names(text)]
+    return depths
 
 
 def parse_choice(option: str, value: str, choices: tuple[str, ...]) -> str:

@@ -6,12 +6,13 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from qkguard.report.numbers import number
+from qkguard.report.numbers import human_bytes, number
 
 
 def quiet_transformers() -> None:
@@ -93,3 +94,19 @@ def drifts(layers: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
         values = [layer["drift"][role] for layer in layers if layer["drift"].get(role) is not None]
         if values:
             yield name, f"mean {number(sum(values) / len(values))}, largest {number(max(values))}"
+
+
+def show_written(out: Path, manifest: Mapping[str, Any], sentences: Iterable[str], *, as_json: bool) -> None:
+    """What a command that wrote a checkpoint prints: the manifest as JSON, or sentences and the next command."""
+    warn(manifest["warnings"])
+    if as_json:
+        print_json({"out": str(out), **manifest})
+        return
+    for sentence in sentences:
+        say(sentence)
+    say(f"next: qkguard verify {out}")
+
+
+def weight_size(manifest: Mapping[str, Any]) -> str:
+    """Size of the weight files of a manifest, "1.2 MB"."""
+    return human_bytes(sum(file["size"] for file in manifest["files"].values()))

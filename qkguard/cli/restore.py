@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from statistics import fmean
+from typing import Annotated, Any
 
 import typer
 
 from qkguard.cli import options as opt
-from qkguard.cli.output import drifts, print_json, progress_bar, quiet_transformers, say, warn
-from qkguard.report.numbers import human_bytes, number
+from qkguard.cli.output import drifts, progress_bar, quiet_transformers, show_written, weight_size
+from qkguard.report.numbers import number
 
 
 def restore(
@@ -65,25 +67,23 @@ def restore(
             progress=progress,
             **rows,
         )
-    warn(manifest["warnings"])
-    if as_json:
-        print_json({"out": str(out), **manifest})
-        return
+    show_written(out, manifest, _sentences(out, manifest, method), as_json=as_json)
+
+
+def _sentences(out: Path, manifest: dict[str, Any], method: str) -> Iterator[str]:
     restored, made = manifest["layers"], [file["made"] for file in manifest["files"].values()]
-    size = sum(file["size"] for file in manifest["files"].values())
-    say(
+    yield (
         f"{out}: {len(manifest['tensors'])} tensors of {len(restored)} softmax-attention layers restored; "
-        f"{len(made)} weight files ({human_bytes(size)}, {made.count('linked')} linked)"
+        f"{len(made)} weight files ({weight_size(manifest)}, {made.count('linked')} linked)"
     )
     said = "drift taken back" if method == "restore" else "drift by SFT"
     for name, drift in drifts(restored):
-        say(f"{said}, {name}: {drift} of the norm before SFT")
+        yield f"{said}, {name}: {drift} of the norm before SFT"
     for role, name in (("q", "queries"), ("k", "keys")):
         found = [
             [layer["distance"][key] for layer in restored if key in layer.get("distance", {})]
             for key in (f"{role}_from_before", f"{role}_from_tuned")
         ]
         if all(found):
-            before, after = (number(sum(values) / len(values)) for values in found)
-            say(f"{method}, {name} written: mean distance {before} from before SFT, {after} from the tuned ones")
-    say(f"next: qkguard verify {out}")
+            before, after = (number(fmean(values)) for values in found)
+            yield f"{method}, {name} written: mean distance {before} from before SFT, {after} from the tuned ones"
