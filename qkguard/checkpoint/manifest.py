@@ -115,16 +115,17 @@ def versions() -> dict[str, str]:
 
 def dump(manifest: Mapping[str, Any]) -> str:
     """JSON text; NaN and Inf, which JSON lacks, become null."""
-    return json.dumps(_finite(manifest), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(finite(manifest), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """A JSON value with None in the place of NaN and Inf, which JSON lacks."""
     if isinstance(value, float):
         return value if isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(k): _finite(v) for k, v in value.items()}
+        return {str(k): finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     return value
 
 

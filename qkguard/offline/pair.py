@@ -99,7 +99,7 @@ def find_pair(
 
 
 def folder_attention(folder: Path, *, spec: Any = None, trust_remote_code: bool = False) -> list[AttentionSpec]:
-    """`find_attention` of a folder; what is settled by its config alone is remembered (`layout.remembered`)."""
+    """`find_attention` of a folder; what is settled by its config alone is remembered (`layout.cache`)."""
     from qkguard.layout import find_attention  # imports transformers
 
     config = read_config(folder)

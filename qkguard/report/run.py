@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import nan
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
@@ -135,7 +136,7 @@ class Run:
         for row in self.rows:
             for key, value in row.items():
                 if key.startswith("qkguard/"):
-                    out.setdefault(key, []).append((row["step"], value))
+                    out.setdefault(key, []).append((row["step"], nan if value is None else value))  # null: not finite
         return out
 
 

@@ -151,7 +151,7 @@ class AdapterWeights:
         return written
 
     def write_final(
-        self, final: Path, checkpoint: Path, record: Mapping[str, Any], processing_class: Any
+        self, final: Path, checkpoint: Path | None, record: Mapping[str, Any], processing_class: Any
     ) -> list[Path]:
         """`raw/<adapter>` and `qk_restored/<adapter>` in `final`, and with `merge_at_end` merged models; ALL ranks."""
         written = []
@@ -166,9 +166,9 @@ class AdapterWeights:
             written += self._merge(final, record)
         return written
 
-    def _write_raw(self, name: str, checkpoint: Path, raw: Path, processing_class: Any) -> None:
+    def _write_raw(self, name: str, checkpoint: Path | None, raw: Path, processing_class: Any) -> None:
         """An adapter as trained: the checkpoint's, linked, or the live one; ALL ranks must call this."""
-        places = (_saved_at(checkpoint, name), checkpoint / "raw" / name)
+        places = (_saved_at(checkpoint, name), checkpoint / "raw" / name) if checkpoint else ()
         saved = [place for place in places if (place / ADAPTER_TENSORS).is_file()]
         if ranks.on_rank_zero("looking for the final adapter", partial(bool, saved)):
 

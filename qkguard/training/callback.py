@@ -92,9 +92,11 @@ class QKGuardCallback(TrainerCallback):
     ) -> None:
         is_best = state.best_global_step == state.global_step
         restores = self.config.restore_on == "save" or (self.config.restore_on == "best" and is_best)
-        if self.session and restores:
+        if not self.session:
+            return
+        checkpoint = self.session.note_save(state.global_step, restores=restores)
+        if restores:
             self.session.recall_monitor.at_save(state, control)
-            checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
             with attempt(f"restoring {checkpoint}", strict=self.config.strict, advice=LATER):
                 self.session.restore_checkpoint(checkpoint, state.global_step, processing_class)
 

@@ -85,9 +85,9 @@ class FullWeights:
         return [checkpoint / RESTORED]
 
     def write_final(
-        self, final: Path, checkpoint: Path, record: Mapping[str, Any], processing_class: Any
+        self, final: Path, checkpoint: Path | None, record: Mapping[str, Any], processing_class: Any
     ) -> list[Path]:
-        """`raw` (linked from `checkpoint` if that holds the weights) and `qk_restored` in `final`; ALL ranks."""
+        """`raw` (linked from `checkpoint` if that holds the weights, else live) and `qk_restored` in `final`; ALL."""
         raw = final / "raw"
         if not self.writers.all_find("linking the final checkpoint", partial(_link, checkpoint, raw)):
             export_model(self.model, raw, processing_class)
@@ -154,9 +154,9 @@ class FullWeights:
         return self._shared_disk
 
 
-def _link(checkpoint: Path, raw: Path) -> bool:
+def _link(checkpoint: Path | None, raw: Path) -> bool:
     """Link a checkpoint's weights, Trainer's own or those we gathered, to `raw`; False if it has none."""
-    for source in (checkpoint, checkpoint / "raw"):
+    for source in (checkpoint, checkpoint / "raw") if checkpoint else ():
         if holds_weights(source):
             link_checkpoint(source, raw)
             return True

@@ -9,6 +9,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from qkguard.checkpoint.manifest import finite
 from qkguard.report.run import METRICS
 from qkguard.training.resume import drop_later_rows
 from qkguard.training.trackers import open_trackers
@@ -50,7 +51,7 @@ class MetricsLog:
         After a probe, trackers that show pictures and tables get them anew.
         """
         scalars = {key: float(value) for key, value in metrics.items()}
-        self._append(json.dumps({"step": step, **scalars, **(details or {})}))
+        self._append(json.dumps(finite({"step": step, **scalars, **(details or {})}), allow_nan=False))
         for tracker in self.trackers:
             tracker.scalars(scalars, step)
         is_probe = any(key.endswith("_grid") for key in details or {})

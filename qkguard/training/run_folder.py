@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 RESTORED = "qk_restored"
 """The restored model's folder inside a checkpoint and in `final`."""
 
+FINAL = "final"
+"""The final models' folder in the run folder."""
+
 
 def run_folder(config: QKGuardConfig, args: TrainingArguments) -> Path:
     """The folder of a run's reference, metrics and final models."""
-    return config.output_dir or Path(str(args.output_dir)) / RUN_FOLDER
+    return (config.output_dir or Path(str(args.output_dir)) / RUN_FOLDER).absolute()  # a script may chdir

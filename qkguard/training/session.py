@@ -28,8 +28,8 @@ from qkguard.training.full_weights import FullWeights
 from qkguard.training.metrics_log import MetricsLog
 from qkguard.training.recall_monitor import RecallMonitor
 from qkguard.training.reference import establish_reference
-from qkguard.training.resume import set_aside_restored
-from qkguard.training.run_folder import run_folder
+from qkguard.training.resume import saved_folder, set_aside, set_aside_restored
+from qkguard.training.run_folder import FINAL, RESTORED, run_folder
 from qkguard.training.start_checks import warnings_at_start
 from qkguard.training.start_lines import measuring_line
 from qkguard.training.writers import Writers
@@ -110,7 +110,8 @@ class Session:
 
     def begin(self, args: TrainingArguments, state: TrainerState) -> None:
         """Start what belongs to one `train()`, and probe recall before its first step; ALL ranks must call this."""
-        self.output_dir = Path(str(args.output_dir))
+        self.output_dir = Path(str(args.output_dir)).absolute()  # a script may chdir
+        self.saved: set[Path] = set()  # the checkpoints of this `train()`
         self.reloads_best = bool(args.load_best_model_at_end)
         self.drift: dict[str, float] = {}
         self.metrics_log = ranks.held_by(0, "opening the run folder", partial(self._open_log, args, state))
@@ -120,9 +121,8 @@ class Session:
     def _open_log(self, args: TrainingArguments, state: TrainerState) -> MetricsLog:
         step = state.global_step
         log = MetricsLog(self.folder, args.report_to or [], self.output_dir, step, self.config.to_json())
-        if step:
-            for moved in set_aside_restored(self.output_dir, self.folder, step):
-                logger.warning("A restored checkpoint of a later step than the resumed one was moved to %s.", moved)
+        for moved in set_aside_restored(self.output_dir, self.folder, step):
+            logger.warning("A restored model that an earlier training left was moved to %s.", moved)
         return log
 
     def keep_heldout(self, dataset: Any) -> None:
@@ -199,6 +199,21 @@ class Session:
 
     # -- writing -----------------------------------------------------------------------------------------------------
 
+    def note_save(self, step: int, *, restores: bool) -> Path:
+        """Find the checkpoint that Trainer has just written; ALL ranks must call this.
+
+        If it is not restored, what an earlier training left in it does not stay beside the new weights.
+        """
+        find = partial(saved_folder, self.output_dir, step)
+        checkpoint = ranks.on_rank_zero("finding the checkpoint", find)
+        self.saved.add(checkpoint)
+        left = checkpoint / RESTORED
+        if not restores and self.writers.here and left.exists():
+            with attempt(f"moving {left}", strict=self.config.strict, advice="It is not made from the new weights."):
+                moved = set_aside(left, self.folder, checkpoint.name)
+                logger.warning("A restored model that an earlier training left was moved to %s.", moved)
+        return checkpoint
+
     def restore_checkpoint(self, checkpoint: Path, step: int, processing_class: Any) -> None:
         """Write the restored model into a checkpoint that Trainer has just written; ALL ranks must call this."""
         started = time.perf_counter()
@@ -206,13 +221,16 @@ class Session:
         self._report_save(written, step, time.perf_counter() - started)
 
     def final_export(self, state: TrainerState, processing_class: Any) -> None:
-        """Write the final raw and restored models, from the checkpoint with the final weights if there is one; ALL
-        ranks must call this.
+        """Write the final raw and restored models; ALL ranks must call this.
+
+        They are linked from the checkpoint of the final weights if this `train()` saved one, else taken from the live
+        weights: a folder of that name may be another run's.
         """
         started, step = time.perf_counter(), state.global_step
         best = state.best_model_checkpoint if self.reloads_best else None
-        checkpoint = Path(best) if best else self.output_dir / f"checkpoint-{step}"
-        written = self.weights.write_final(self.folder / "final", checkpoint, self._record(step), processing_class)
+        checkpoint = Path(best).absolute() if best else saved_folder(self.output_dir, step)
+        source = checkpoint if checkpoint in self.saved else None
+        written = self.weights.write_final(self.folder / FINAL, source, self._record(step), processing_class)
         self._report_save(written, step, time.perf_counter() - started)
 
     def _record(self, step: int) -> dict[str, Any]:

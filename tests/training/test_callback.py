@@ -171,7 +171,7 @@ def test_resume_keeps_the_first_reference_and_sets_a_left_branch_aside(base, tmp
 
     guard.on_train_begin = begin
     trainer.train(resume_from_checkpoint=str(run / "checkpoint-1"))
-    assert seen["aside"] == ["checkpoint-2", "checkpoint-3"] and seen["mtime"] == before
+    assert seen["aside"] == ["checkpoint-2", "checkpoint-3", "final"] and seen["mtime"] == before
     assert "resumed" in guard.session.origin
     check_pair(base, run / "checkpoint-3", run / "checkpoint-3/qk_restored")
     steps = [r["step"] for r in judge.metrics_rows(run) if "qkguard/drift/q_rel" in r]
@@ -263,6 +263,9 @@ def test_nan_weights_are_reported(base, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="qkguard"):
         trainer.train()
     assert "not a number" in caplog.text
+    text = (tmp_path / "run/_qkguard/metrics.jsonl").read_text()
+    assert "null" in text and "NaN" not in text and "Infinity" not in text, "strict JSON"
+    assert (tmp_path / "run/_qkguard/report.html").is_file()
     manifest = json.loads((tmp_path / "run/checkpoint-3/qk_restored/qkguard.json").read_text())
     assert "NaN" in json.dumps(manifest["warnings"])
 
