@@ -8,20 +8,40 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from qkguard.errors import QKGuardError
+from qkguard.probe.answer_formats import AllReduce
 from qkguard.probe.passes import LastLogits, input_device, undisturbed
+from qkguard.probe.scoring import alone
 
 ROW_FORMATS = 'rows with "prompt" and "completion" or "answer", "messages", or "text"'
+TASK_TOKENS = 4096  # in one forward pass that scores rows: their logits take the memory
+LOSS_TOKENS = 1024  # whose float32 logits are in memory at a time
+IGNORED = -100  # transformers' label of a token that is not to be predicted
 
 
 @dataclass(frozen=True)
 class TaskRow:
-    """One row as token ids: the loss is that of `ids[start:]`, the answer is `ids[answer[0]:answer[1]]`."""
+    """One row as token ids: the loss is that of `ids[start:]` without the places in `unscored` (a chat's later user
+    turns), the answer is `ids[answer[0]:answer[1]]`.
+    """
 
     ids: tuple[int, ...]
     start: int
     answer: tuple[int, int] | None
+    unscored: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the loss is of."""
+        return len(self.ids) - self.start - len(self.unscored)
+
+    @property
+    def targets(self) -> list[int]:
+        """The tokens to be predicted at `start` and after it, `IGNORED` where none is."""
+        left_out = set(self.unscored)
+        return [IGNORED if i in left_out else self.ids[i] for i in range(self.start, len(self.ids))]
 
 
 @dataclass(frozen=True)
@@ -49,7 +69,7 @@ def encode_rows(tokenizer: Any, rows: Iterable[Mapping[str, Any]], max_length: i
     "prompt" and "completion" (texts, or lists of messages) train on the completion and the end-of-text token;
     "prompt" and "answer" are the same without that token; with all three, the answer is looked up in the completion
     (its last occurrence). Of "messages" the last turn counts, of "text" everything. Rows that are tokenised already
-    have "input_ids" and "labels" (-100 where nothing is to be predicted).
+    have "input_ids" and "labels" (-100 where nothing is to be predicted, in several places too).
 
     Raises:
         QKGuardError: rows of another format, or all too long.
@@ -95,12 +115,11 @@ def _encode(tokenizer: Any, row: Mapping[str, Any], number: int) -> TaskRow:
 def _encoded(row: Mapping[str, Any], number: int) -> TaskRow:
     """A row that is tokenised already."""
     ids, labels = row["input_ids"], row["labels"]
-    begin = next((i for i, label in enumerate(labels) if label != -100 and i), None)
-    if begin is None:
-        raise QKGuardError(f"Row {number} has nothing to score: all of its labels are -100.")
-    if -100 in labels[begin:]:
-        raise QKGuardError(f"Row {number} is scored in several places; expected labels of -100 at its start alone.")
-    return TaskRow(tuple(ids), begin, None)
+    scored = [i for i, label in enumerate(labels) if label != IGNORED and i]
+    if not scored:
+        raise QKGuardError(f"Row {number} has nothing to score: all of its labels are {IGNORED}.")
+    begin, end = scored[0], scored[-1] + 1  # what follows the last scored token changes nothing before it
+    return TaskRow(tuple(ids[:end]), begin, None, tuple(sorted(set(range(begin, end)) - set(scored))))
 
 
 def _texts(tokenizer: Any, row: Mapping[str, Any], number: int) -> tuple[str | None, str, str | None]:
@@ -143,23 +162,36 @@ def _ids_with_offsets(tokenizer: Any, text: str, special: bool) -> tuple[list[in
     return list(out["input_ids"]), [tuple(pair) for pair in out["offset_mapping"]]
 
 
-def score_rows(model: nn.Module, rows: Sequence[TaskRow], batch_tokens: int = 16384) -> TaskResult:
+def score_rows(
+    model: nn.Module,
+    rows: Sequence[TaskRow],
+    batch_tokens: int = TASK_TOKENS,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    all_reduce: AllReduce = alone,
+) -> TaskResult:
     """Loss and answers of all rows, in batches of up to `batch_tokens` tokens, padding included.
 
     Rows are padded at their ends, which a causal model's earlier positions do not see. The model is left as it was.
+    ALL ranks must call this: batches are dealt out to the `world` ranks, and all get the whole result. They are the
+    same for any number of ranks, and every rank runs as many passes as the others, because a sharded model's forward
+    pass needs them all.
+
+    Args:
+        model: a causal language model; parameters may be sharded in ways that a forward pass hides.
+        rows: the same ones on every rank.
+        batch_tokens: tokens in one forward pass, where more than one row fits.
+        rank: this process's number among the `world` that share the rows.
+        all_reduce: sum over ranks of a float64 CPU vector.
     """
-    lengths = [len(row.ids) for row in rows]
-    order = sorted(range(len(rows)), key=lengths.__getitem__)
-    batches: list[list[int]] = []
-    for i in order:
-        if batches and (len(batches[-1]) + 1) * lengths[i] <= batch_tokens:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    nll, exact = [0.0] * len(rows), [False] * len(rows)
-    forward, device = LastLogits(model, None), input_device(model)
+    batches = _batches(rows, batch_tokens)
+    found = torch.zeros(2, len(rows), dtype=torch.float64)  # negative log-likelihood, exact
+    forward, device = LastLogits(model), input_device(model)
     with undisturbed(model):
-        for batch in batches:
+        for turn in range(0, len(batches), world):
+            counts = turn + rank < len(batches)
+            batch = batches[turn + rank if counts else turn]
             chosen = [rows[i] for i in batch]
             width = max(len(row.ids) for row in chosen)
             ids = torch.zeros(len(batch), width, dtype=torch.long)
@@ -167,18 +199,36 @@ def score_rows(model: nn.Module, rows: Sequence[TaskRow], batch_tokens: int = 16
                 line[: len(row.ids)] = torch.tensor(row.ids)
             first = min(row.start for row in chosen) - 1
             logits = forward(ids.to(device), width - first)
-            for i, row, line in zip(batch, chosen, logits, strict=True):
-                nll[i], exact[i] = _score(row, line, first)
+            if counts:
+                for i, row, line in zip(batch, chosen, logits, strict=True):
+                    found[:, i] = torch.tensor(_score(row, line[row.start - 1 - first :]), dtype=torch.float64)
+    nll, exact = all_reduce(found.flatten()).view(2, -1).tolist()
     answered = rows[0].answer is not None
-    return TaskResult(tuple(nll), tuple(len(row.ids) - row.start for row in rows), tuple(exact) if answered else None)
+    tokens = tuple(row.tokens for row in rows)
+    return TaskResult(tuple(nll), tokens, tuple(value > 0 for value in exact) if answered else None)
 
 
-def _score(row: TaskRow, logits: Tensor, first: int) -> tuple[float, bool]:
-    """Summed negative log-likelihood of a row's scored tokens, and whether all of its answer's were first choices."""
-    target = torch.tensor(row.ids[row.start :], device=logits.device)
-    said = logits[row.start - 1 - first : len(row.ids) - 1 - first].float()
-    nll = torch.nn.functional.cross_entropy(said, target, reduction="sum").item()
+def _batches(rows: Sequence[TaskRow], batch_tokens: int) -> list[list[int]]:
+    """The rows' numbers, those of like lengths together, at most `batch_tokens` tokens (but at least one row)."""
+    batches: list[list[int]] = []
+    lengths = [len(row.ids) for row in rows]
+    for i in sorted(range(len(rows)), key=lengths.__getitem__):
+        if batches and (len(batches[-1]) + 1) * lengths[i] <= batch_tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def _score(row: TaskRow, logits: Tensor) -> tuple[float, float]:
+    """Summed negative log-likelihood of a row's scored tokens, and 1 where all of its answer's were first choices.
+
+    `logits` (from the position before `start` on, vocabulary).
+    """
+    target = torch.tensor(row.targets, device=logits.device)
+    pieces = zip(logits[: len(target)].split(LOSS_TOKENS), target.split(LOSS_TOKENS), strict=True)
+    nll = sum(cross_entropy(said.float(), wanted, reduction="sum").item() for said, wanted in pieces)
     if row.answer is None:
-        return nll, False
+        return nll, 0.0
     lo, hi = row.answer[0] - row.start, row.answer[1] - row.start
-    return nll, bool((said[lo:hi].argmax(-1) == target[lo:hi]).all())
+    return nll, float((logits[lo:hi].argmax(-1) == target[lo:hi]).all())

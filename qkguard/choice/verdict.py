@@ -52,6 +52,68 @@ class Measurement:
     def name(self) -> str:
         return self.candidate.name
 
+    def to_json(self, tolerance: float) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts."""
+        task = None
+        if self.task is not None and self.quality is not None and self.change is not None:
+            task = {"loss": self.task.loss, "accuracy": self.task.accuracy, "quality": self.quality.to_json()}
+            task |= {"change": self.change.to_json(), "within_tolerance": within(self, tolerance)}
+        return {
+            "name": self.name,
+            "kind": self.candidate.kind,
+            "method": self.candidate.method if self.candidate.tensors else None,
+            "options": dict(self.candidate.options),
+            "tensors": list(self.candidate.tensors),
+            "layers": None if self.candidate.layers is None else list(self.candidate.layers),
+            "recall": self.recall.to_json(),
+            "gain": self.gain.to_json(),
+            "recall_by_length": {str(n): g.recall for (n,), g in self.probe.by("length").items()},
+            "answer_logprob": self.probe.answer_logprob,
+            "task": task,
+            "pareto": self.pareto,
+            "same_as": self.same_as,
+            "did": self.layers,
+        }
+
+
+@dataclass(kw_only=True)
+class Verdict:
+    """What was measured, and which candidate is recommended by it.
+
+    `data` says in words what the task quality is of: "128 rows of the evaluation set"; empty where there is none.
+    """
+
+    points: list[Measurement]
+    recommended: Measurement
+    tolerance: float
+    data: str = ""
+
+    @classmethod
+    def of(cls, points: Sequence[Measurement], tolerance: float, data: str = "", seed: int = 0) -> Verdict:
+        """Compare the points with raw, and apply the rule."""
+        compare(points, seed)
+        return cls(points=list(points), recommended=recommend(points, tolerance), tolerance=tolerance, data=data)
+
+    @property
+    def metric(self) -> str | None:
+        """What task quality is: "accuracy", "loss" or None."""
+        task = _first(self.points, "raw").task
+        return None if task is None else "loss" if task.accuracy is None else "accuracy"
+
+    @property
+    def rule(self) -> str:
+        return describe_rule(self.tolerance, self.metric)
+
+    @property
+    def words(self) -> list[str]:
+        return explain(self.points, self.recommended, self.tolerance, self.data)
+
+    def summary(self) -> dict[str, Any]:
+        """The part that goes into manifests."""
+        keys = ("name", "recall", "task", "pareto")
+        points = [{k: v for k, v in p.to_json(self.tolerance).items() if k in keys} for p in self.points]
+        return {"recommended": self.recommended.name, "rule": self.rule, "words": self.words, "points": points}
+
 
 def compare(points: Sequence[Measurement], seed: int) -> None:
     """Fill in intervals, differences from raw, and which points no other one beats; the same draws for all."""
@@ -97,7 +159,7 @@ def describe_rule(tolerance: float, metric: str | None) -> str:
     kept = {
         None: "",
         "accuracy": f" and task accuracy is at most {tolerance:g} below raw's",
-        "loss": f" and whose held-out loss is at most {tolerance:g} nats per token above raw's",
+        "loss": f" and task loss is at most {tolerance:g} nats per token above raw's",
     }[metric]
     return (
         "highest recall among the restored points whose recall is above raw's beyond noise (95% interval of the "
@@ -105,8 +167,8 @@ def describe_rule(tolerance: float, metric: str | None) -> str:
     )
 
 
-def explain(points: Sequence[Measurement], chosen: Measurement, tolerance: float) -> list[str]:
-    """What the numbers say, in sentences, also where they speak against restoring."""
+def explain(points: Sequence[Measurement], chosen: Measurement, tolerance: float, data: str = "") -> list[str]:
+    """What the numbers say, in sentences, also where they speak against restoring; the last one recommends."""
     raw = _first(points, "raw")
     base = next((p for p in points if p.candidate.kind == "base"), None)
     methods = [p for p in points if p.candidate.recommendable]
@@ -124,6 +186,7 @@ def explain(points: Sequence[Measurement], chosen: Measurement, tolerance: float
         )
     if controls and best is not None:
         sentences.append(_values_and_outputs(max(controls, key=_recall), best))
+    sentences += [_reach(raw), *([_price(chosen, tolerance, data)] if chosen.change and chosen is not raw else [])]
     return [*sentences, _choice(chosen, raw, methods, tolerance)]
 
 
@@ -177,6 +240,27 @@ def _values_and_outputs(control: Measurement, best: Measurement) -> str:
             "what attention carries, rather than where it looks."
         )
     return f"Values and outputs alone bring recall to {control.recall.value:.3f} at most ({control.name})."
+
+
+def _reach(raw: Measurement) -> str:
+    """How far the measurement goes: a restore that helps at 2K may fail at 64K, and the other way round."""
+    longest = max((key.length for key in raw.probe.sample_keys), default=0)
+    return f"Recall was measured up to {longest:,} tokens; beyond that nothing is known."
+
+
+def _price(chosen: Measurement, tolerance: float, data: str) -> str:
+    """What the recommended point costs in task quality, and how sure that is."""
+    assert chosen.task is not None and chosen.change is not None
+    accuracy = chosen.task.accuracy is not None
+    sign = 1 if accuracy else -1
+    low, high = sorted((sign * chosen.change.low + 0.0, sign * chosen.change.high + 0.0))  # + 0.0: no "-0.000"
+    said = (
+        f"Task {'accuracy' if accuracy else 'loss'} of {chosen.name} is {sign * chosen.change.value + 0.0:+.3f} "
+        f"against raw (95% {low:+.3f} to {high:+.3f}, {data or f'{len(chosen.task.nll)} rows'})"
+    )
+    if chosen.change.low < -tolerance:
+        return f"{said}; these rows cannot rule out that it costs more than the tolerance of {tolerance:g}."
+    return f"{said}."
 
 
 def _choice(chosen: Measurement, raw: Measurement, methods: Sequence[Measurement], tolerance: float) -> str:

@@ -19,7 +19,7 @@ def restore(
     tuned: opt.Tuned,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
     method: opt.Method = "restore",
-    ridge: opt.Ridge = 1.0,
+    ridge: opt.Ridge = 10.0,
     alpha: opt.Alpha = 1.0,
     align: opt.Align = False,
     per_layer: opt.PerLayer = None,

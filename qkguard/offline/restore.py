@@ -25,7 +25,7 @@ def restore_checkpoint(
     out: str | os.PathLike[str],
     *,
     method: str = "restore",
-    ridge: float = 1.0,
+    ridge: float = 10.0,
     alpha: float = 1.0,
     align: bool = False,
     per_layer: Mapping[int, float] | None = None,

@@ -17,7 +17,7 @@ from qkguard.checkpoint.manifest import fallback_warnings
 from qkguard.checkpoint.write import check_target
 from qkguard.choice.candidates import Candidate, control_candidates, layer_candidates, method_candidates
 from qkguard.choice.task import ROW_FORMATS, TaskResult, TaskRow, encode_rows, score_rows
-from qkguard.choice.verdict import Measurement, compare, describe_rule, explain, rank_layers, recommend, within
+from qkguard.choice.verdict import Measurement, Verdict, compare, rank_layers, recommend
 from qkguard.errors import QKGuardError, current_names
 from qkguard.layout.rows import RowOptions, RowSelection
 from qkguard.offline.models import (
@@ -37,9 +37,9 @@ from qkguard.offline.task_rows import find_rows, read_rows
 from qkguard.probe.prober import Prober
 from qkguard.probe.results import ProbeResult
 from qkguard.probe.settings import DEFAULT_TASKS, ProbeSettings, check_lengths, default_lengths
+from qkguard.report.numbers import plural
 from qkguard.restore.apply import check_device
 
-TASK_TOKENS = 4096  # in one forward pass that scores task rows: their logits take the memory
 FLOATS = ("float32", "bfloat16", "float16")
 Measure = Callable[[nn.Module, str], tuple[ProbeResult, TaskResult | None]]
 """Recall and task quality of a model as it is now; the second argument labels the progress bar."""
@@ -47,32 +47,15 @@ Measure = Callable[[nn.Module, str], tuple[ProbeResult, TaskResult | None]]
 VERSION = 1
 
 
-@dataclass
-class SweepReport:
+@dataclass(kw_only=True)
+class SweepReport(Verdict):
     """What a sweep found. `warnings` are sentences for the user."""
 
     base: str
     tuned: str
-    points: list[Measurement]
-    recommended: Measurement
     settings: dict[str, Any]
-    tolerance: float
     warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0
-
-    @property
-    def metric(self) -> str | None:
-        """What task quality is: "accuracy", "loss" or None."""
-        task = self.points[0].task
-        return None if task is None else "loss" if task.accuracy is None else "accuracy"
-
-    @property
-    def rule(self) -> str:
-        return describe_rule(self.tolerance, self.metric)
-
-    @property
-    def words(self) -> list[str]:
-        return explain(self.points, self.recommended, self.tolerance)
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts."""
@@ -84,39 +67,11 @@ class SweepReport:
             "rule": self.rule,
             "words": self.words,
             "metric": self.metric,
-            "points": [self._point(point) for point in self.points],
+            "points": [point.to_json(self.tolerance) for point in self.points],
             "layers": rank_layers(self.points),
             "settings": self.settings,
             "warnings": self.warnings,
             "seconds": self.seconds,
-        }
-
-    def summary(self) -> dict[str, Any]:
-        """The part that goes into the manifest of a checkpoint written by the recommendation."""
-        keys = ("name", "recall", "task", "pareto")
-        points = [{k: v for k, v in self._point(p).items() if k in keys} for p in self.points]
-        return {"recommended": self.recommended.name, "rule": self.rule, "words": self.words, "points": points}
-
-    def _point(self, point: Measurement) -> dict[str, Any]:
-        task = None
-        if point.task is not None and point.quality is not None and point.change is not None:
-            task = {"loss": point.task.loss, "accuracy": point.task.accuracy, "quality": point.quality.to_json()}
-            task |= {"change": point.change.to_json(), "within_tolerance": within(point, self.tolerance)}
-        return {
-            "name": point.name,
-            "kind": point.candidate.kind,
-            "method": point.candidate.method if point.candidate.tensors else None,
-            "options": dict(point.candidate.options),
-            "tensors": list(point.candidate.tensors),
-            "layers": None if point.candidate.layers is None else list(point.candidate.layers),
-            "recall": point.recall.to_json(),
-            "gain": point.gain.to_json(),
-            "recall_by_length": {str(n): g.recall for (n,), g in point.probe.by("length").items()},
-            "answer_logprob": point.probe.answer_logprob,
-            "task": task,
-            "pareto": point.pareto,
-            "same_as": point.same_as,
-            "did": point.layers,
         }
 
 
@@ -221,11 +176,17 @@ def sweep(
     free_memory()
 
     compare(measured, seed)
-    warnings += [*more, *_warnings(measured)]
-    asked = prober.record() | {"rows": len(encoded or ()), "tolerance": tolerance, "dtype": dtype}
-    best = recommend(measured, tolerance)
-    report = SweepReport(os.fspath(base), os.fspath(tuned), measured, best, asked, tolerance, warnings)
-    if write is not None and best.candidate.recommendable:
+    report = SweepReport(
+        base=os.fspath(base),
+        tuned=os.fspath(tuned),
+        points=measured,
+        recommended=recommend(measured, tolerance),
+        tolerance=tolerance,
+        data=plural(len(encoded or ()), "row") if encoded else "",
+        settings=prober.record() | {"rows": len(encoded or ()), "tolerance": tolerance, "dtype": dtype},
+        warnings=[*warnings, *more, *_warnings(measured)],
+    )
+    if write is not None and report.recommended.candidate.recommendable:
         _write(report, write, overwrite=overwrite, rows=selection, spec=spec, trust_remote_code=trust_remote_code)
     report.seconds = time.perf_counter() - began
     return report
@@ -273,7 +234,7 @@ def _measure(
     """Recall, and task quality where there are rows, of whatever the model holds at the moment."""
     with bar(label) as progress:
         recall = run_within_memory(model, prober, progress)
-        return recall, None if rows is None else score_rows(model, rows, TASK_TOKENS)
+        return recall, None if rows is None else score_rows(model, rows)
 
 
 def _task_rows(data: Any, tuned: Path, limit: int) -> list[Any] | None:

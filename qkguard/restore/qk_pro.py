@@ -47,7 +47,7 @@ def qk_pro(
     pre: Mapping[str, Tensor],
     post: Mapping[str, Tensor],
     *,
-    ridge: float = 1.0,
+    ridge: float = 10.0,
 ) -> Restored:
     """W_K (and its bias) becomes `pre`, W_Q lies between `pre` and `post` (`correct_queries`).
 

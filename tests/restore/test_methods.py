@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import re
 from dataclasses import replace
 from typing import Any
@@ -132,6 +134,46 @@ def test_qk_pro_with_a_query_bias_alone_corrects_it_as_a_column() -> None:
         factor = gram @ np.linalg.inv(gram + 0.7 * np.trace(gram) / len(gram) * np.eye(len(gram)))
         assert distance(found[h], q1 + factor @ (q0 - q1)) < 1e-12
         assert distance(found[h][:, -1], q0[:, -1]) > 0.05 < distance(found[h][:, -1], q1[:, -1])
+
+
+@pytest.mark.parametrize("bias", ["", "k", "q", "qk"])
+def test_the_routing_of_every_head_goes_to_its_value_before_sft_as_the_ridge_goes_to_0(bias: str) -> None:
+    """W_Q^T W_K of each head, d x d, in plain float64; the reading by inputs, which was dropped, stays away."""
+    spec = layer(bias=bias)
+    pre, post = drawn(spec, 0), drawn(spec, 1)
+    columns = "qk" if "q" in bias else ""  # a key bias alone stays out of the formula
+
+    def heads(rows: Compact, role: str) -> np.ndarray:
+        found = by_head(spec, rows if columns else {f"{role}_proj.weight": rows[f"{role}_proj.weight"]}, role)
+        wide = spec.params[0].shape[1] + bool(columns)
+        return np.pad(found, ((0, 0), (0, 0), (0, wide - found.shape[-1])))  # no bias of this role: zeros
+
+    def routing_errors(rows: Compact) -> list[float]:
+        q, k, q0, k0 = (heads(r, role) for r in (rows, pre) for role in "qk")
+        return [distance(q[h].T @ k[h // 2], q0[h].T @ k0[h // 2]) for h in range(4)]
+
+    ridges = (1.0, 1e-2, 1e-4, 1e-6, 1e-8)
+    errors = [routing_errors(qk_pro(spec, chosen(spec), pre, post, ridge=ridge).rows) for ridge in ridges]
+    for head in zip(*errors, strict=True):
+        assert head[0] > 0.1 and head[-1] < 1e-6
+        # to first order the error is proportional to the ridge
+        assert [a / b for a, b in itertools.pairwise(head[1:])] == pytest.approx([100.0] * 3, rel=0.5)
+    assert max(routing_errors(qk_pro(spec, chosen(spec), pre, post, ridge=0.0).rows)) < 1e-12
+    by_inputs = dict(pre)  # W_Q_post + (W_Q_pre - W_Q_post) P, P the projector on the rows of all key heads
+    k = pre["k_proj.weight"].numpy()[:8]
+    projector = k.T @ np.linalg.solve(k @ k.T, k)
+    q0, q1 = (rows["q_proj.weight"].numpy() for rows in (pre, post))
+    by_inputs["q_proj.weight"] = torch.from_numpy(q1 + (q0 - q1) @ projector)
+    assert min(routing_errors(by_inputs)) > 0.1
+
+
+def test_the_default_ridge_is_the_labs_wherever_it_is_said() -> None:
+    from qkguard import QKGuardConfig, restore_checkpoint
+    from qkguard.cli.restore import restore as command
+
+    said = [inspect.signature(function).parameters["ridge"].default for function in (restore_checkpoint, command)]
+    said += [inspect.signature(qk_pro).parameters["ridge"].default, QKGuardConfig().ridge]
+    assert said == [10.0] * 4 == [check_options("qk-pro", {})["ridge"]] * 4
 
 
 def test_limits_of_qk_pro() -> None:

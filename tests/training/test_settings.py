@@ -93,7 +93,7 @@ def test_right_values_are_taken_in_every_form(tmp_path: Path) -> None:
         haystack=str(text),
         output_dir="mine",
         base_model=tmp_path,
-        ridge=1,
+        ridge=10,
     )
     assert (config.drift_steps, config.routing_drift_steps, config.probe_steps) == (0, "logging", 0.1)
     assert config.layers == [3, 7] and config.probe_lengths == [128, 256]
