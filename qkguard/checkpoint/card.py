@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qkguard.probe.statistics import at_floor
+from qkguard.probe.words import change_in_points, floor_clause
+
 KEPT = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
 """Metadata taken over from the raw folder's card, where it has one."""
 
@@ -78,6 +81,7 @@ def _render(template: str, **values: Any) -> str:
         loader=PackageLoader("qkguard.checkpoint"), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.globals |= {"recall_at": _recall_at, "drift_of": _drift_of}
+    environment.globals |= {"change_in_points": change_in_points, "floor_of": _floor_of}
     return environment.get_template(f"{template}.md").render(values)
 
 
@@ -86,6 +90,13 @@ def _recall_at(result: Mapping[str, Any], length: int) -> str:
     groups = [g for g in result["groups"] if g["length"] == length]
     count = sum(g["count"] for g in groups)
     return f"{sum(g['recall'] * g['count'] for g in groups) / count:.2f}" if count else "-"
+
+
+def _floor_of(result: Mapping[str, Any]) -> str | None:
+    """What is said of a probe before SFT that can show no loss; None of one that can."""
+    count = sum(group["count"] for group in result["groups"])
+    hits = round(result["recall"] * count)
+    return floor_clause(hits, count, "Before SFT the model") if at_floor(hits, count) else None
 
 
 def _drift_of(layer: Mapping[str, Any], kind: str) -> str:

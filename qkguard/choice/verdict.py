@@ -10,15 +10,17 @@ import numpy as np
 
 from qkguard.choice.candidates import Candidate
 from qkguard.choice.task import TaskResult
-from qkguard.probe.results import ProbeResult, wilson
+from qkguard.probe.results import ProbeResult
+from qkguard.probe.statistics import at_floor, paired_interval, wilson
+from qkguard.probe.words import floor_clause
 
-RESAMPLES = 2000  # bootstrap draws: the ends of a 95% interval have 50 of them beyond
+RESAMPLES = 2000  # bootstrap draws of losses: the ends of a 95% interval have 50 of them beyond
 FREE = 1e-3  # of task quality: a smaller loss, less than one row in a thousand, counts as none when layers are ranked
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A value with its 95% bootstrap interval."""
+    """A value with its 95% interval."""
 
     value: float
     low: float
@@ -119,18 +121,13 @@ def compare(points: Sequence[Measurement], seed: int) -> None:
     """Fill in intervals, differences from raw, and which points no other one beats; the same draws for all."""
     raw = _first(points, "raw")
     random = np.random.default_rng(seed)
-    draws = random.integers(len(raw.probe.sample_keys), size=(RESAMPLES, len(raw.probe.sample_keys)))
     rows = random.integers(len(raw.task.nll), size=(RESAMPLES, len(raw.task.nll))) if raw.task else None
     for point in points:
-        hits, theirs = (np.array(p.probe.correct, dtype=float) for p in (point, raw))
-        low, high = wilson(int(hits.sum()), len(hits))
-        point.recall = Interval(float(hits.mean()), low, high)
-        point.gain = _interval(float((hits - theirs).mean()), (hits - theirs)[draws].mean(1))
+        found, change = point.probe.total, point.probe.change_since(raw.probe)
+        point.recall = Interval(found.recall, *found.interval)
+        point.gain = Interval(change["value"], change["low"], change["high"])
         if rows is not None and point.task and raw.task:
-            mine, other = _qualities(point.task, rows), _qualities(raw.task, rows)
-            value = quality_of(point.task)
-            point.quality = _interval(value, mine)
-            point.change = _interval(value - quality_of(raw.task), mine - other)
+            point.quality, point.change = _task_intervals(point.task, raw.task, rows)
     for point in points:
         point.pareto = point.candidate.kind in ("raw", "method") and not any(
             _beats(other, point) for other in points if other.candidate.kind in ("raw", "method")
@@ -203,6 +200,9 @@ def _recall(point: Measurement) -> float:
 
 
 def _damage(base: Measurement, raw: Measurement) -> str:
+    found = base.probe.total
+    if at_floor(found.hits, found.count):
+        return f"{floor_clause(found.hits, found.count, 'The base')}."
     if base.gain.low > 0:
         return f"SFT took recall from {base.recall.value:.3f} to {raw.recall.value:.3f}."
     return (
@@ -300,10 +300,20 @@ def _beats(other: Measurement, point: Measurement) -> bool:
     return theirs != mine and all(a >= b for a, b in zip(theirs, mine, strict=True))
 
 
-def _qualities(task: TaskResult, rows: Any) -> Any:
-    if task.exact is not None:
-        return np.array(task.exact, dtype=float)[rows].mean(1)
-    return -np.array(task.nll)[rows].sum(1) / np.array(task.tokens, dtype=float)[rows].sum(1)
+def _task_intervals(task: TaskResult, raw: TaskResult, rows: Any) -> tuple[Interval, Interval]:
+    """Task quality and its paired difference from raw: of counts in closed form, of losses by bootstrap over `rows`."""
+    value = quality_of(task)
+    if task.exact is not None and raw.exact is not None:
+        pairs = list(zip(raw.exact, task.exact, strict=True))
+        low, high = paired_interval(pairs.count((True, False)), pairs.count((False, True)), len(pairs))
+        quality = Interval(value, *wilson(sum(task.exact), len(pairs)))
+        return quality, Interval(value - quality_of(raw), -high, -low)
+    mine, other = _losses(task, rows), _losses(raw, rows)
+    return _interval(value, -mine), _interval(value - quality_of(raw), other - mine)
+
+
+def _losses(task: TaskResult, rows: Any) -> Any:
+    return np.array(task.nll)[rows].sum(1) / np.array(task.tokens, dtype=float)[rows].sum(1)
 
 
 def _interval(value: float, drawn: Any) -> Interval:

@@ -9,6 +9,7 @@ import typer
 
 from qkguard.cli import options as opt
 from qkguard.cli.output import no_loading_bars, print_json, print_table, progress_bar, quiet_transformers, say, warn
+from qkguard.probe.words import change_in_points
 from qkguard.report.numbers import number
 
 if TYPE_CHECKING:
@@ -113,10 +114,8 @@ def _show(reports: list[ModelReport]) -> None:
     for report in reports:
         drop = drop_since_first(reports, report)
         if drop is not None:
-            say(
-                f"{report.name}: {-drop['drop']:+.1%} against {reports[0].name} "
-                f"(95%: {-drop['high']:+.1%} to {-drop['low']:+.1%})"
-            )
+            change = {"value": -drop["drop"], "low": -drop["high"], "high": -drop["low"], "count": drop["count"]}
+            say(f"{report.name} against {reports[0].name}: {change_in_points(change)}")
         told = report.result.generated
         if told:
             say(

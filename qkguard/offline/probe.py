@@ -25,6 +25,8 @@ from qkguard.probe.prober import Prober
 from qkguard.probe.prompt import Encoder, make_template
 from qkguard.probe.results import ProbeResult
 from qkguard.probe.settings import ProbeSettings, check_lengths
+from qkguard.probe.statistics import at_floor
+from qkguard.probe.words import floor_clause
 
 
 @dataclass
@@ -93,6 +95,9 @@ def _warnings(settings: ProbeSettings, result: ProbeResult, first: ProbeResult) 
         warnings.append("no attention mass: its attention does not go through transformers' AttentionInterface")
     if result.not_finite:
         warnings.append(f"the output was NaN or infinite on {result.not_finite} samples, counted as wrong")
+    found = result.total
+    if result is first and at_floor(found.hits, found.count):  # what the others are compared with
+        warnings.append(floor_clause(found.hits, found.count, "it"))
     if result.settings["digest"] != first.settings["digest"]:
         warnings.append("its tokenizer or template differs, so its samples are not those of the first model")
     return warnings
@@ -141,7 +146,8 @@ def drop_since_first(reports: Sequence[ModelReport], report: ModelReport) -> dic
     if report is reports[0] or report.result.settings["digest"] != first.settings["digest"]:
         return None
     drop = report.result.drop_since(first)
-    return {"drop": drop.drop, "low": drop.low, "high": drop.high, "p_value": drop.p_value}
+    bounds = {"drop": drop.drop, "low": drop.low, "high": drop.high}
+    return {**bounds, "p_value": drop.p_value, "count": drop.count}
 
 
 def _name(path: str, taken: Sequence[str]) -> str:

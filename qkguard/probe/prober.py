@@ -131,11 +131,15 @@ class Prober:
         }
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs to ask the same questions: the answer formats, and the digest to check by."""
+        """What a resumed run needs to ask the same questions: the answer formats, and the digest to check by.
+
+        `digest` says what decides these samples; `origin` leaves out which ones were asked.
+        """
         return {
             "forms": {task: found.to_json() for task, found in sorted(self.maker.formats.items())},
             "forms_seen": dict(self.formats_seen),
             "digest": self.maker.digest(self.sample_keys),
+            "origin": self.maker.digest(()),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from random import Random
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from qkguard.errors import QKGuardError
 from qkguard.probe.samples import SampleKey
+from qkguard.probe.statistics import paired_interval, sign_test, wilson
 
 VERSION = 1
 
@@ -63,10 +63,10 @@ class AttentionMass:
 
 @dataclass(frozen=True)
 class Drop:
-    """Fall of recall between two probes of the same samples.
+    """Fall of recall between two probes, on the `count` samples that both have.
 
-    `low` and `high` bound the drop at 95% (bootstrap over samples, paired). `p_value`: one-sided exact sign test of
-    "no drop" on the samples whose verdict changed (McNemar).
+    `lost` and `gained`: samples whose verdict changed. `low` and `high` bound the drop at 95% (paired;
+    `statistics.paired_interval`). `p_value`: one-sided exact sign test of "no drop" (McNemar).
     """
 
     before: float
@@ -74,14 +74,17 @@ class Drop:
     low: float
     high: float
     p_value: float
+    count: int
+    lost: int
+    gained: int
 
     @property
     def drop(self) -> float:
         return self.before - self.now
 
-    def is_alarming(self, threshold: float) -> bool:
+    def is_alarming(self, threshold: float, level: float = 0.05) -> bool:
         """A drop of at least `threshold` that noise does not explain."""
-        return self.drop >= threshold and self.low > 0 and self.p_value < 0.05
+        return self.drop >= threshold and self.p_value < level
 
 
 @dataclass(frozen=True)
@@ -131,24 +134,59 @@ class ProbeResult:
         return {key: self._group(members[key]) for key in sorted(members)}
 
     def drop_since(self, earlier: ProbeResult, **only: Any) -> Drop:
-        """Paired drop of recall since an earlier probe, over all samples or those with e.g. `length=4096`.
+        """Paired drop of recall since an earlier probe, on the samples that both have, or on those of them with e.g.
+        `length=4096`.
 
         Raises:
             QKGuardError: the two probed different samples.
         """
-        if self.sample_keys != earlier.sample_keys or self.settings.get("digest") != earlier.settings.get("digest"):
+        chosen = [pair for pair in self._pairs(earlier) if all(getattr(pair[0], k) == v for k, v in only.items())]
+        if not chosen:
+            raise QKGuardError(f"The probe has no samples with {only}.")
+        return _drop([before for _, before, _ in chosen], [now for _, _, now in chosen])
+
+    def change_since(self, earlier: ProbeResult) -> dict[str, float]:
+        """The paired difference of recall with its 95% interval, positive where it rose: value, low, high.
+
+        `before` is the earlier recall on the samples that both have, `count` their number.
+        """
+        drop = self.drop_since(earlier)
+        bounds = {"value": -drop.drop + 0, "low": -drop.high, "high": -drop.low}  # + 0: no -0.0
+        return {**bounds, "before": drop.before, "count": drop.count}
+
+    def only(self, keys: Iterable[SampleKey]) -> ProbeResult:
+        """The result on some of the samples; attention and generation, which are of all, are left out."""
+        wanted = set(keys)
+        if wanted.issuperset(self.sample_keys):
+            return self
+        kept = [i for i, key in enumerate(self.sample_keys) if key in wanted]
+        return replace(
+            self,
+            sample_keys=tuple(self.sample_keys[i] for i in kept),
+            correct=tuple(self.correct[i] for i in kept),
+            logprob=tuple(self.logprob[i] for i in kept),
+            settings={key: value for key, value in self.settings.items() if key != "digest"},
+            attention=None,
+            generated={},
+        )
+
+    def _pairs(self, earlier: ProbeResult) -> list[tuple[SampleKey, bool, bool]]:
+        """(sample, right earlier, right now) of the samples that both have.
+
+        Equal keys are equal samples where what makes them (`origin`) is equal, or everything (`digest`).
+        """
+        mine, other = self.settings, earlier.settings
+        same_maker = mine.get("origin") is not None and mine["origin"] == other.get("origin")
+        same_samples = self.sample_keys == earlier.sample_keys and mine.get("digest") == other.get("digest")
+        before = dict(zip(earlier.sample_keys, earlier.correct, strict=True))
+        pairs = [
+            (key, before[key], now) for key, now in zip(self.sample_keys, self.correct, strict=True) if key in before
+        ]
+        if not pairs or not (same_maker or same_samples):
             raise QKGuardError(
                 "Two probes of different samples cannot be compared. Probe both with the same settings."
             )
-        chosen = [i for i, c in enumerate(self.sample_keys) if all(getattr(c, k) == v for k, v in only.items())]
-        if not chosen:
-            raise QKGuardError(f"The probe has no samples with {only}.")
-        return _drop([earlier.correct[i] for i in chosen], [self.correct[i] for i in chosen])
-
-    def change_since(self, earlier: ProbeResult) -> dict[str, float]:
-        """The paired difference of recall with its 95% interval: positive where it rose."""
-        drop = self.drop_since(earlier)
-        return {"value": -drop.drop, "low": -drop.high, "high": -drop.low}
+        return pairs
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts; `from_json` gives an equal result (nan becomes null and back)."""
@@ -215,26 +253,12 @@ def alarm(now: ProbeResult, before: ProbeResult, threshold: float) -> tuple[str,
     return None
 
 
-def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's interval of a proportion (95% by default)."""
-    if count == 0:
-        return 0.0, 1.0
-    share, spread = hits / count, z * z / count
-    centre = (share + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(share * (1 - share) / count + spread / count / 4)
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def _drop(before: Sequence[bool], now: Sequence[bool], resamples: int = 2000) -> Drop:
+def _drop(before: Sequence[bool], now: Sequence[bool]) -> Drop:
     count = len(before)
     differences = [int(b) - int(n) for b, n in zip(before, now, strict=True)]
     lost, gained = differences.count(1), differences.count(-1)
-    rng = Random(0)
-    means = sorted(sum(rng.choices(differences, k=count)) / count for _ in range(resamples))
-    changed = lost + gained
-    p_value = sum(math.comb(changed, k) for k in range(lost, changed + 1)) / 2**changed
-    low, high = means[round(0.025 * (resamples - 1))], means[round(0.975 * (resamples - 1))]
-    return Drop(sum(before) / count, sum(now) / count, low, high, p_value)
+    low, high = paired_interval(lost, gained, count)
+    return Drop(sum(before) / count, sum(now) / count, low, high, sign_test(lost, gained), count, lost, gained)
 
 
 def _plain(value: float) -> float | None:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from qkguard.checkpoint.manifest import MANIFEST, load_manifest
 from qkguard.errors import QKGuardError
-from qkguard.probe.results import wilson
+from qkguard.probe.statistics import at_floor, wilson
 
 logger = logging.getLogger(__name__)
 
@@ -43,14 +43,20 @@ class Proportion:
         """Wilson's 95% interval."""
         return wilson(round(self.hits), self.count)
 
+    @property
+    def at_floor(self) -> bool:
+        """Whether so few needles are found that no loss can be seen."""
+        return at_floor(round(self.hits), self.count)
+
 
 @dataclass(frozen=True)
 class ProbeRow:
     """One probe of the raw or the restored weights, as a row of metrics.jsonl tells it.
 
     `groups`: {"task", "length", "depth", "recall", "count"}; `needle_mass`: {"length", "layers", "heads"}, the
-    attention on the needle by layer and head; `change`: {"value", "low", "high"}, the paired difference of recall with
-    its 95% interval: raw weights against the probe before training, restored ones against the raw ones of that step.
+    attention on the needle by layer and head; `change`: {"value", "low", "high", "before", "count"}, the paired
+    difference of recall with its 95% interval: raw weights against the probe before training, restored ones against
+    the raw ones of that step; `before` is the recall that is compared with, on the `count` samples that both have.
     """
 
     step: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qkguard.probe.words import floor_clause, is_no_difference, no_difference, points
 from qkguard.report.numbers import plural
 from qkguard.report.run import DRIFT, ProbeRow, Run
 
@@ -13,19 +14,31 @@ def describe(run: Run) -> list[str]:
 
 def _recall(run: Run) -> list[str]:
     before, raw = run.probe_of("before"), run.probe_of("raw")
+    if before is not None and before.total.at_floor:
+        return [f"{_floor(before, 'Before training the model')}.", *([] if raw is None else [_alone(raw)])]
     if raw is None:
         return ["Recall was not probed after the first step (probe_steps=0, or probes were off: see the run's log)."]
     if before is None:
-        return [f"Recall at step {raw.step} is {_recall_of(raw)}; no probe from before training to compare with."]
+        return [f"{_alone(raw).rstrip('.')}; no probe from before training to compare with."]
     both = f"Recall was {_recall_of(before)} before training and is {_recall_of(raw)} at step {raw.step}"
     if raw.change is None:
         return [f"{both}.", *_worst_length(before, raw)]
     if raw.change["high"] < 0:
-        fell = f"{both}: it fell by {_points(-raw.change['value'])} ({_interval(raw, sign=-1)})."
+        fell = f"{both}: it fell by {points(-raw.change['value'])} ({_interval(raw, sign=-1)})."
         return [fell, *_first_low(run, before), *_worst_length(before, raw)]
     if raw.change["low"] > 0:
-        return [f"{both}: it rose by {_points(raw.change['value'])} ({_interval(raw)}).", *_worst_length(before, raw)]
+        return [f"{both}: it rose by {points(raw.change['value'])} ({_interval(raw)}).", *_worst_length(before, raw)]
+    if is_no_difference(raw.change):
+        return [f"{both}: {no_difference(_compared(raw))}.", *_worst_length(before, raw)]
     return [f"{both}: no change beyond noise ({_interval(raw)}).", *_worst_length(before, raw)]
+
+
+def _floor(probe: ProbeRow, who: str) -> str:
+    return floor_clause(round(probe.total.hits), probe.total.count, who)
+
+
+def _alone(probe: ProbeRow) -> str:
+    return f"Recall at step {probe.step} is {_recall_of(probe)}."
 
 
 def _first_low(run: Run, before: ProbeRow) -> list[str]:
@@ -58,23 +71,38 @@ def _restored(run: Run) -> list[str]:
         return [f"{now}."]
     if change["low"] > 0:
         return [
-            f"{now}, {_points(change['value'])} above the raw weights ({_interval(restored)}). "
+            f"{now}, {points(change['value'])} above the raw weights ({_interval(restored)}). "
             "Where recall counts, the restored model is recommended. `qkguard sweep` measures what it costs in task "
             "quality."
         ]
     if change["high"] < 0:
         return [
-            f"{now}, {_points(-change['value'])} below the raw weights ({_interval(restored, sign=-1)}). "
+            f"{now}, {points(-change['value'])} below the raw weights ({_interval(restored, sign=-1)}). "
             "The raw model is recommended: on this run, restoring costs recall."
         ]
-    same = f"{now}, no different from the raw weights beyond noise ({_interval(restored)})"
+    return [f"{now}; against the raw weights, {_like_raw(restored)}: {_why_alike(run, raw, restored)}"]
+
+
+def _like_raw(restored: ProbeRow) -> str:
+    assert restored.change is not None
+    if is_no_difference(restored.change):
+        return no_difference(_compared(restored))
+    return f"no difference beyond noise ({_interval(restored)})"
+
+
+def _why_alike(run: Run, raw: ProbeRow, restored: ProbeRow) -> str:
+    """Why restored weights recall what raw ones recall, and which to use where that is known; ends the sentence."""
+    before = run.probe_of("before")
+    if before is not None and before.total.at_floor:
+        return f"{_floor(before, 'the model before training')}."
+    if before is None and raw.total.at_floor and restored.total.at_floor:
+        return f"{_floor(raw, 'the raw model')}."
     if raw.change is None:
-        return [f"{same}. Use the raw model."]
+        return "without a probe from before training, nothing shows a loss. Use the raw model."
     if raw.change["high"] < 0:
-        why = "as far as this probe can tell, what was restored is not what recall was lost through"
-    else:
-        why = "there was no loss to repair"
-    return [f"{same}: {why}. Use the raw model."]
+        lost = "as far as this probe can tell, what was restored is not what recall was lost through"
+        return f"{lost}. Use the raw model."
+    return "there was no loss to repair. Use the raw model."
 
 
 def _drift(run: Run) -> list[str]:
@@ -105,8 +133,10 @@ def _recall_of(probe: ProbeRow) -> str:
     return f"{probe.recall:.3f}" + (f" ({plural(probe.total.count, 'sample')})" if probe.groups else "")
 
 
-def _points(share: float) -> str:
-    return f"{100 * share:.1f} points"
+def _compared(probe: ProbeRow) -> int:
+    """How many samples its change is measured on; rows of earlier versions do not say."""
+    assert probe.change is not None
+    return int(probe.change.get("count", probe.total.count))
 
 
 def _interval(probe: ProbeRow, sign: int = 1) -> str:

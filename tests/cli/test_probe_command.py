@@ -47,7 +47,7 @@ def test_models_side_by_side(run: Run, broken: Path, tmp_path: Path) -> None:
     table = [line.split() for line in out.splitlines() if line.startswith(("single_1", "multikey_2", "all"))]
     assert [row[0] for row in table] == ["multikey_2", "multikey_2", "single_1", "single_1", "all"]
     assert float(table[-1][1].rstrip("%")) > 90 and float(table[-1][2].rstrip("%")) < 30
-    assert "run/model" in out and "against model (95%:" in out
+    assert re.search(r"run/model against model: -\d{2,3}\.\d points \(95% -\d", out)
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "a.html").read_text()
     assert page.count("data:image/png;base64,") == 2 * 3, "three pictures, light and dark"
@@ -55,6 +55,16 @@ def test_models_side_by_side(run: Run, broken: Path, tmp_path: Path) -> None:
         r"<td>multikey_2</td><td>256</td><td>\d+\.\d% \(\d+% to \d+%\)</td>", page
     )
     assert "http" not in page  # nothing is loaded from elsewhere
+
+
+def test_a_first_model_that_finds_nothing_is_said_to_show_no_loss(run: Run, broken: Path) -> None:
+    for file in DEMO.glob("token*"):
+        shutil.copy(file, broken)
+    few = ("--lengths", "256", "--depths", "2", "--samples", "1", "--tasks", "mk2")
+    code, _, err = run("probe", broken, DEMO, *few)
+    assert code == 0 and "it finds no needles here (0 of 2), so this probe cannot show a loss" in err
+    code, out, err = run("probe", DEMO, DEMO, *few)
+    assert code == 0 and "no difference measured (2 samples)" in out and "needles" not in err
 
 
 def test_an_adapter_is_probed_on_the_base_it_names(tmp_path: Path) -> None:

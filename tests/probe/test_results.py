@@ -11,7 +11,7 @@ import pytest
 from scipy.stats import binomtest
 
 from qkguard.errors import QKGuardError
-from qkguard.probe.results import AttentionMass, ProbeResult, wilson
+from qkguard.probe.results import AttentionMass, ProbeResult
 from qkguard.probe.samples import plan
 
 CELLS = plan(["s1", "s2"], [256, 512], 5, 4)
@@ -20,13 +20,6 @@ CELLS = plan(["s1", "s2"], [256, 512], 5, 4)
 def result(correct: list[bool], **options: object) -> ProbeResult:
     logprob = tuple(-0.1 if c else -2.0 for c in correct)
     return ProbeResult(CELLS, tuple(correct), logprob, {"digest": "x", "forms": {}}, **options)  # type: ignore[arg-type]
-
-
-def test_wilson_is_scipys() -> None:
-    for hits, count in ((0, 5), (3, 10), (20, 20), (1, 300)):
-        interval = binomtest(hits, count).proportion_ci(method="wilson")
-        assert wilson(hits, count) == pytest.approx((interval.low, interval.high), abs=1e-4)
-    assert wilson(0, 0) == (0.0, 1.0)
 
 
 def test_groups() -> None:
@@ -78,7 +71,8 @@ def test_noise_does_not_alarm() -> None:
     assert drop.p_value == pytest.approx(binomtest(lost, 6, alternative="greater").pvalue)
     assert not drop.is_alarming(0.0)
     same = result(truth).drop_since(result(truth))
-    assert (same.drop, same.low, same.high, same.p_value) == (0, 0, 0, 1)
+    assert (same.drop, same.p_value, same.count) == (0, 1, 80)
+    assert same.low == pytest.approx(-0.0338, abs=1e-4) and same.high == -same.low, "80 samples are no certainty"
 
 
 def test_a_drop_at_one_length_is_seen_there() -> None:
@@ -95,3 +89,19 @@ def test_different_samples_are_not_compared() -> None:
     other = replace(result([True] * 80), settings={"digest": "y"})
     with pytest.raises(QKGuardError, match="different samples"):
         other.drop_since(result([True] * 80))
+
+
+def test_probes_of_some_of_the_samples_are_compared_on_those_that_both_have() -> None:
+    before = replace(result([True] * 80), settings={"digest": "x", "origin": "o"})
+    now = replace(result([c.length == 256 for c in CELLS]), settings={"digest": "y", "origin": "o"})
+    fewer = now.only([c for c in CELLS if c.index < 2 and c.length == 512] + [CELLS[0]])
+    assert len(fewer.sample_keys) == 21 and fewer.recall == pytest.approx(1 / 21)
+    drop = fewer.drop_since(before)
+    assert (drop.count, drop.lost, drop.gained, drop.before) == (21, 20, 0, 1.0)
+    assert fewer.change_since(before)["count"] == 21 and fewer.change_since(before)["value"] == pytest.approx(-20 / 21)
+    for other in ({"digest": "x", "origin": "p"}, {"digest": "x"}):
+        with pytest.raises(QKGuardError, match="different samples"):
+            fewer.drop_since(replace(before, settings=other))
+    with pytest.raises(QKGuardError, match="different samples"):
+        now.only(CELLS[:1]).drop_since(before.only(CELLS[1:]))
+    assert now.only(CELLS) is now

@@ -13,12 +13,13 @@ from PIL import Image
 from transformers import AutoModelForCausalLM
 
 from qkguard import QKGuardCallback, QKGuardError
+from qkguard.checkpoint.card import model_card
 from qkguard.report.run import load_run
 from qkguard.report.run_page import write_comparison, write_report
 from qkguard.report.sentences import describe
 from qkguard.training.metrics_log import MetricsLog
 from tests.support import judge
-from tests.support.probing import bpe_tokenizer
+from tests.support.probing import bpe_tokenizer, pretend
 from tests.support.training import arguments, save_base, train
 
 PICTURES = {"recall", "recall_grid", "drift", "drift_layers", "needle_mass"}
@@ -43,7 +44,9 @@ def probing_guard(**options: Any) -> QKGuardCallback:
 @pytest.fixture(scope="module")
 def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("probed")
-    guarded(base, folder, probing_guard())
+    with pytest.MonkeyPatch.context() as patch:
+        pretend(patch, lambda number, key: number == 0 or key.depth == 0)
+        guarded(base, folder, probing_guard())
     return folder / "run"
 
 
@@ -127,7 +130,18 @@ def test_the_card_shows_recall_before_raw_and_restored(run: Path) -> None:
         sum(g["recall"] for g in probe[w]["groups"] if g["length"] == 192) for w in ("before", "raw", "restored")
     ]
     assert [float(cell) for cell in table[0][1:]] == [round(v, 2) for v in values]
-    assert "Restored against raw:" in card and "before SFT | raw | Q/K restored (this model)" in card
+    assert values == [1, 0.5, 0.5] and "before SFT | raw | Q/K restored (this model)" in card
+    assert "Restored against raw: no difference measured (4 samples)." in card and "no needles" not in card
+
+
+def test_the_card_says_where_the_probe_can_show_nothing(run: Path) -> None:
+    manifest = json.loads((run / "checkpoint-3/qk_restored/qkguard.json").read_text())
+    assert "Restored against raw:" in model_card(manifest)
+    before = manifest["probe"]["before"]
+    before["recall"] = 0.0
+    text = model_card(manifest)
+    assert "Before SFT the model finds no needles here (0 of 4), so this probe cannot show a loss." in text
+    assert "Restored against raw:" not in text
 
 
 def told(tmp_path: Path, *probes: tuple[int, str, float, tuple[float, float] | None]) -> str:
@@ -154,7 +168,7 @@ def test_sentences_say_what_was_measured(tmp_path: Path) -> None:
     assert "40.0 points above the raw weights" in text and "the restored model is recommended" in text
     text = told(tmp_path, *lost, (9, "restored", 0.42, (-0.05, 0.09)))
     assert (
-        "no different from the raw weights" in text and "what was restored is not what recall was lost through" in text
+        "no difference beyond noise" in text and "what was restored is not what recall was lost through" in text
     )
     assert "Use the raw model" in text
     text = told(tmp_path, *lost, (9, "restored", 0.2, (-0.3, -0.1)))
@@ -163,6 +177,18 @@ def test_sentences_say_what_was_measured(tmp_path: Path) -> None:
     assert "rose by 20.0 points" in text and "restored" not in text
     text = told(tmp_path, (0, "raw", 0.5, None), (9, "raw", 0.48, (-0.1, 0.06)), (9, "restored", 0.5, (-0.02, 0.06)))
     assert "no change beyond noise" in text and "no loss to repair" in text
+    same = ((0, "raw", 0.5, None), (9, "raw", 0.5, (-0.05, 0.05)), (9, "restored", 0.5, (-0.05, 0.05)))
+    text = told(tmp_path, *same)
+    assert text.count("no difference measured (50 samples)") == 2 and "0.0 points" not in text and "-0.0" not in text
+    text = told(tmp_path, (0, "raw", 0.0, None))
+    assert text == (
+        "Before training the model finds no needles here (0 of 50), so this probe cannot show a loss."
+    )
+    text = told(tmp_path, (0, "raw", 0.02, None), *((9, w, 0.0, (-0.08, 0.04)) for w in ("raw", "restored")))
+    assert "finds only 1 of 50 needles here" in text and "cannot show a loss" in text
+    assert "no loss to repair" not in text and "se the raw model" not in text
+    text = told(tmp_path, (9, "raw", 0.0, None), (9, "restored", 0.0, (-0.05, 0.05)))
+    assert "the raw model finds no needles here" in text and "Use the raw model" not in text
     assert "no probe from before training" in told(tmp_path, (9, "raw", 0.4, None))
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "qkguard/drift/q_rel": 0.25}))
     text = " ".join(describe(load_run(tmp_path)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from random import Random
 from typing import Any
@@ -13,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from qkguard.probe.prober import Prober
 from qkguard.probe.prompt import AnswerFormat
+from qkguard.probe.results import ProbeResult
 from qkguard.probe.samples import Sample, SampleKey
 from qkguard.probe.tasks import TASKS, example
 
@@ -106,6 +109,29 @@ def greedy_tokens(model: nn.Module, prompt: list[int], count: int) -> list[int]:
         pad_token_id=0,
     )
     return out[0, len(prompt) :].tolist()
+
+
+def pretend(patch: Any, verdict: Callable[[int, SampleKey], bool]) -> list[int]:
+    """Let a tiny model find needles: sample `key` of the n-th pass (from 0) is right where `verdict(n, key)` says so.
+
+    `patch`: pytest's monkeypatch. The list that is returned has an entry, its number of samples, for every pass.
+    """
+    original, passes = Prober.run, []
+
+    def run(self: Prober, *args: Any, **options: Any) -> ProbeResult:
+        number = len(passes)
+        passes.append(0)
+        found = original(self, *args, **options)
+        passes[number] = len(found.sample_keys)
+        return replace(found, correct=tuple(verdict(number, key) for key in found.sample_keys))
+
+    patch.setattr(Prober, "run", run)
+    return passes
+
+
+def always(number: int, key: SampleKey) -> bool:
+    """A verdict for `pretend`: every needle is found."""
+    return True
 
 
 @torch.no_grad()
