@@ -301,7 +301,7 @@ def _beats(other: Measurement, point: Measurement) -> bool:
 
 
 def _task_intervals(task: TaskResult, raw: TaskResult, rows: Any) -> tuple[Interval, Interval]:
-    """Task quality and its paired difference from raw: of counts in closed form, of losses by bootstrap over `rows`."""
+    """Task quality and its paired difference from raw: of counts in closed form, of losses by bootstrap."""
     value = quality_of(task)
     if task.exact is not None and raw.exact is not None:
         pairs = list(zip(raw.exact, task.exact, strict=True))

@@ -32,8 +32,8 @@ from qkguard.offline.sweep_page import html_page, tradeoff_figure
 from qkguard.offline.sweep_swap import CandidateSwap
 from qkguard.offline.task_rows import read_rows
 from qkguard.probe.results import ProbeResult
-from qkguard.probe.statistics import paired_interval
 from qkguard.probe.samples import SampleKey
+from qkguard.probe.statistics import paired_interval
 from qkguard.report.page import themed_png
 from tests.support import zoo
 from tests.support.models import save_pair, tiny_model

@@ -66,8 +66,16 @@ def test_the_sign_test_is_scipys() -> None:
 
 @pytest.mark.parametrize(
     ("hits", "count", "floor"),
-    [(0, 90, True), (0, 2, True), (3, 90, True), (4, 90, True), (5, 90, False), (2, 2, False), (4, 10, False)]
-    + [(0, 0, False), (90, 90, False)],
+    [
+        (0, 90, True),
+        (0, 2, True),
+        (3, 90, True),
+        (4, 90, True),
+        (5, 90, False),
+        (2, 2, False),
+        (4, 10, False),
+        (0, 0, False),
+    ],
 )
 def test_floor(hits: int, count: int, floor: bool) -> None:
     assert at_floor(hits, count) is floor

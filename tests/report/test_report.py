@@ -167,9 +167,7 @@ def test_sentences_say_what_was_measured(tmp_path: Path) -> None:
     assert "first seen more than 10 points below at step 5" in text
     assert "40.0 points above the raw weights" in text and "the restored model is recommended" in text
     text = told(tmp_path, *lost, (9, "restored", 0.42, (-0.05, 0.09)))
-    assert (
-        "no difference beyond noise" in text and "what was restored is not what recall was lost through" in text
-    )
+    assert "no difference beyond noise" in text and "what was restored is not what recall was lost through" in text
     assert "Use the raw model" in text
     text = told(tmp_path, *lost, (9, "restored", 0.2, (-0.3, -0.1)))
     assert "20.0 points below the raw weights" in text and "raw model is recommended" in text
@@ -181,9 +179,7 @@ def test_sentences_say_what_was_measured(tmp_path: Path) -> None:
     text = told(tmp_path, *same)
     assert text.count("no difference measured (50 samples)") == 2 and "0.0 points" not in text and "-0.0" not in text
     text = told(tmp_path, (0, "raw", 0.0, None))
-    assert text == (
-        "Before training the model finds no needles here (0 of 50), so this probe cannot show a loss."
-    )
+    assert text == ("Before training the model finds no needles here (0 of 50), so this probe cannot show a loss.")
     text = told(tmp_path, (0, "raw", 0.02, None), *((9, w, 0.0, (-0.08, 0.04)) for w in ("raw", "restored")))
     assert "finds only 1 of 50 needles here" in text and "cannot show a loss" in text
     assert "no loss to repair" not in text and "se the raw model" not in text
