@@ -17,7 +17,6 @@ from typing import Any
 
 from peft import get_peft_model_state_dict
 from peft.utils.other import get_pattern_key
-from safetensors.torch import save_file
 from torch import Tensor
 
 from qkguard.adapters.files import ADAPTER_CONFIG, ADAPTER_TENSORS, check_tensors, open_adapter
@@ -25,7 +24,7 @@ from qkguard.adapters.meta_model import quiet
 from qkguard.checkpoint.card import adapter_card, read_card
 from qkguard.checkpoint.files import copy_auxiliary, copy_named, link_or_copy, write_text
 from qkguard.checkpoint.manifest import FORMAT, MANIFEST, describe_file, dump, versions
-from qkguard.checkpoint.safetensors_io import read_header, same_bits
+from qkguard.checkpoint.safetensors_io import SafetensorsWriter, read_header, same_bits
 from qkguard.checkpoint.staging import Staging
 from qkguard.checkpoint.write import check_target, readable_errors
 from qkguard.distributed import ranks, sharding
@@ -66,7 +65,7 @@ def write_restored_adapter(
     removal = restrict(tensors, config, qk_modules(selection), share)
     with readable_errors(out), Staging(out, staging) as made:
         file = made.folder / ADAPTER_TENSORS
-        _save_tensors({_loadable(key): tensor for key, tensor in tensors.items()}, file, made.mode)
+        _save_tensors({_loadable(key): tensor for key, tensor in tensors.items()}, file)
         write_text(made.folder / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
         auxiliary = copy_auxiliary(raw, made.folder)
         manifest = {
@@ -213,16 +212,18 @@ def _compare(ours: dict[str, Tensor], raw: dict[str, Tensor], manifest: Mapping[
             raise QKGuardError(f"{folder}: {key} is not what its manifest says it is. Restore it again.")
 
 
-def copy_adapter(raw: Path, out: Path) -> None:
+def copy_adapter(raw: Path, out: Path, staging: Path | None = None) -> None:
     """Another name for an adapter folder (tensors linked where possible), replacing an older one."""
-    with Staging(out) as made:
-        link_or_copy(raw / ADAPTER_TENSORS, made.folder / ADAPTER_TENSORS, made.mode)
+    with Staging(out, staging) as made:
+        link_or_copy(raw / ADAPTER_TENSORS, made.folder / ADAPTER_TENSORS)
         copy_named(raw / ADAPTER_CONFIG, made.folder / ADAPTER_CONFIG)
         copy_auxiliary(raw, made.folder)
         made.publish()
 
 
-def export_adapter(model: Any, name: str, folder: Path, processing_class: Any = None) -> None:
+def export_adapter(
+    model: Any, name: str, folder: Path, processing_class: Any = None, staging: Path | None = None
+) -> None:
     """Write one live adapter, gathered a parameter at a time, by rank 0; ALL ranks must call this."""
     mine = [(n, p) for n, p in model.named_parameters(remove_duplicate=False) if name in n.split(".")]
     state = {}
@@ -237,8 +238,8 @@ def export_adapter(model: Any, name: str, folder: Path, processing_class: Any = 
             )
         tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
         check_tensors({key: tuple(t.shape) for key, t in tensors.items()}, f"the adapter {name!r}")
-        with Staging(folder) as made:
-            _save_tensors(tensors, made.folder / ADAPTER_TENSORS, made.mode)
+        with Staging(folder, staging) as made:
+            _save_tensors(tensors, made.folder / ADAPTER_TENSORS)
             _save_config(model, name, made.folder)
             if processing_class is not None:
                 processing_class.save_pretrained(made.folder)
@@ -247,9 +248,17 @@ def export_adapter(model: Any, name: str, folder: Path, processing_class: Any = 
     ranks.on_rank_zero(f"writing the adapter {name}", write)
 
 
-def _save_tensors(tensors: dict[str, Tensor], file: Path, mode: int) -> None:
-    save_file(tensors, file, metadata={"format": "pt"})
-    os.chmod(file, mode)  # safetensors makes it the owner's alone
+def _save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """In the order of `safetensors.torch.save_file`, which makes its files the owner's alone and not durable."""
+    ordered = sorted(tensors.items(), key=_widest_first)
+    writer = SafetensorsWriter(file, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in ordered})
+    for _, tensor in ordered:
+        writer.write(tensor)
+    writer.close()
+
+
+def _widest_first(entry: tuple[str, Tensor]) -> tuple[int, str]:
+    return -entry[1].element_size(), entry[0]
 
 
 def _save_config(model: Any, name: str, folder: Path) -> None:

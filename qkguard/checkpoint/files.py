@@ -134,11 +134,10 @@ def copy_bytes(src: int, dst: int, copied: Callable[[int], None] | None = None) 
             tell(count)
 
 
-def link_or_copy(source: Path, target: Path, mode: int) -> bool:
+def link_or_copy(source: Path, target: Path) -> bool:
     """Hard-link a file, or copy it where that fails; True where it was linked.
 
-    A link shares its permissions with the source, and safetensors writes 0600: bits of `mode` that the source lacks
-    are added, so that whoever may read the new folder can read all of it.
+    A link is the source's own file under another name, mode bits included: they are the user's and stay as they are.
     """
     try:
         os.link(os.path.realpath(source), target)
@@ -147,14 +146,6 @@ def link_or_copy(source: Path, target: Path, mode: int) -> bool:
             raise
         copy_file(source, target)
         return False
-    have = target.stat().st_mode & 0o777
-    if have | mode != have:
-        try:
-            os.chmod(target, have | mode)
-        except OSError:  # somebody else's file
-            os.unlink(target)
-            copy_file(source, target)
-            return False
     return True
 
 

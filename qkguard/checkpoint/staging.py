@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from tempfile import mkdtemp
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
@@ -21,35 +23,45 @@ LOCK, ASSEMBLED, REPLACED = "lock", "new", "old"
 class Staging:
     """A folder in the making: assembled under a name that no reader accepts, then renamed to `out`.
 
-    The temporary folder lies beside `out`, or in `parent` on the same file system. Its maker holds a lock in it for
-    as long as it lives: so what a killed process left is told from what another one is writing. Leaving the `with`
-    block without `publish` removes everything.
+    The temporary folder lies in `place` if `out` can be reached from there by a rename, else beside `out`. Its maker
+    holds a lock in it for as long as it lives: so what a killed process left is told from what another one is
+    writing. Leaving the `with` block without `publish` removes everything.
+
+    Attributes:
+        folder: where the files go.
+        place: the folder that holds the temporary folder.
 
     Raises:
-        QKGuardError: another process is writing `out`, or `parent` is on another file system.
+        QKGuardError: another process is writing `out`.
     """
 
-    def __init__(self, out: Path, parent: Path | None = None) -> None:
-        self.out, self.folder = out, assembled_folder(out, parent)
-        self.temporary = self.folder.parent
+    def __init__(self, out: Path, place: Path | None = None) -> None:
+        self.out, self.place = out, out.parent
         self._made: list[Path] = []
         self._lock: BaseFileLock | None = None
         try:
-            self._create()
+            self._create(place)
         except BaseException:
             self.discard()
             raise
 
-    def _create(self) -> None:
-        parent = self.temporary.parent
-        for folder in (self.out.parent, parent):
-            self._made += [p for p in (folder, *folder.parents) if not p.exists()]
-            folder.mkdir(parents=True, exist_ok=True)
-        if parent.stat().st_dev != self.out.parent.stat().st_dev:
-            raise QKGuardError(f"{parent} and {self.out.parent} are on different file systems. Choose a nearer one.")
-        for other in parent.glob(f"{TEMPORARY}*"):
-            if other != self.temporary:
-                _remove_abandoned(other)
+    @property
+    def temporary(self) -> Path:
+        """The temporary folder, with the lock in it."""
+        return self.place / f"{TEMPORARY}{self.out.parent.name}-{self.out.name}"
+
+    @property
+    def folder(self) -> Path:
+        return self.temporary / ASSEMBLED
+
+    def _create(self, place: Path | None) -> None:
+        self._make(self.out.parent)
+        remove_abandoned(self.out.parent.glob(f"{TEMPORARY}*"))
+        if place is not None and place != self.place:
+            self._make(place)
+            remove_abandoned(place.glob(f"{TEMPORARY}*"))
+            if _can_rename(place, self.out.parent):
+                self.place = place
         self._lock = _try_lock(self.temporary)
         if self._lock is None:
             raise QKGuardError(
@@ -60,10 +72,9 @@ class Staging:
                 shutil.rmtree(left)
         self.folder.mkdir()
 
-    @property
-    def mode(self) -> int:
-        """The mode that the umask gives a file."""
-        return self.folder.stat().st_mode & 0o666
+    def _make(self, folder: Path) -> None:
+        self._made += [p for p in (folder, *folder.parents) if not p.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
 
     def publish(self, *, replace: bool = True) -> None:
         """Make the folder durable and rename it to `out`; with `replace` an older one there gives way."""
@@ -95,9 +106,22 @@ class Staging:
         self.discard()
 
 
-def assembled_folder(out: Path, parent: Path | None = None) -> Path:
-    """Where `out` is assembled: in a temporary folder beside it, or in `parent`."""
-    return (parent or out.parent) / f"{TEMPORARY}{out.parent.name}-{out.name}" / ASSEMBLED
+def _can_rename(place: Path, target: Path) -> bool:
+    """Whether a folder in `place` can be renamed into `target`: tried, because equal device numbers are no promise
+    (two mounts of one file system, as containers have them).
+    """
+    try:
+        probe = Path(mkdtemp(prefix=TEMPORARY, dir=place))
+    except OSError:  # read-only, or full
+        return False
+    try:
+        probe.rename(target / probe.name)
+    except OSError:
+        return False
+    finally:
+        for folder in (probe, target / probe.name):
+            shutil.rmtree(folder, ignore_errors=True)
+    return True
 
 
 def _try_lock(folder: Path) -> BaseFileLock | None:
@@ -122,10 +146,11 @@ def _try_lock(folder: Path) -> BaseFileLock | None:
     return lock
 
 
-def _remove_abandoned(folder: Path) -> None:
-    """Remove a temporary folder whose maker is dead; one that cannot be judged or removed stays."""
-    with suppress(OSError):
-        lock = _try_lock(folder)
-        if lock is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-            lock.release()
+def remove_abandoned(folders: Iterable[Path]) -> None:
+    """Remove temporary folders whose makers are dead; one that cannot be judged or removed stays."""
+    for folder in folders:
+        with suppress(OSError):
+            lock = _try_lock(folder)
+            if lock is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                lock.release()

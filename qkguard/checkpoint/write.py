@@ -31,7 +31,7 @@ from qkguard.checkpoint.files import (
 )
 from qkguard.checkpoint.manifest import MANIFEST, build_manifest, describe_file, dump
 from qkguard.checkpoint.safetensors_io import Header, TensorEntry, opened, read_header
-from qkguard.checkpoint.staging import Staging, assembled_folder
+from qkguard.checkpoint.staging import Staging
 from qkguard.checkpoint.weights import WeightFolder
 from qkguard.errors import QKGuardError
 
@@ -89,8 +89,8 @@ class FolderPlan:
         other_files: files beside those that travel with the raw weights, or in their place: name -> a file to copy,
             or the text to write.
         cards: folders whose model card lends its metadata; the first that has one counts.
-        staging: assemble in this folder (on the file system of `out`) instead of beside `out`; needed where a
-            background upload watches the folder around `out`.
+        staging: assemble in this folder instead of beside `out`, where a rename reaches `out` from it; needed where
+            a background upload watches the folder around `out`.
         overwrite: replace an earlier folder of qkguard's at `out`.
     """
 
@@ -131,7 +131,7 @@ def write_folder(
         The manifest, as written to `plan.out/qkguard.json`.
     """
     with prepare(plan) as staging:
-        return publish(plan, staging, write_files(plan, progress=progress), extra)
+        return publish(plan, staging, write_files(plan, staging.folder, progress=progress), extra)
 
 
 def prepare(plan: FolderPlan) -> Staging:
@@ -164,9 +164,11 @@ def _check_space(plan: FolderPlan, folder: Path) -> None:
 
 
 def write_files(
-    plan: FolderPlan, rank: int = 0, world: int = 1, progress: BytesProgress | None = None
+    plan: FolderPlan, folder: Path, rank: int = 0, world: int = 1, progress: BytesProgress | None = None
 ) -> list[Record]:
     """Write every `world`-th weight file of the plan, from the `rank`-th on, after `prepare`; no collective.
+
+    `folder` is that of the staging that `prepare` made.
 
     Returns:
         A record of each file written, for `publish`.
@@ -180,7 +182,6 @@ def write_files(
         if progress:
             progress(done, total)
 
-    folder = assembled_folder(plan.out, plan.staging)
     # Hashing releases the interpreter's lock, so it runs beside the reading and the drift sums.
     with readable_errors(plan.out), ThreadPoolExecutor(1) as hashing:
         return [_write_file(plan.weights, file, folder, hashing, written) for file in files]
@@ -199,7 +200,7 @@ def _write_file(
     source, header = weights.folder / file.source, weights.files[file.source]
     record["raw"] = describe_file(source, header)
     if not file.patches:
-        linked = link_or_copy(source, target, mode=folder.stat().st_mode & 0o666)
+        linked = link_or_copy(source, target)
         written(file.nbytes)
         return record | {"made": "linked" if linked else "copied", "written": record["raw"]}
     _copy_and_patch(source, target, file, header, hashing, written, record)

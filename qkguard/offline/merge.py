@@ -106,7 +106,7 @@ def merge_adapter(
     )
     plan = plan_merge(merge, Path(out), chosen, overwrite=overwrite)
     with prepare(plan) as staging:
-        records = write_files(plan, progress=progress)
+        records = write_files(plan, staging.folder, progress=progress)
         records[0]["layers"] = list(layer_drifts(merge))
         return publish(plan, staging, records, {"adapter": describe_adapter(merge.adapter), **(extra or {})})
 

@@ -97,7 +97,7 @@ def restore_checkpoint(
             overwrite=overwrite,
         )
         with prepare(plan) as staging:
-            records = write_files(plan, progress=progress)
+            records = write_files(plan, staging.folder, progress=progress)
             found = {"warnings": pair.warnings, "nonfinite": scan.result()}
             return publish(plan, staging, records, {**(extra or {}), **found})
 

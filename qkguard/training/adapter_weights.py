@@ -43,6 +43,7 @@ class AdapterWeights:
         drift_monitor: measures drift of the effective weights; None if no adapter is on queries or keys.
         swap: opens a context in which adapters move queries and keys only by the share that stays; None where no such
             context is possible.
+        staging: where folders are assembled (`FolderPlan`); set when a `train()` begins.
 
     Raises:
         QKGuardError: on all ranks, for PEFT methods other than LoRA, rsLoRA and DoRA, for settings that need full
@@ -54,6 +55,7 @@ class AdapterWeights:
     ) -> None:
         _check_settings(config)
         self.config, self.model, self.folder, self.writers, self.selection = config, model, folder, writers, selection
+        self.staging: Path | None = None
         # How much of the adapters' effect on queries and keys stays
         self.share = 1.0 - config.alpha if config.method == "interpolate" else 0.0
         self.weights = adapted_weights(model, selection, merging=config.merge_at_end)
@@ -145,7 +147,7 @@ class AdapterWeights:
             # Trainer leaves no barrier behind a save, so this also waits until every writer has finished
             if not self.writers.all_find("waiting for the checkpoint", (raw / ADAPTER_TENSORS).is_file):
                 raw = checkpoint / "raw" / name
-                export_adapter(self.model, name, raw, processing_class)
+                export_adapter(self.model, name, raw, processing_class, self.staging)
             self._write_restored(raw, out, record)
             written.append(out)
         return written
@@ -173,11 +175,11 @@ class AdapterWeights:
         if ranks.on_rank_zero("looking for the final adapter", partial(bool, saved)):
 
             def copy() -> None:
-                copy_adapter(saved[0], raw)
+                copy_adapter(saved[0], raw, self.staging)
 
             self.writers.run(f"copying {raw}", copy)
         else:
-            export_adapter(self.model, name, raw, processing_class)
+            export_adapter(self.model, name, raw, processing_class, self.staging)
 
     def _write_restored(self, raw: Path, out: Path, record: Mapping[str, Any]) -> None:
         """The adapter without queries and keys, from the files in `raw`; ALL ranks must call this."""
@@ -187,7 +189,7 @@ class AdapterWeights:
             out,
             self.selection,
             share=self.share,
-            staging=self.folder,
+            staging=self.staging,
             overwrite=True,
             method={"name": self.config.method, **self.config.rows.to_json()},
             extra=record,

@@ -94,7 +94,7 @@ class QKGuardCallback(TrainerCallback):
         restores = self.config.restore_on == "save" or (self.config.restore_on == "best" and is_best)
         if not self.session:
             return
-        checkpoint = self.session.note_save(state.global_step, restores=restores)
+        checkpoint = self.session.note_save(args, state, restores=restores)
         if restores:
             self.session.recall_monitor.at_save(state, control)
             with attempt(f"restoring {checkpoint}", strict=self.config.strict, advice=LATER):

@@ -21,7 +21,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from qkguard.checkpoint.files import copy_auxiliary, copy_named, link_or_copy, write_text
 from qkguard.checkpoint.safetensors_io import SafetensorsWriter
-from qkguard.checkpoint.staging import Staging, assembled_folder
+from qkguard.checkpoint.staging import Staging
 from qkguard.checkpoint.weights import INDEX_FILE, SINGLE_FILE, weight_map
 from qkguard.distributed import ranks, sharding
 
@@ -33,37 +33,38 @@ def holds_weights(folder: Path) -> bool:
     return (folder / SINGLE_FILE).is_file() or (folder / INDEX_FILE).is_file()
 
 
-def link_checkpoint(raw: Path, out: Path) -> None:
+def link_checkpoint(raw: Path, out: Path, staging: Path | None = None) -> None:
     """Another name for a checkpoint's model: weights hard-linked where possible, tokenizer and configs copied.
 
     Training state stays behind; the folder appears whole or not at all, replacing an older one.
     """
     index, where = weight_map(raw)
-    with Staging(out) as made:
+    with Staging(out, staging) as made:
         for name in sorted(set(where.values())):
-            link_or_copy(raw / name, made.folder / name, made.mode)
+            link_or_copy(raw / name, made.folder / name)
         if index is not None:
             copy_named(raw / index, made.folder / index)
         copy_auxiliary(raw, made.folder)
         made.publish()
 
 
-def export_model(model: Any, folder: Path, processing_class: Any = None) -> None:
+def export_model(model: Any, folder: Path, processing_class: Any = None, staging: Path | None = None) -> None:
     """Write the live model to `folder`, replacing it; a collective (ALL ranks), the files are rank 0's.
 
-    The folder appears under its name only when it is whole. Dtypes are those of the weights the forward uses.
+    The folder is assembled in `staging` (as in `FolderPlan`) and appears under its name only when it is whole. Dtypes
+    are those of the weights the forward uses.
     """
     model = sharding.unwrap(model)
-    place = assembled_folder(folder)
-    staging = ranks.held_by(0, f"preparing {folder}", partial(Staging, folder))
+    made = ranks.held_by(0, f"preparing {folder}", partial(Staging, folder, staging))
+    place = made.folder if made else folder  # only rank 0 writes
 
     def finish() -> None:
         if processing_class is not None:
             processing_class.save_pretrained(place)
-        if staging is not None:
-            staging.publish()
+        if made is not None:
+            made.publish()
 
-    with staging or nullcontext():
+    with made or nullcontext():
         if sharding.backend(model) in ("single", "replicated"):
             ranks.on_rank_zero(f"writing {folder}", partial(model.save_pretrained, place))
         else:

@@ -40,6 +40,7 @@ class FullWeights:
     Attributes:
         drift_monitor: measures drift from the reference.
         swap: opens a context in which the live model has restored queries and keys.
+        staging: where folders are assembled (`FolderPlan`); set when a `train()` begins.
     """
 
     def __init__(
@@ -55,7 +56,8 @@ class FullWeights:
         self.reference, self.origin, self.selection = reference, origin, reference.selection
         self.drift_monitor = DriftMonitor(reference)
         self.swap = partial(restored, model, reference, method=config.method, **config.method_options)
-        self._shared_disk: bool | None = None
+        self.staging: Path | None = None
+        self._shared: dict[Path, bool] = {}
 
     def describe(self) -> list[str]:
         """Lines for the log: what is guarded, what it is compared with, and what will be written."""
@@ -80,7 +82,7 @@ class FullWeights:
         # Trainer leaves no barrier behind a save, so this also waits until every writer has finished
         if not self.writers.all_find("waiting for the checkpoint", partial(holds_weights, checkpoint)):
             raw = checkpoint / "raw"
-            export_model(self.model, raw, processing_class)
+            export_model(self.model, raw, processing_class, self.staging)
         self._write_restored(raw, checkpoint / RESTORED, record)
         return [checkpoint / RESTORED]
 
@@ -89,8 +91,9 @@ class FullWeights:
     ) -> list[Path]:
         """`raw` (linked from `checkpoint` if that holds the weights, else live) and `qk_restored` in `final`; ALL."""
         raw = final / "raw"
-        if not self.writers.all_find("linking the final checkpoint", partial(_link, checkpoint, raw)):
-            export_model(self.model, raw, processing_class)
+        link = partial(_link, checkpoint, raw, self.staging)
+        if not self.writers.all_find("linking the final checkpoint", link):
+            export_model(self.model, raw, processing_class, self.staging)
         self._write_restored(raw, final / RESTORED, record)
         return [raw, final / RESTORED]
 
@@ -104,24 +107,26 @@ class FullWeights:
             self.writers.run(what, partial(self._write_alone, raw, out, record))
             return
 
-        def begin() -> tuple[FolderPlan, Staging]:
-            plan = self._plan_restored(raw, out)
-            return plan, prepare(plan)
+        begun: list[tuple[FolderPlan, Staging]] = []  # on rank 0
 
-        begun = ranks.held_by(0, what, begin)
+        def begin() -> Path:
+            plan = self._plan_restored(raw, out)
+            begun.append((plan, prepare(plan)))
+            return begun[0][1].folder
+
+        folder = ranks.on_rank_zero(what, begin)
 
         def write_share() -> list[Record]:
             if ranks.rank() >= world:
                 return []
-            plan = begun[0] if begun else self._plan_restored(raw, out)
-            return write_files(plan, ranks.rank(), world)
+            plan = begun[0][0] if begun else self._plan_restored(raw, out)
+            return write_files(plan, folder, ranks.rank(), world)
 
         def finish(records: list[Record]) -> None:
-            if begun:
-                publish(*begun, records, record)
+            publish(*begun[0], records, record)
 
-        with begun[1] if begun else nullcontext():  # what is not published is removed
-            world = ranks.world_size() if self._disk_is_shared() else 1
+        with begun[0][1] if begun else nullcontext():  # what is not published is removed
+            world = ranks.world_size() if self._disk_is_shared(folder.parent) else 1
             shares = ranks.agree(what, write_share)
             ranks.on_rank_zero(what, partial(finish, [file for share in shares for file in share]))
 
@@ -143,22 +148,25 @@ class FullWeights:
             method=self.config.method,
             options=self.config.method_options,
             rows=self.config.rows,
-            staging=self.folder,
+            staging=self.staging,
             overwrite=True,
         )
 
-    def _disk_is_shared(self) -> bool:
-        """Whether every rank sees what rank 0 writes to the run folder; asked once. ALL ranks must call this."""
-        if self._shared_disk is None:
-            self._shared_disk = disk_is_shared(self.folder)
-        return self._shared_disk
+    def _disk_is_shared(self, temporary: Path) -> bool:
+        """Whether every rank sees what rank 0 writes to the run folder, with the reference, and to a temporary folder;
+        asked once for each place of temporary folders. ALL ranks must call this.
+        """
+        place = temporary.parent
+        if place not in self._shared:
+            self._shared[place] = disk_is_shared(self.folder, temporary)
+        return self._shared[place]
 
 
-def _link(checkpoint: Path | None, raw: Path) -> bool:
+def _link(checkpoint: Path | None, raw: Path, staging: Path | None) -> bool:
     """Link a checkpoint's weights, Trainer's own or those we gathered, to `raw`; False if it has none."""
     for source in (checkpoint, checkpoint / "raw") if checkpoint else ():
         if holds_weights(source):
-            link_checkpoint(source, raw)
+            link_checkpoint(source, raw, staging)
             return True
     return False
 

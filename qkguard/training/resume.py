@@ -1,15 +1,23 @@
-"""What a training sets aside when it begins: an earlier one's models, a branch that was left (one process)."""
+"""A training's output folder: what its beginning sets aside or removes; which folder a save wrote (one process)."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qkguard.checkpoint.manifest import finite
+from qkguard.checkpoint.staging import remove_abandoned
+from qkguard.checkpoint.weights import TEMPORARY
 from qkguard.report.run import read_rows
 from qkguard.training.run_folder import FINAL, RESTORED
+
+if TYPE_CHECKING:
+    from transformers import TrainerState
 
 SUPERSEDED = "superseded"
 TRAINER_STATE = "trainer_state.json"  # transformers.trainer has the name too, but importing that takes a second
@@ -44,15 +52,35 @@ def set_aside(made: Path, folder: Path, name: str) -> Path:
     return target
 
 
-def saved_folder(output_dir: Path, step: int) -> Path:
-    """The checkpoint folder that a save of this step has just written.
+def saved_folder(output_dirs: Sequence[Path], state: TrainerState) -> Path:
+    """The checkpoint folder that Trainer has just written: the one whose file holds this very state of training.
 
-    Hyperparameter search saves in `run-N/checkpoint-M`; of several the one whose state was written last.
+    Hyperparameter search saves a level deeper, in `run-N/checkpoint-M` or under the names that `hp_name` gives, and
+    other trials may write beside this one. Where no file holds this state (another callback may have changed it), the
+    file written last counts; where there is none, the folder of that name in the first of `output_dirs`.
     """
-    name = f"checkpoint-{step}"
-    states = [output_dir / name / TRAINER_STATE, *output_dir.glob(f"run-*/{name}/{TRAINER_STATE}")]
-    written = [state for state in states if state.is_file()]
-    return max(written, key=os.path.getmtime).parent if written else output_dir / name
+    name = f"checkpoint-{state.global_step}"
+    places = [f"{name}/{TRAINER_STATE}", f"*/{name}/{TRAINER_STATE}"]
+    found = [file for folder in output_dirs for place in places for file in folder.glob(place)]
+    if len(found) < 2:
+        return found[0].parent if found else output_dirs[0] / name
+    now = json.dumps(asdict(state), sort_keys=True, default=str)
+
+    def likelihood(file: Path) -> tuple[bool, float]:
+        try:
+            holds_it = json.dumps(json.loads(file.read_text(encoding="utf-8")), sort_keys=True) == now
+        except (OSError, ValueError):  # another trial's, being written or rotated away
+            return False, 0.0
+        return holds_it, file.stat().st_mtime
+
+    return max(found, key=likelihood).parent
+
+
+def remove_leftovers(output_dir: Path, folder: Path) -> None:
+    """Remove what killed processes left half-written in a training's output folder and run folder."""
+    remove_abandoned(output_dir.glob(f"{TEMPORARY}*"))
+    for checkpoint in (*output_dir.glob("checkpoint-*"), *output_dir.glob("*/checkpoint-*"), folder):
+        remove_abandoned(checkpoint.rglob(f"{TEMPORARY}*"))
 
 
 def drop_later_rows(metrics: Path, step: int) -> None:

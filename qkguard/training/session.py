@@ -28,7 +28,7 @@ from qkguard.training.full_weights import FullWeights
 from qkguard.training.metrics_log import MetricsLog
 from qkguard.training.recall_monitor import RecallMonitor
 from qkguard.training.reference import establish_reference
-from qkguard.training.resume import saved_folder, set_aside, set_aside_restored
+from qkguard.training.resume import remove_leftovers, saved_folder, set_aside, set_aside_restored
 from qkguard.training.run_folder import FINAL, RESTORED, run_folder
 from qkguard.training.start_checks import warnings_at_start
 from qkguard.training.start_lines import measuring_line
@@ -54,6 +54,7 @@ class Session:
         recall_monitor: probes recall.
         metrics_log: rank 0's log of this `train()`; None on other ranks.
         drift: the last drift metrics of this `train()`.
+        saved: step -> the checkpoint that Trainer saved then, of this `train()`.
 
     Raises:
         QKGuardError: on all ranks, when the model's layout, its sharding or its reference cannot be established.
@@ -111,14 +112,21 @@ class Session:
     def begin(self, args: TrainingArguments, state: TrainerState) -> None:
         """Start what belongs to one `train()`, and probe recall before its first step; ALL ranks must call this."""
         self.output_dir = Path(str(args.output_dir)).absolute()  # a script may chdir
-        self.saved: set[Path] = set()  # the checkpoints of this `train()`
+        # Uploads to the hub leave out what begins with "_" here, and nothing in checkpoints.
+        self.weights.staging = self.output_dir
+        self.saved: dict[int, Path] = {}
         self.reloads_best = bool(args.load_best_model_at_end)
         self.drift: dict[str, float] = {}
-        self.metrics_log = ranks.held_by(0, "opening the run folder", partial(self._open_log, args, state))
+        self.metrics_log = ranks.all_ranks("opening the run folder", partial(self._open_folders, args, state))
         self._heldout_kept = False
         self.recall_monitor.at_start(args, state)
 
-    def _open_log(self, args: TrainingArguments, state: TrainerState) -> MetricsLog:
+    def _open_folders(self, args: TrainingArguments, state: TrainerState) -> MetricsLog | None:
+        """Clear up after earlier trainings on every writer, and open rank 0's log."""
+        if self.writers.here:
+            remove_leftovers(self.output_dir, self.folder)
+        if ranks.rank() != 0:
+            return None
         step = state.global_step
         log = MetricsLog(self.folder, args.report_to or [], self.output_dir, step, self.config.to_json())
         for moved in set_aside_restored(self.output_dir, self.folder, step):
@@ -199,14 +207,16 @@ class Session:
 
     # -- writing -----------------------------------------------------------------------------------------------------
 
-    def note_save(self, step: int, *, restores: bool) -> Path:
+    def note_save(self, args: TrainingArguments, state: TrainerState, *, restores: bool) -> Path:
         """Find the checkpoint that Trainer has just written; ALL ranks must call this.
 
         If it is not restored, what an earlier training left in it does not stay beside the new weights.
         """
-        find = partial(saved_folder, self.output_dir, step)
+        # Trainer writes below a relative output_dir from wherever the script is by now
+        places = (self.output_dir, Path(str(args.output_dir)).absolute())
+        find = partial(saved_folder, list(dict.fromkeys(places)), state)
         checkpoint = ranks.on_rank_zero("finding the checkpoint", find)
-        self.saved.add(checkpoint)
+        self.saved[state.global_step] = checkpoint
         left = checkpoint / RESTORED
         if not restores and self.writers.here and left.exists():
             with attempt(f"moving {left}", strict=self.config.strict, advice="It is not made from the new weights."):
@@ -228,8 +238,7 @@ class Session:
         """
         started, step = time.perf_counter(), state.global_step
         best = state.best_model_checkpoint if self.reloads_best else None
-        checkpoint = Path(best).absolute() if best else saved_folder(self.output_dir, step)
-        source = checkpoint if checkpoint in self.saved else None
+        source = self.saved.get(step_of(Path(best)) if best else step)
         written = self.weights.write_final(self.folder / FINAL, source, self._record(step), processing_class)
         self._report_save(written, step, time.perf_counter() - started)
 
@@ -244,6 +253,12 @@ class Session:
         self.publish({"qkguard/overhead/save_seconds": seconds}, step)
         if ranks.rank() == 0:
             logger.info("Wrote %s (%.1f s).", ", ".join(map(str, written)), seconds)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name; -1 where it has none."""
+    number = checkpoint.name.removeprefix("checkpoint-")
+    return int(number) if number.isdigit() else -1
 
 
 def _find_selection(model: Any, config: QKGuardConfig) -> Selection:

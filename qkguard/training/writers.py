@@ -47,15 +47,23 @@ class Writers:
         return all(ranks.agree(what, on_writers))
 
 
-def disk_is_shared(folder: Path) -> bool:
-    """Whether every rank sees what rank 0 writes to `folder`; ALL ranks must call this."""
+def disk_is_shared(*folders: Path) -> bool:
+    """Whether every rank sees what rank 0 writes to these folders; ALL ranks must call this."""
 
-    def leave_token() -> Path:
-        token = folder / f"_{uuid.uuid4().hex}"
-        token.touch()
-        return token
+    def leave_tokens() -> list[Path]:
+        tokens = [folder / f"_{uuid.uuid4().hex}" for folder in folders]
+        for token in tokens:
+            token.touch()
+        return tokens
 
-    token = ranks.on_rank_zero("looking for a shared disk", leave_token)
-    seen = ranks.agree("looking for a shared disk", token.exists)
-    ranks.on_rank_zero("looking for a shared disk", token.unlink)
+    def all_seen() -> bool:
+        return all(token.exists() for token in tokens)
+
+    def remove_tokens() -> None:
+        for token in tokens:
+            token.unlink()
+
+    tokens = ranks.on_rank_zero("looking for a shared disk", leave_tokens)
+    seen = ranks.agree("looking for a shared disk", all_seen)
+    ranks.on_rank_zero("looking for a shared disk", remove_tokens)
     return all(seen)

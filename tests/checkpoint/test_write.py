@@ -83,7 +83,7 @@ def test_ranks_share_the_files(world: int, parts: Parts, tmp_path: Path) -> None
     one = parts.write_all(tmp_path / "one", extra={"step": 3})
     plans = [parts.plan(tmp_path / "many") for _ in range(world)]
     staging = prepare(plans[0])
-    records = [record for rank, plan in enumerate(plans) for record in write_files(plan, rank, world)]
+    records = [record for n, plan in enumerate(plans) for record in write_files(plan, staging.folder, n, world)]
     with pytest.raises(QKGuardError, match="not every weight file"):
         publish(plans[0], staging, records[1:])
     many = publish(plans[0], staging, json.loads(json.dumps(records)), {"step": 3})
@@ -127,10 +127,43 @@ def test_another_file_system(parts: Parts, tmp_path: Path) -> None:
         manifest = parts.write_all(Path(folder) / "out")
         assert {file["made"] for file in manifest["files"].values()} == {"copied", "patched"}
         assert differences(load_folder(Path(folder) / "out"), parts.wanted) == []
-        with pytest.raises(QKGuardError, match="different file systems"):
-            parts.write_all(tmp_path / "out", staging=Path(folder))
+        with prepare(parts.plan(tmp_path / "beside", staging=Path(folder))) as staging:
+            assert staging.place == tmp_path, "no rename leads from there, so it is assembled beside the target"
+        with prepare(parts.plan(Path(folder) / "there", staging=tmp_path)) as staging:
+            assert staging.place == Path(folder)
         assert os.listdir(folder) == ["out"]
     verify_nothing_left(tmp_path)
+
+
+def test_another_mount_of_the_same_file_system(parts: Parts, tmp_path: Path, monkeypatch: Any) -> None:
+    """Device numbers are equal then, as between two volumes of a container, and a rename fails all the same."""
+    place, real = tmp_path / "volume", os.rename
+
+    def rename(source: Any, target: Any, **options: Any) -> None:
+        if (place in Path(source).parents) != (place in Path(target).parents):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), source, None, target)
+        real(source, target, **options)
+
+    place.mkdir()
+    with prepare(parts.plan(tmp_path / "reached", staging=place)) as staging:
+        assert staging.place == place
+    monkeypatch.setattr(os, "rename", rename)
+    parts.write_all(tmp_path / "out", staging=place)
+    verify(tmp_path / "out")
+    assert list(place.iterdir()) == [] and not list(tmp_path.glob(f"{TEMPORARY}*"))
+
+
+def test_leftovers_are_removed_wherever_they_lie(parts: Parts, tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    left = [folder / f"{TEMPORARY}run-{name}" for folder in (place, parts.raw) for name in ("qk_restored", "other")]
+    for folder in left:
+        (folder / "new").mkdir(parents=True)
+        (folder / "new" / "model.safetensors").write_text("half")
+    living = prepare(parts.plan(place / "living"))
+    parts.write_all(parts.raw / "qk_restored", staging=place)
+    assert not any(folder.exists() for folder in left)
+    assert living.folder.is_dir(), "another writer's, who is alive"
+    living.discard()
 
 
 def test_a_kernel_copy_that_stops_half_way_is_finished(tmp_path: Path, monkeypatch: Any) -> None:
@@ -208,17 +241,32 @@ def test_file_systems_without_flock(code: int, parts: Parts, tmp_path: Path, mon
     verify(tmp_path / "out")
 
 
-def test_file_modes_follow_the_umask(parts: Parts, tmp_path: Path) -> None:
+@pytest.mark.parametrize("links", [True, False])
+def test_file_modes_follow_the_umask(links: bool, parts: Parts, tmp_path: Path, monkeypatch: Any) -> None:
+    """Of what is written. A link is the user's own file under another name, and keeps its mode."""
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.EXDEV, "another file system")
+
+    if not links:
+        monkeypatch.setattr(os, "link", fail)
     for file in parts.raw.glob("*.safetensors"):
         file.chmod(0o600)
+    before = modes(parts.raw)
     old = os.umask(0o027)
     try:
-        parts.write_all(tmp_path / "out")
+        manifest = parts.write_all(tmp_path / "out")
     finally:
         os.umask(old)
-    modes = {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "out").rglob("*") if p.is_file()}
-    assert set(modes.values()) == {0o640}, modes
+    assert modes(parts.raw) == before
+    linked = {name for name, file in manifest["files"].items() if file["made"] == "linked"}
+    assert bool(linked) == links
+    assert modes(tmp_path / "out") == {name: 0o600 if name in linked else 0o640 for name in modes(tmp_path / "out")}
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
+
+
+def modes(folder: Path) -> dict[str, int]:
+    return {p.relative_to(folder).as_posix(): p.stat().st_mode & 0o777 for p in folder.rglob("*") if p.is_file()}
 
 
 def test_what_travels_with_the_weights(parts: Parts, tmp_path: Path) -> None:
@@ -263,7 +311,7 @@ def test_staging_elsewhere(parts: Parts, tmp_path: Path) -> None:
     plan = parts.plan(parts.raw / "qk_restored", staging=tmp_path / "run" / "_staging")
     before = sorted(parts.raw.iterdir())
     staging = prepare(plan)
-    records = write_files(plan)
+    records = write_files(plan, staging.folder)
     assert sorted(parts.raw.iterdir()) == before
     (temporary,) = (tmp_path / "run" / "_staging").iterdir()
     assert temporary.name.startswith("_")
