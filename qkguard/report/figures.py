@@ -43,14 +43,14 @@ def recall_curves(run: Run) -> Figure | None:
     lengths = sorted({length for probe in probes for length in probe.by("length")})
     for i, length in enumerate(lengths):
         for weights, look in LOOKS.items():
-            points = []
+            points = {}
             for probe in probes:
                 found = probe.by("length").get(length)
                 if probe.weights == weights and found is not None:
-                    points.append((probe.step, found.recall))
+                    points[probe.step] = found.recall
             if points:
                 label = short_length(length) + (" restored" if weights == "restored" else "")
-                axis.plot(*zip(*points, strict=True), color=f"C{i}", label=label, **look)
+                axis.plot(*zip(*sorted(points.items()), strict=True), color=f"C{i}", label=label, **look)
     _finish(axis, "step", "needle recall")
     axis.set_ylim(-0.03, 1.03)
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
@@ -127,7 +127,7 @@ def comparison_figures(runs: Mapping[str, Run]) -> dict[str, Figure]:
     recall_axis, drift_axis = recall.subplots(), drift.subplots()
     for i, (name, run) in enumerate(runs.items()):
         for weights, look in LOOKS.items():
-            points = [(p.step, p.recall) for p in run.probes if p.weights == weights]
+            points = sorted({p.step: p.recall for p in run.probes if p.weights == weights}.items())
             if points:
                 label = name if weights == "raw" else f"{name}, restored"
                 recall_axis.plot(*zip(*points, strict=True), color=f"C{i}", label=label, **look)

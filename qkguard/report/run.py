@@ -129,12 +129,16 @@ class Run:
         return [name for name in self._series if name.startswith(prefix)]
 
     def series(self, name: str) -> list[tuple[int, float]]:
-        """(step, value) of a metric."""
-        return self._series.get(name, [])
+        """(step, value) of a metric in the order of the steps, the last value logged where there are several."""
+        return sorted(dict(self._series.get(name, [])).items())
+
+    def values(self, name: str) -> list[float]:
+        """All values of a metric as they were logged: the last one is the final weights', whatever step it has."""
+        return [value for _, value in self._series.get(name, [])]
 
     def last_value(self, name: str) -> float | None:
-        values = self.series(name)
-        return values[-1][1] if values else None
+        values = self.values(name)
+        return values[-1] if values else None
 
     @cached_property
     def _series(self) -> dict[str, list[tuple[int, float]]]:

@@ -87,7 +87,7 @@ def _comparison_table(runs: dict[str, Run]) -> Table:
         probes = [run.probe_of(weights) for weights in WEIGHTS]
         recalls = [f"{probe.recall:.3f}" if probe else "-" for probe in probes]
         drifts = [number(run.last_value(DRIFT + kind), digits=4) for kind in KINDS]
-        rows.append([name, *recalls, str(run.rows[-1]["step"] if run.rows else 0), *drifts])
+        rows.append([name, *recalls, str(max((row["step"] for row in run.rows), default=0)), *drifts])
     return Table(["run", *WEIGHTS.values(), "steps", *KINDS.values()], rows)
 
 
@@ -152,7 +152,7 @@ def _cost_table(run: Run) -> Table | None:
     """How often the guard measured or wrote, and how long that took."""
     rows = []
     for key in run.names(OVERHEAD):
-        seconds = [value for _, value in run.series(key)]
+        seconds = run.values(key)
         name = key.removeprefix(OVERHEAD).removesuffix("_seconds").replace("_", ", ")
         rows.append([name, str(len(seconds)), f"{sum(seconds):.1f} s", f"{max(seconds):.2f} s"])
     return Table(["", "times", "in total", "longest"], rows) if rows else None

@@ -64,9 +64,11 @@ class QKGuardCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.session:
-            routing = is_due(self.config.routing_drift_steps, state.global_step, control.should_log)
-            if routing or is_due(self.config.drift_steps, state.global_step, control.should_log):
-                self.session.measure(state.global_step, routing=routing)
+            self.session.measure(
+                state.global_step,
+                drift=is_due(self.config.drift_steps, state.global_step, control.should_log),
+                routing=is_due(self.config.routing_drift_steps, state.global_step, control.should_log),
+            )
             self.session.recall_monitor.at_step(state, control)
 
     def on_evaluate(
@@ -79,8 +81,12 @@ class QKGuardCallback(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.session and args.logging_strategy == "epoch" and self.config.drift_steps == "logging":
-            self.session.measure(state.global_step, routing=self.config.routing_drift_steps == "logging")
+        if self.session and control.should_log:  # not yet logged: Trainer logs once for the last step and the epoch
+            self.session.measure(
+                state.global_step,
+                drift=self.config.drift_steps == "logging",
+                routing=self.config.routing_drift_steps == "logging",
+            )
 
     def on_save(
         self,
@@ -110,9 +116,9 @@ class QKGuardCallback(TrainerCallback):
     ) -> None:
         if self.session is None:
             return
-        if self.config.drift_steps:
-            self.session.measure(state.global_step, routing=bool(self.config.routing_drift_steps))
-        self.session.recall_monitor.at_end(state, control)
+        step = self.session.note_end(state)
+        self.session.measure(step, drift=bool(self.config.drift_steps), routing=bool(self.config.routing_drift_steps))
+        self.session.recall_monitor.at_end(step, control)
         if self.config.final_export and self.config.restore_on != "never":
             with attempt("the final export", strict=self.config.strict, advice=LATER):
                 self.session.final_export(state, processing_class)
@@ -134,7 +140,8 @@ class QKGuardCallback(TrainerCallback):
                 "Nothing to restore from: the guard takes its reference when train() begins. Call save() after it."
             )
         trainer.save_model(str(output_dir))
-        self.session.restore_checkpoint(Path(output_dir), trainer.state.global_step, trainer.processing_class)
+        step = self.session.step_of_weights(trainer.state)
+        self.session.restore_checkpoint(Path(output_dir), step, trainer.processing_class)
 
 
 def _show_log_lines() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qkguard.checkpoint.manifest import finite
-from qkguard.report.run import METRICS
+from qkguard.report.run import METRICS, read_rows
 from qkguard.training.resume import drop_later_rows
 from qkguard.training.trackers import open_trackers
 
@@ -44,19 +44,36 @@ class MetricsLog:
             earlier = (folder / f"metrics-{n}.jsonl" for n in count(1))
             self.path.rename(next(path for path in earlier if not path.exists()))
         self.trackers = open_trackers(report_to, output_dir, settings or {})
+        self._last_step = resumed_at
+        self._sent: tuple[int, set[str]] = (-1, set())  # a step, and the metrics that trackers have of it
 
     def log(self, metrics: Mapping[str, float], step: int, details: Mapping[str, Any] | None = None) -> None:
         """One row: scalars to every tracker; `details` (lists, tables) to `metrics.jsonl` alone.
 
-        After a probe, trackers that show pictures and tables get them anew.
+        Trackers get a metric once for a step: what is measured again when training ends is in `metrics.jsonl` alone.
+        After a probe, those that show pictures and tables get them anew.
         """
         scalars = {key: float(value) for key, value in metrics.items()}
+        fresh = self._not_sent(scalars, step)
         self._append(json.dumps(finite({"step": step, **scalars, **(details or {})}), allow_nan=False))
+        if not fresh:
+            return
         for tracker in self.trackers:
-            tracker.scalars(scalars, step)
+            tracker.scalars(fresh, step)
         is_probe = any(key.endswith("_grid") for key in details or {})
         if is_probe and any(tracker.visual for tracker in self.trackers):
             self._show(step)
+
+    def _not_sent(self, scalars: Mapping[str, float], step: int) -> dict[str, float]:
+        """Those that trackers do not have for this step. Steps mostly grow; for an earlier one the file is read."""
+        if step != self._sent[0]:
+            known: set[str] = set()
+            if step <= self._last_step and self.path.exists():
+                known = {key for row in read_rows(self.path) if row["step"] == step for key in row}
+            self._sent, self._last_step = (step, known), max(step, self._last_step)
+        fresh = {key: value for key, value in scalars.items() if key not in self._sent[1]}
+        self._sent[1].update(fresh)
+        return fresh
 
     def _append(self, row: str) -> None:
         """Add a line, first ending one that a killed process has left torn."""

@@ -52,7 +52,6 @@ class _Training:
     max_steps: int
     every: int | None
     """Steps between scheduled probes; None where evaluations set the pace."""
-    reloads_best: bool
     budget: Budget
     running: bool
     began: float = field(default_factory=time.perf_counter)
@@ -154,7 +153,6 @@ class RecallMonitor:
             state.global_step,
             state.max_steps,
             interval(self.config.probe_steps, evaluates, state.max_steps),
-            bool(args.load_best_model_at_end),
             Budget(self.config.probe_budget),
             running=self.prober is not None,
         )
@@ -196,16 +194,14 @@ class RecallMonitor:
         due = self._due(state.global_step)
         if state.global_step >= self.training.max_steps or self._affords(state, len(due) * self._cost):
             for which in due:
-                self._probe(state, control, which)
+                self._probe(state.global_step, control, which)
 
-    def at_end(self, state: TrainerState, control: TrainerControl) -> None:
-        """Once more, whatever the budget says; raw and restored."""
+    def at_end(self, step: int, control: TrainerControl) -> None:
+        """Once more, whatever the budget says; raw and restored. `step` is the one that the weights are from."""
         training = self.training
         if training.running:
-            if training.reloads_best:  # these are not the weights of the last step
-                training.probed.clear()
-            for which in self._due(state.global_step):
-                self._probe(state, control, which)
+            for which in self._due(step):
+                self._probe(step, control, which)
         training.running = False  # an evaluation or a save after the end is no part of the training
 
     def _scheduled(self, state: TrainerState, control: TrainerControl) -> None:
@@ -213,7 +209,7 @@ class RecallMonitor:
         step = state.global_step
         due = self.training.running and step < self.training.max_steps and RAW in self._due(step)
         if due and self._affords(state, self._cost):
-            self._probe(state, control, RAW)
+            self._probe(step, control, RAW)
 
     def _due(self, step: int) -> list[str]:
         """Which weights have not been probed at this step."""
@@ -243,9 +239,9 @@ class RecallMonitor:
 
     # -- one probe ---------------------------------------------------------------------------------------------------
 
-    def _probe(self, state: TrainerState, control: TrainerControl, which: str) -> None:
+    def _probe(self, step: int, control: TrainerControl, which: str) -> None:
         """Probe raw or restored weights, and act on the result; ALL ranks must call this."""
-        training, step, began = self.training, state.global_step, time.perf_counter()
+        training, began = self.training, time.perf_counter()
         what = f"the probe{' of the restored weights' if which == RESTORED else ''} at step {step}"
         result = self._attempt(what, partial(self._run, what, swap=self.swap if which == RESTORED else None))
         if result is not None:

@@ -53,7 +53,9 @@ class Session:
         weights: how full weights, or adapters, are measured, swapped and written.
         recall_monitor: probes recall.
         metrics_log: rank 0's log of this `train()`; None on other ranks.
-        drift: the last drift metrics of this `train()`.
+        drift: the last drift metrics of this `train()`, with the "step" they were measured at ("routing_step" for
+            routing drift).
+        final_step: once training has ended, the step that the live weights are from.
         saved: step -> the checkpoint that Trainer saved then, of this `train()`.
 
     Raises:
@@ -117,6 +119,7 @@ class Session:
         self.saved: dict[int, Path] = {}
         self.reloads_best = bool(args.load_best_model_at_end)
         self.drift: dict[str, float] = {}
+        self.final_step: int | None = None
         self.metrics_log = ranks.all_ranks("opening the run folder", partial(self._open_folders, args, state))
         self._heldout_kept = False
         self.recall_monitor.at_start(args, state)
@@ -144,20 +147,23 @@ class Session:
 
     # -- measuring ---------------------------------------------------------------------------------------------------
 
-    def measure(self, step: int, *, routing: bool) -> None:
-        """Measure drift and publish it; ALL ranks must call this."""
+    def measure(self, step: int, *, drift: bool, routing: bool) -> None:
+        """Measure what is asked for and publish it; ALL ranks must call this. `step`: that of the live weights."""
         monitor = self.weights.drift_monitor
-        if monitor is None:
+        if monitor is None or not (drift or routing):
             return
         started = time.perf_counter()
+        metrics: dict[str, float] = {}
         details: dict[str, Any] = {}
-        metrics = monitor.measure(self.model)
+        if drift:
+            metrics |= monitor.measure(self.model)
+            self.drift = self.drift | metrics | {"step": step}
         if routing:
             routing_metrics, details["routing_rel_per_head"] = monitor.measure_routing(self.model)
             metrics |= routing_metrics
+            self.drift = self.drift | routing_metrics | {"routing_step": step}
         if any(value != value for value in metrics.values()) and ranks.rank() == 0:
             logger.warning("Drift is not a number at step %d: the queries or keys hold NaN or Inf.", step)
-        self.drift = self.drift | metrics | {"step": step}
         metrics["qkguard/overhead/drift_seconds"] = time.perf_counter() - started
         self.publish(metrics, step, details)
 
@@ -205,6 +211,17 @@ class Session:
             with attempt(what, strict=False, advice=advice):
                 on_rank_zero()
 
+    def note_end(self, state: TrainerState) -> int:
+        """Training is over: find out which step the live weights are from; ALL ranks must call this."""
+        self.final_step = state.global_step
+        if self.reloads_best:  # rank 0's answer: other ranks may see no checkpoint
+            self.final_step = ranks.on_rank_zero("finding the best checkpoint", partial(_step_loaded, state))
+        return self.final_step
+
+    def step_of_weights(self, state: TrainerState) -> int:
+        """The step that the live weights are from."""
+        return state.global_step if self.final_step is None else self.final_step
+
     # -- writing -----------------------------------------------------------------------------------------------------
 
     def note_save(self, args: TrainingArguments, state: TrainerState, *, restores: bool) -> Path:
@@ -236,9 +253,8 @@ class Session:
         They are linked from the checkpoint of the final weights if this `train()` saved one, else taken from the live
         weights: a folder of that name may be another run's.
         """
-        started, step = time.perf_counter(), state.global_step
-        best = state.best_model_checkpoint if self.reloads_best else None
-        source = self.saved.get(step_of(Path(best)) if best else step)
+        started, step = time.perf_counter(), self.step_of_weights(state)
+        source = self.saved.get(step)
         written = self.weights.write_final(self.folder / FINAL, source, self._record(step), processing_class)
         self._report_save(written, step, time.perf_counter() - started)
 
@@ -255,10 +271,11 @@ class Session:
             logger.info("Wrote %s (%.1f s).", ", ".join(map(str, written)), seconds)
 
 
-def step_of(checkpoint: Path) -> int:
-    """The step in a checkpoint's name; -1 where it has none."""
-    number = checkpoint.name.removeprefix("checkpoint-")
-    return int(number) if number.isdigit() else -1
+def _step_loaded(state: TrainerState) -> int:
+    """The step of the weights that Trainer leaves at the end under `load_best_model_at_end`."""
+    best = state.best_model_checkpoint
+    number = Path(best).name.removeprefix("checkpoint-") if best and Path(best).is_dir() else ""
+    return int(number) if number.isdigit() else state.global_step
 
 
 def _find_selection(model: Any, config: QKGuardConfig) -> Selection:
