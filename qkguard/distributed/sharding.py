@@ -76,6 +76,34 @@ def device(param: Param) -> torch.device:
     return param.ds_tensor.device if hasattr(param, "ds_tensor") else param.device
 
 
+def refuse_wrappers(model: nn.Module) -> None:
+    """Refuse what flattens or cuts parameters so that a layout cannot be found in them, by its name.
+
+    Raises:
+        QKGuardError: naming the wrapper, and what works instead.
+    """
+    for module in model.modules():
+        # FSDP1 of torch, and the classes of the same name in fairscale and torch_xla, which are no subclasses of it
+        if any("FullyShardedDataParallel" in cls.__name__ for cls in type(module).__mro__):
+            raise QKGuardError(
+                f"The model is wrapped by FSDP1 ({_class_name(module)}), which flattens parameters, so queries and "
+                "keys cannot be found in them. Train with FSDP2: fsdp_version: 2 in accelerate's fsdp_config, or "
+                'fsdp_config={"version": 2} in the training arguments. ZeRO and DDP work too, and `qkguard restore` '
+                "on the finished checkpoint."
+            )
+    for name, param in model.named_parameters():
+        # Megatron's mark, which DeepSpeed's AutoTP sets too (0.19.8): this rank has a part under the full one's name
+        if getattr(param, "tensor_model_parallel", False):
+            raise QKGuardError(
+                f"{name} is tensor parallel (DeepSpeed AutoTP or Megatron), which qkguard does not support. Train "
+                "with ZeRO, FSDP2 or DDP, or restore the finished checkpoint with `qkguard restore`."
+            )
+
+
+def _class_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
 def check_supported(model: nn.Module, names: Iterable[str]) -> None:
     """Refuse placements whose elements cannot be counted exactly once.
 

@@ -63,18 +63,25 @@ def with_live_names(specs: Iterable[AttentionSpec], live: nn.Module) -> list[Att
         for param in spec.params:
             if param.name not in names:
                 raise UnknownLayoutError(
-                    f"the layout names {param.name}, which the model does not have; where the model's structure was "
-                    f"changed after it was built, {BY_HAND}"
+                    f"the layout names {param.name}, which the model does not have (a {_class_name(live)}); where a "
+                    "wrapper hides or renames its parameters, unwrap it; where the model's structure was changed "
+                    f"after it was built, {BY_HAND}"
                 )
             shape = _unsharded_shape(params[names[param.name]])
             if shape != param.shape:
+                owner = live.get_submodule(names[param.name].rpartition(".")[0])
                 raise UnknownLayoutError(
-                    f"{param.name}: the layout says shape {param.shape}, the model has {shape}; its config (or the "
-                    "spec file) belongs to another model"
+                    f"{param.name}: the layout says shape {param.shape}, the model has {shape} in a "
+                    f"{_class_name(owner)}; either that module cuts or packs its weight, which qkguard does not "
+                    "support, or the model's config (or the spec file) belongs to another model"
                 )
             maps.append(replace(param, name=names[param.name]))
         out.append(replace(spec, params=tuple(maps)))
     return out
+
+
+def _class_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def _unsharded_shape(param: Tensor) -> tuple[int, ...]:

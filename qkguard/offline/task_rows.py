@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from qkguard.checkpoint.manifest import load_manifest
 from qkguard.choice.task import ROW_FORMATS
 from qkguard.errors import QKGuardError
 from qkguard.report.run import METRICS, RUN_FOLDER
 
 HELDOUT = "heldout.jsonl"
+CHECKPOINT = re.compile(r"checkpoint-\d+")
 ROWS = 128  # kept of an evaluation set, at most
 
 
@@ -64,12 +68,49 @@ def _labels(row: dict[str, Any]) -> list[int]:
     return [token if keep else -100 for token, keep in zip(row["input_ids"], mask, strict=True)]
 
 
-def find_rows(checkpoint: Path) -> Path | None:
-    """The rows kept by the run that a checkpoint lies in, if it kept any."""
-    for parent in [checkpoint.resolve(), *checkpoint.resolve().parents][:4]:
-        for folder in (parent, parent / RUN_FOLDER):
-            if (folder / HELDOUT).is_file() and (folder / METRICS).is_file():
-                return folder / HELDOUT
+def find_rows(tuned: Path) -> Path | None:
+    """The rows kept by the run that wrote a folder, if it kept any; None for a hub id, whatever folders are around.
+
+    A folder is a run's by its place in it (its output folder, checkpoints and final models), else by the reference
+    that the manifest of its restored model names. That it lies in or beside a run says nothing.
+    """
+    if not tuned.is_dir():
+        return None
+    run = _run_by_place(tuned.resolve()) or _run_by_manifest(tuned)
+    return run / HELDOUT if run is not None and (run / HELDOUT).is_file() else None
+
+
+def _run_by_place(folder: Path) -> Path | None:
+    """The run folder of the run in which a folder lies where runs write their models."""
+    for above in (folder, *folder.parents):
+        inside = folder.relative_to(above).parts
+        if (above / RUN_FOLDER / METRICS).is_file() and _is_written_by_trainer(above, inside):
+            return above / RUN_FOLDER
+        if (above / METRICS).is_file() and inside[:1] == ("final",):
+            return above
+    return None
+
+
+def _is_written_by_trainer(output_dir: Path, inside: Sequence[str]) -> bool:
+    """Whether a path below an output folder is that folder, a checkpoint, or lies in a checkpoint."""
+    if not inside or CHECKPOINT.fullmatch(inside[0]):
+        return True
+    if len(inside) < 2 or not CHECKPOINT.fullmatch(inside[1]):
+        return False
+    try:  # of a hyperparameter search, or another trainer's below this folder
+        state = json.loads(output_dir.joinpath(*inside[:2], "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(state.get("is_hyper_param_search"))
+
+
+def _run_by_manifest(folder: Path) -> Path | None:
+    """The run folder whose reference the restored model in `folder`, or in its `qk_restored`, was made with."""
+    for restored in (folder, folder / "qk_restored"):
+        with suppress(QKGuardError):  # no manifest, or none that this version reads
+            reference = load_manifest(restored)["base"].get("reference")
+            if reference is not None and (Path(reference).parent / METRICS).is_file():
+                return Path(reference).parent
     return None
 
 

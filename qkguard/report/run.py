@@ -182,11 +182,22 @@ def load_run(folder: Path) -> Run:
     if not (inner / METRICS).is_file():
         raise QKGuardError(f"{folder}: there is no {RUN_FOLDER}/{METRICS} in it; give the output_dir of a guarded run")
     manifests = [*_manifests(inner.parent, "checkpoint-*"), *_manifests(inner, "final")]
+    if inner.name != RUN_FOLDER:  # checkpoints beside a run folder of another name may be another run's
+        manifests = [path for path in manifests if path.is_relative_to(inner) or _is_made_with(inner, path)]
     merged = inner / "final/merged_qk_restored" / MANIFEST
     if merged.is_file():
         manifests.append(merged)
     last = load_manifest(manifests[-1].parent) if manifests else None
     return Run(inner, read_metrics(inner), last, [path.parent for path in manifests])
+
+
+def _is_made_with(run_folder: Path, manifest: Path) -> bool:
+    """Whether a restored model's rows come from the reference in a run folder."""
+    try:
+        reference = load_manifest(manifest.parent)["base"].get("reference")
+    except QKGuardError:
+        return False
+    return reference is not None and Path(reference).parent.resolve() == run_folder.resolve()
 
 
 def _manifests(folder: Path, pattern: str) -> list[Path]:

@@ -38,7 +38,7 @@ def set_aside_restored(output_dir: Path, folder: Path, step: int) -> list[Path]:
 
 
 def set_aside(made: Path, folder: Path, name: str) -> Path:
-    """Move a folder of the guard's to `superseded/name` in the run folder; returns its new place.
+    """Move a folder or file of the guard's to `superseded/name` in the run folder; returns its new place.
 
     The times of the folder around it stay as they are: Trainer's rotation goes by those of checkpoints.
     """

@@ -20,7 +20,8 @@ from qkguard.distributed.reference import Reference
 from qkguard.errors import QKGuardError
 from qkguard.layout import find_attention, select
 from qkguard.layout.selection import Selection
-from qkguard.offline.task_rows import keep_rows
+from qkguard.layout.spec import AttentionSpec
+from qkguard.offline.task_rows import HELDOUT, keep_rows
 from qkguard.report.run import METRICS
 from qkguard.restore.registry import check_per_layer
 from qkguard.training.attempt import attempt
@@ -131,6 +132,8 @@ class Session:
         if ranks.rank() != 0:
             return None
         step = state.global_step
+        if step == 0 and (self.folder / HELDOUT).is_file():  # an earlier training's, which may have had other data
+            set_aside(self.folder / HELDOUT, self.folder, HELDOUT)
         log = MetricsLog(self.folder, args.report_to or [], self.output_dir, step, self.config.to_json())
         for moved in set_aside_restored(self.output_dir, self.folder, step):
             logger.warning("A restored model that an earlier training left was moved to %s.", moved)
@@ -280,7 +283,12 @@ def _step_loaded(state: TrainerState) -> int:
 
 def _find_selection(model: Any, config: QKGuardConfig) -> Selection:
     """The layers to guard, and which of their rows are queries and keys; ALL ranks must call this."""
-    specs = ranks.all_ranks("finding the attention layers", partial(find_attention, model, spec=config.spec))
+
+    def find() -> list[AttentionSpec]:
+        sharding.refuse_wrappers(model)
+        return find_attention(model, spec=config.spec)
+
+    specs = ranks.all_ranks("finding the attention layers", find)
     selection = select(specs, config.rows)
     if not selection:
         raise QKGuardError(

@@ -9,10 +9,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from qkguard import QKGuardCallback
 from qkguard.distributed import ranks, sharding
 from qkguard.errors import QKGuardError
+from qkguard.layout import find_attention
+from tests.support.models import tiny_model
 
 
 @pytest.fixture
@@ -94,6 +99,46 @@ def test_refusals_name_what_was_found(world):
     assert "quantised" in refusal(part)
     assert "meta" in refusal(nn.Parameter(torch.zeros(4, device="meta")))
     sharding.check_supported(One(nn.Parameter(torch.zeros(4, device="meta"))), ["another"])
+
+
+class XlaFullyShardedDataParallel(nn.Module):
+    """A class of that name which is not torch's, as torch_xla and fairscale have them."""
+
+
+@pytest.mark.parametrize("original", [False, True])
+def test_fsdp1_is_refused_by_name_with_the_way_to_fsdp2(original, one_rank_group, tmp_path):
+    whole, options = tiny_model("llama"), {"use_orig_params": original, "device_id": torch.device("cpu")}
+    wrapped = FullyShardedDataParallel(tiny_model("llama"), **options)
+    inner = tiny_model("llama")
+    inner.model.layers[0] = FullyShardedDataParallel(inner.model.layers[0], **options)
+    other = nn.Sequential(XlaFullyShardedDataParallel())
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    for model in (wrapped, inner, other):
+        with pytest.raises(QKGuardError, match=r"FSDP1 .*FullyShardedDataParallel.*fsdp_version: 2") as error:
+            QKGuardCallback(probe_steps=0).on_train_begin(args, TrainerState(), TrainerControl(), model=model)
+        assert "another model" not in str(error.value)
+    sharding.refuse_wrappers(whole)
+
+
+def test_tensor_parallel_layers_are_refused_by_name():
+    model = tiny_model("llama")
+    sharding.refuse_wrappers(model)
+    weight = model.model.layers[1].self_attn.q_proj.weight
+    weight.tensor_model_parallel = True
+    with pytest.raises(QKGuardError, match=r"layers\.1\.self_attn\.q_proj\.weight is tensor parallel \(DeepSpeed"):
+        sharding.refuse_wrappers(model)
+
+
+def test_a_module_that_packs_its_weight_is_named():
+    """What no name is known for: the message says which class it is, and leaves open what is wrong."""
+
+    class Packed(nn.Linear):
+        pass
+
+    model = tiny_model("llama")
+    model.model.layers[1].self_attn.q_proj = Packed(64, 32)
+    with pytest.raises(QKGuardError, match=r"shape \(64, 64\), the model has \(32, 64\) in a .*Packed; either"):
+        find_attention(model)
 
 
 def test_dtensor_placements(one_rank_group, world):

@@ -27,9 +27,11 @@ def main() -> None:
     import deepspeed
     import torch.distributed as dist
 
-    from tests.distributed import cases, lora_cases, probe_cases, probing_cases, sft_cases
+    from tests.distributed import cases, lora_cases, place_cases, probe_cases, probing_cases, sft_cases
 
-    known = vars(sft_cases) | vars(probing_cases) | vars(probe_cases) | vars(lora_cases) | vars(cases)
+    known = (
+        vars(sft_cases) | vars(place_cases) | vars(probing_cases) | vars(probe_cases) | vars(lora_cases) | vars(cases)
+    )
     rank = int(os.environ["RANK"])
     deepspeed.init_distributed("gloo", verbose=False)  # torch's process group, known to DeepSpeed as well
     for name in names:

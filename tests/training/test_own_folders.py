@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from qkguard import QKGuardCallback
 from tests.support import judge
-from tests.support.training import arguments, make_trainer, save_base, train
+from tests.support.training import arguments, make_trainer, save_base, token_rows, train
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +110,16 @@ def test_a_restored_folder_never_outlives_a_rewritten_checkpoint(base, tmp_path)
     trainer.add_callback(PutBack())
     trainer.train()
     assert not (run / "checkpoint-2/qk_restored").exists()
+
+
+def test_rows_kept_by_an_earlier_training_are_set_aside(base, tmp_path):
+    """The earlier one may have had other data; a resumed run keeps its own."""
+    rows = token_rows(4)
+    args = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 2, "save_steps": 2}
+    train(base, arguments(tmp_path, **args), guard(), eval_dataset=rows)
+    kept = tmp_path / "run/_qkguard/heldout.jsonl"
+    assert kept.is_file()
+    train(base, arguments(tmp_path, max_steps=3), guard(), resume=True)
+    assert kept.is_file()
+    train(base, arguments(tmp_path, max_steps=2, save_steps=2), guard())
+    assert not kept.exists() and (tmp_path / "run/_qkguard/superseded/heldout.jsonl").is_file()
