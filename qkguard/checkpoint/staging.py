@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -104,6 +104,24 @@ class Staging:
 
     def __exit__(self, *error: object) -> None:
         self.discard()
+
+
+@contextmanager
+def working_folder(parent: Path) -> Iterator[Path]:
+    """An empty folder in `parent` for the length of a block. What a killed process leaves of one goes with the next
+    `Staging` beside it.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(mkdtemp(prefix=TEMPORARY, dir=parent))
+    lock = _try_lock(temporary)
+    folder = temporary / "work" / "files"  # a level deeper than what readers refuse as half-written
+    try:
+        folder.mkdir(parents=True)
+        yield folder
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if lock is not None:
+            lock.release()
 
 
 def _can_rename(place: Path, target: Path) -> bool:

@@ -6,10 +6,10 @@ import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Unpack
 
 from qkguard.checkpoint.restored import plan_restored
+from qkguard.checkpoint.staging import working_folder
 from qkguard.checkpoint.weights import NonfiniteScan
 from qkguard.checkpoint.write import BytesProgress, check_target, prepare, publish, write_files
 from qkguard.errors import QKGuardError, RearrangedError, current_names
@@ -81,9 +81,8 @@ def restore_checkpoint(
                 raise QKGuardError(
                     f"{error}, or use method restore, which goes through transformers by itself."
                 ) from None
-            target.parent.mkdir(parents=True, exist_ok=True)
-            work = cleanup.enter_context(TemporaryDirectory(prefix="_qkguard-", dir=target.parent))
-            pair = _through_transformers(folders, Path(work), chosen, trust_remote_code)
+            work = cleanup.enter_context(working_folder(target.parent))
+            pair = _through_transformers(folders, work, chosen, trust_remote_code)
         plan = plan_restored(
             pair.weights,
             target,

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from qkguard.checkpoint import files, write
 from qkguard.checkpoint.restored import plan_restored
+from qkguard.checkpoint.staging import working_folder
 from qkguard.checkpoint.weights import BaseFolder, open_weights
 from qkguard.checkpoint.write import FolderPlan, prepare, publish, write_files, write_folder
 from qkguard.errors import QKGuardError
@@ -133,6 +134,17 @@ def test_another_file_system(parts: Parts, tmp_path: Path) -> None:
             assert staging.place == Path(folder)
         assert os.listdir(folder) == ["out"]
     verify_nothing_left(tmp_path)
+
+
+def test_a_working_folder_goes_with_its_block_or_with_the_next_write(parts: Parts, tmp_path: Path) -> None:
+    left = tmp_path / f"{TEMPORARY}killed/work/files"
+    left.mkdir(parents=True)
+    with working_folder(tmp_path) as work:
+        save_file({"a": torch.zeros(1)}, work / "model.safetensors")
+        parts.write_all(tmp_path / "out")
+        assert open_weights(work).shapes() == {"a": (1,)}, "in use, and no folder that readers refuse"
+        assert not left.exists()
+    assert not list(tmp_path.glob(f"{TEMPORARY}*"))
 
 
 def test_another_mount_of_the_same_file_system(parts: Parts, tmp_path: Path, monkeypatch: Any) -> None:
