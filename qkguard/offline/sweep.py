@@ -245,8 +245,8 @@ def _task_rows(data: Any, tuned: Path, limit: int) -> list[Any] | None:
         data = find_rows(tuned)
     if data is None:
         raise QKGuardError(
-            f"There is no data to measure task quality on: {tuned} is no model of a guarded run that kept rows of its "
-            f"evaluation set. Give rows held out from SFT (--data FILE.jsonl: {ROW_FORMATS}), or measure "
+            "There is no data to measure task quality on: the tuned checkpoint lies in no guarded run that kept rows "
+            f"of its evaluation set. Give rows held out from SFT (--data FILE.jsonl: {ROW_FORMATS}), or measure "
             "recall alone (--data none)."
         )
     return read_rows(data, limit)

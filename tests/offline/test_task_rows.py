@@ -72,7 +72,7 @@ def test_a_hub_id_has_no_run(tmp_path, monkeypatch):
     for folder in ("run", "run/checkpoint-3"):
         monkeypatch.chdir(tmp_path / folder)
         assert find_rows(Path("some/hub-id")) is None
-        with pytest.raises(QKGuardError, match=r"no data .*: some/hub-id is no model .*--data"):
+        with pytest.raises(QKGuardError, match=r"no data .* lies in no guarded run .*--data"):
             sweep("base", "some/hub-id")
 
 
