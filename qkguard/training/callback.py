@@ -81,7 +81,7 @@ class QKGuardCallback(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.session and control.should_log:  # not yet logged: Trainer logs once for the last step and the epoch
+        if self.session and control.should_log:  # logging_strategy="epoch"; what a step logged has reset the flag
             self.session.measure(
                 state.global_step,
                 drift=self.config.drift_steps == "logging",
