@@ -212,6 +212,36 @@ def layer_routing(
     return LayerRouting(routing, _top_sv(maps, pre, live, "q"), _top_sv(maps, pre, live, "k"))
 
 
+def routing_table(selection: Selection, layers: Mapping[str, LayerRouting]) -> Tensor:
+    """`layers`, by label, as float64 numbers, zeros for layers that are not in it: tables of several ranks add up.
+
+    A row per selected layer: how many heads, routing drift per head, then for queries and keys each whether there is a
+    singular value, and the value.
+    """
+    table = torch.zeros(len(selection), _most_heads(selection) + 5, dtype=torch.float64)
+    for i, row in enumerate(table):
+        layer = layers.get(layer_label(i, selection))
+        if layer is not None:
+            tops = [[float(top is not None), top or 0.0] for top in (layer.q_top_sv, layer.k_top_sv)]
+            row[0] = len(layer.per_head)
+            row[1 : 1 + len(layer.per_head)] = torch.tensor(layer.per_head, dtype=torch.float64)
+            row[-4:] = torch.tensor(tops, dtype=torch.float64).flatten()
+    return table
+
+
+def routing_from_table(selection: Selection, table: Tensor) -> dict[str, LayerRouting]:
+    """The inverse of `routing_table`."""
+    layers = {}
+    for i, row in enumerate(table.tolist()):
+        q, k = (value if there else None for there, value in (row[-4:-2], row[-2:]))
+        layers[layer_label(i, selection)] = LayerRouting(row[1 : 1 + int(row[0])], q, k)
+    return layers
+
+
+def _most_heads(selection: Selection) -> int:
+    return max(spec.num_heads for spec, _ in selection)
+
+
 def sole_weight(maps: Sequence[ParamMap], role: str) -> tuple[ParamMap, Tensor] | None:
     """The weight that makes the queries or keys of a layer, and its rows of them in compact form; None unless one."""
     owners = [p for p in maps if p.kind == "weight" and any(role in block.role for block in p.blocks)]

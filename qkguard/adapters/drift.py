@@ -8,8 +8,8 @@ W0 A^T (outputs x rank), to which every rank adds what its own shard gives. All 
 
 from __future__ import annotations
 
-from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +25,9 @@ from qkguard.drift import (
     layer_label,
     layer_metrics,
     routing_from_grams,
+    routing_from_table,
     routing_metrics,
+    routing_table,
     sole_weight,
     top_singular_value,
 )
@@ -98,47 +100,102 @@ class AdapterDriftMonitor:
     def __init__(self, model: nn.Module, selection: Selection, weights: list[AdaptedWeight]) -> None:
         self.selection, self.weights = selection, {w.pmap.name: w for w in weights}
         params = self._params(model)
-        self._norms = _summed({name: _row_norms(w.base(params[name]), w.pmap) for name, w in self.weights.items()})
+        self._dtypes = {name: sharding.dtype(w.base(params[name])) for name, w in self.weights.items()}
+        # a generator: of 4/8-bit weights, one at a time is dequantised
+        spans = sharding.shards(w.base(params[name]) for name, w in self.weights.items())
+        self._spans = dict(zip(self.weights, spans, strict=True))
+        deferred = ranks.Deferred("measuring the base weights")
+        norms = {}
+        for name, weight in self.weights.items():
+            found = deferred.run(partial(_row_norms, weight.base(params[name]), weight.pmap))
+            norms[name] = _no_lines(weight.pmap) if found is None else found
+        self._norms = collectives.agreed_sums(norms, deferred)
         self._grams: dict[str, tuple[Tensor, Tensor]] = {}  # W0 W0^T of the layers that this rank works out
         self._gathered = False
 
-    def measure(self, model: nn.Module) -> dict[str, float]:
-        """Relative drift and 1 - cos of the effective W_Q and W_K; two small all-reduces (ALL ranks)."""
+    @torch.no_grad()
+    def measure(
+        self, model: nn.Module, deferred: ranks.Deferred, *, drift: bool = True, routing: bool = False
+    ) -> tuple[dict[str, float], dict[str, list[float]]]:
+        """Drift metrics by key, and routing drift per head by layer label; ALL ranks must call this.
+
+        With `drift`, relative drift and 1 - cos of the effective W_Q and W_K: one agreement and at most two small
+        all-reduces. With `routing`, routing drift and top singular values too, the layers dealt out over the ranks.
+        The base weights are gathered once for that, a layer at a time; with DoRA every time, because diag(g) W0 has
+        no small factors.
+        """
+        state = self._state(model, deferred)
+        sums = deferred.run(partial(self._sums, state)) if drift else None
+        exchange = deferred.run(self._exchange) if routing else None
+        deferred.agree()
+        metrics = {} if sums is None else layer_metrics(self.selection, sums)
+        if exchange is None:
+            return metrics, {}
+        layers = self._layers(model, state, exchange, deferred)
+        total = collectives.agreed_sums({"routing": routing_table(self.selection, layers)}, deferred)
+        self._gathered = True
+        found, heads = routing_metrics(self.selection, routing_from_table(self.selection, total["routing"]))
+        return metrics | found, heads
+
+    def _sums(self, state: Mapping[str, Moved]) -> dict[tuple[str, str], Sums]:
+        """The sums of drift by weight and role."""
         sums: dict[tuple[str, str], Sums] = {}
-        for name, now in self._state(model).items():
+        for name, now in state.items():
             pmap = self.weights[name].pmap
             for role in sorted({block.role for block in pmap.blocks}):
                 rows = [torch.arange(block.start, block.stop) for block in pmap.blocks if block.role == role]
                 sums[name, role] = now.sums(torch.cat(rows))
-        return layer_metrics(self.selection, sums)
+        return sums
 
-    def measure_routing(self, model: nn.Module) -> tuple[dict[str, float], dict[str, list[float]]]:
-        """Routing drift and top singular values, the layers dealt out over the ranks; ALL ranks must call this.
+    def _exchange(self) -> collectives.Exchange:
+        """Memory for gathering any base weight."""
+        return collectives.Exchange.of((self._spans[name], self._dtypes[name]) for name in self.weights)
 
-        The base weights are gathered once, a layer at a time, for the products of their rows; with DoRA every time,
-        because diag(g) W0 has no small factors.
-        """
-        me, size = ranks.rank(), ranks.world_size()
-        params, state = self._params(model), self._state(model)
+    def _layers(
+        self, model: nn.Module, state: Mapping[str, Moved], exchange: collectives.Exchange, deferred: ranks.Deferred
+    ) -> dict[str, LayerRouting]:
+        """Routing of the layers that fall to this rank, by label; ALL ranks must call this."""
+        params = self._params(model)
         mine: dict[str, LayerRouting] = {}
         for i, (spec, maps) in enumerate(self.selection):
-            base: dict[str, Tensor] = {}
-            for weight in (self.weights[p.name] for p in maps if p.kind == "weight"):
+            owner = i % ranks.world_size()
+            weights = [self.weights[p.name] for p in maps if p.kind == "weight"]
+            gathered: dict[str, Tensor | None] = {}
+            for weight in weights:
                 if weight.dora or not self._gathered:
-                    full = _gather(weight.base(params[weight.pmap.name]), weight.pmap, i % size)
-                    if full is not None:
-                        base[weight.pmap.name] = full
-            if i % size != me:
-                continue
-            label = layer_label(i, self.selection)
-            pair = None if self._gathered else head_weights(spec, maps, base)
-            if pair is not None:
-                self._grams[label] = (pair[0] @ pair[0].mT, pair[1] @ pair[1].mT)
-            routing = _layer_routing(spec, maps, state, self._grams[label]) if label in self._grams else []
-            mine[label] = LayerRouting(routing, *(self._top(role, maps, state, base) for role in "qk"))
-        self._gathered = True
-        layers = ChainMap(*ranks.agree("measuring routing drift", mine.copy))
-        return routing_metrics(self.selection, layers)
+                    base = weight.base(params[weight.pmap.name])
+                    gathered[weight.pmap.name] = self._gather(base, weight.pmap, owner, exchange, deferred)
+            if owner == ranks.rank():
+                base = {name: full for name, full in gathered.items() if full is not None}
+                measure = partial(self._layer, layer_label(i, self.selection), spec, maps, state, base)
+                layer = deferred.run(measure)
+                if layer is not None:
+                    mine[layer_label(i, self.selection)] = layer
+        return mine
+
+    def _layer(
+        self,
+        label: str,
+        spec: AttentionSpec,
+        maps: Sequence[ParamMap],
+        state: Mapping[str, Moved],
+        base: Mapping[str, Tensor],
+    ) -> LayerRouting:
+        """One layer's routing; `base` holds the compact base weights that this needs."""
+        pair = None if self._gathered else head_weights(spec, maps, base)
+        if pair is not None:
+            self._grams[label] = (pair[0] @ pair[0].mT, pair[1] @ pair[1].mT)
+        routing = _layer_routing(spec, maps, state, self._grams[label]) if label in self._grams else []
+        return LayerRouting(routing, *(self._top(role, maps, state, base) for role in "qk"))
+
+    def _gather(
+        self, param: Any, pmap: ParamMap, dst: int, exchange: collectives.Exchange, deferred: ranks.Deferred
+    ) -> Tensor | None:
+        """The compact base weight in float64 on rank `dst`, None elsewhere; ALL ranks must call this."""
+        spans = self._spans[pmap.name]
+        mine = deferred.run(partial(sharding.read, param, spans[ranks.rank()]))
+        flat = exchange.gather(mine, spans, self._dtypes[pmap.name], deferred, dst)
+        return None if flat is None else deferred.run(partial(_compact, flat, pmap))
 
     def _top(
         self, role: str, maps: Sequence[ParamMap], state: Mapping[str, Moved], base: Mapping[str, Tensor]
@@ -161,9 +218,11 @@ class AdapterDriftMonitor:
         live = dict(sharding.unwrap(model).named_parameters())
         return {name: live[name] for name in self.weights}
 
-    @torch.no_grad()
-    def _state(self, model: nn.Module) -> dict[str, Moved]:
-        """What every query and key weight has moved by, alike on all ranks; ALL ranks must call this."""
+    def _state(self, model: nn.Module, deferred: ranks.Deferred) -> dict[str, Moved]:
+        """What every query and key weight has moved by, alike on all ranks; ALL ranks must call this.
+
+        Of no use where something has failed, which `deferred` keeps.
+        """
         params = self._params(model)
         adapter_params = {name: weight.params() for name, weight in self.weights.items()}
         full = iter(replicate([param for own in adapter_params.values() for param in own]))
@@ -173,8 +232,10 @@ class AdapterDriftMonitor:
             factors[name] = weight.factors([next(full) for _ in adapter_params[name]])
             if factors[name]:
                 a = torch.cat([one.a for one in factors[name]])
-                local[name] = _project(weight.base(params[name]), weight.pmap, a)
-        projected, state = _summed(local), {}
+                found = deferred.run(partial(_project, weight.base(params[name]), weight.pmap, a))
+                local[name] = _no_lines(weight.pmap, (len(a),)) if found is None else found
+        projected = collectives.agreed_sums(local, deferred) if local else {}
+        state = {}
         for name, weight in self.weights.items():
             norms = self._norms[name]
             if factors[name]:
@@ -223,19 +284,10 @@ def _compact_rows(pmap: ParamMap) -> Tensor:
 # -- from shards ----------------------------------------------------------------------------------------------------
 
 
-def _summed(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The sum over the ranks of every tensor, in one all-reduce; ALL ranks must call this, with the same shapes."""
-    if not parts:
-        return {}
-    joined = collectives.all_reduce_sum(torch.cat([part.reshape(-1) for part in parts.values()]))
-    split = joined.split([part.numel() for part in parts.values()])
-    return {name: flat.view(parts[name].shape) for name, flat in zip(parts, split, strict=True)}
-
-
 @torch.no_grad()
 def _row_norms(param: Any, pmap: ParamMap) -> Tensor:
     """This rank's share of |w0|^2 for every output row."""
-    out = torch.zeros(pmap.shape[pmap.dim], dtype=torch.float64)
+    out = _no_lines(pmap)
     for row, block in _blocks(param, pmap):
         if pmap.dim == 0:
             out[row : row + len(block)] = (block * block).sum(1).cpu()
@@ -246,7 +298,7 @@ def _row_norms(param: Any, pmap: ParamMap) -> Tensor:
 
 def _project(param: Any, pmap: ParamMap, a: Tensor) -> Tensor:
     """This rank's share of W0 a^T, (outputs, rank): its shard of the base weight in whole lines, zeros outside it."""
-    out = torch.zeros(pmap.shape[pmap.dim], a.shape[0], dtype=torch.float64)
+    out = _no_lines(pmap, (len(a),))
     for row, block in _blocks(param, pmap):
         side = a.to(block.device)
         if pmap.dim == 0:
@@ -270,8 +322,11 @@ def _blocks(param: Any, pmap: ParamMap) -> Iterator[tuple[int, Tensor]]:
         yield first, block.view(last - first, width)
 
 
-def _gather(param: Any, pmap: ParamMap, dst: int) -> Tensor | None:
-    """The compact base weight in float64 on rank `dst`, None elsewhere; ALL ranks must call this."""
-    spans = sharding.shards([param])[0]
-    flat = collectives.gather_flat(sharding.read(param, spans[ranks.rank()]), spans, dst)
-    return None if flat is None else pmap.take(flat.view(pmap.shape)).double().cpu()
+def _no_lines(pmap: ParamMap, columns: tuple[int, ...] = ()) -> Tensor:
+    """What a rank with no part of a weight, or one that failed, adds to its outputs."""
+    return torch.zeros(pmap.shape[pmap.dim], *columns, dtype=torch.float64)
+
+
+def _compact(flat: Tensor, pmap: ParamMap) -> Tensor:
+    """The compact rows of a gathered weight, in float64 on the CPU."""
+    return pmap.take(flat.view(pmap.shape)).double().cpu()

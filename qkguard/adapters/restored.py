@@ -226,8 +226,9 @@ def export_adapter(
 ) -> None:
     """Write one live adapter, gathered a parameter at a time, by rank 0; ALL ranks must call this."""
     mine = [(n, p) for n, p in model.named_parameters(remove_duplicate=False) if name in n.split(".")]
+    deferred = ranks.Deferred(f"writing the adapter {name}")
     state = {}
-    for (key, _), full in zip(mine, sharding.gather_full([p for _, p in mine]), strict=True):
+    for (key, _), full in zip(mine, sharding.gather_full([p for _, p in mine], deferred), strict=True):
         if full is not None:
             state[key] = full.clone()
 
@@ -245,7 +246,9 @@ def export_adapter(
                 processing_class.save_pretrained(made.folder)
             made.publish()
 
-    ranks.on_rank_zero(f"writing the adapter {name}", write)
+    if ranks.rank() == 0:
+        deferred.run(write)
+    deferred.agree()
 
 
 def _save_tensors(tensors: dict[str, Tensor], file: Path) -> None:

@@ -41,17 +41,16 @@ def write_reference(
 
 
 def _write_on(writer: int, reference: Reference, folder: Path, about: Mapping[str, Any]) -> None:
-    file = ranks.held_by(writer, "opening the reference file", partial(_ReferenceWriter, reference, folder))
+    exchange = ranks.agree("reserving memory for the reference", reference.exchange)
+    deferred = ranks.Deferred("writing the reference")
+    file = deferred.run(partial(_ReferenceWriter, reference, folder)) if ranks.rank() == writer else None
     for name in reference.maps:
-        rows = reference.gather_kept(name, writer)
+        rows = reference.gather_kept(name, exchange, deferred, writer)
         if file is not None and rows is not None:
-            file.write(name, rows.cpu())
-
-    def finish() -> None:
-        assert file is not None  # on the writer, where alone this runs
-        file.finish(about)
-
-    ranks.on_rank(writer, "closing the reference file", finish)
+            deferred.run(partial(file.write, name, rows))
+    if file is not None:
+        deferred.run(partial(file.finish, about))
+    deferred.agree()
 
 
 class _ReferenceWriter:
@@ -67,6 +66,7 @@ class _ReferenceWriter:
 
     def write(self, name: str, rows: Tensor) -> None:
         """The rows of the next parameter, in the order of the reference's maps."""
+        rows = rows.cpu()
         self.file.write(rows)
         pmap = self.reference.maps[name]
         self.described[name] = {

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qkguard.distributed import collectives, ranks, sharding
+from qkguard.distributed import ranks, sharding
+from qkguard.distributed.collectives import Exchange
 from qkguard.distributed.reference import Reference
 from qkguard.layout.selection import unselected_norms
 from qkguard.layout.spec import AttentionSpec, ParamMap
@@ -42,17 +43,26 @@ def restored(model: nn.Module, reference: Reference, *, method: str = "restore",
     sharding.settle(model)
     params = reference.params(model)
     new = reference.slices if method == "restore" and not options else _new_slices(model, reference, method, options)
+    exchange = ranks.agree("reserving memory to swap weights", partial(_exchange, reference, params))
+    deferred = ranks.Deferred("swapping restored weights in")
     tuned: dict[str, Tensor] = {}
     try:
         for name, param in params.items():
             live = reference.live(params, name)
-            tuned[name] = live.cpu().clone()
-            sharding.write(param, _with_rows(reference, name, live, new[name]))
+            tuned[name] = live.to("cpu", copy=True)
+            swapped = deferred.run(partial(_with_rows, reference, name, live, new[name]))
+            sharding.write(param, tuned[name] if swapped is None else swapped, reference.shards[name], exchange)
+        deferred.agree()
         yield
     finally:
         sharding.settle(model)
         for name, shard in tuned.items():
-            sharding.write(params[name], shard.to(sharding.device(params[name])))
+            sharding.write(params[name], shard, reference.shards[name], exchange)
+
+
+def _exchange(reference: Reference, params: Mapping[str, Any]) -> Exchange:
+    """Memory for writing any of these weights."""
+    return Exchange.of((reference.shards[name], sharding.dtype(param)) for name, param in params.items())
 
 
 def _new_slices(model: nn.Module, reference: Reference, name: str, options: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -65,22 +75,27 @@ def _new_slices(model: nn.Module, reference: Reference, name: str, options: Mapp
     check_per_layer(chosen, reference.selection)
     live = dict(model.named_parameters())
     norms = unselected_norms(reference.selection) if method.needs_gains(chosen) else []
-    gains = _gathered_rows(norms, live)
+    exchange = ranks.agree("reserving memory to restore weights", reference.exchange)
+    deferred = ranks.Deferred(f"restoring queries and keys with {name}")
+    gains = _gathered_rows(norms, live, deferred)
     slices = {}
     for spec, maps in reference.selection:
-        pairs = {p.name: reference.gather(model, p.name) for p in maps}
-        restore = partial(_restored_rows, method, chosen, spec, maps, pairs, gains)
-        rows = ranks.held_by(0, f"restoring {spec.module} ({name})", restore)
+        pairs = {p.name: reference.gather(model, p.name, exchange, deferred) for p in maps}
+        rows = None
+        if ranks.rank() == 0:
+            rows = deferred.run(partial(_restored_rows, method, chosen, spec, maps, pairs, gains))
         for pmap in maps:
-            dtype = sharding.dtype(live[pmap.name])
-            flat = None if rows is None else rows[pmap.name].to(dtype).reshape(-1)
-            slices[pmap.name] = collectives.scatter_flat(flat, reference.slice_spans[pmap.name], dtype)
+            kept = reference.slices[pmap.name]
+            flat = None if rows is None else rows[pmap.name].to(kept.dtype).reshape(-1)
+            mine = exchange.scatter(flat, reference.slice_spans[pmap.name], kept.dtype, deferred)
+            slices[pmap.name] = kept if mine is None else mine
+    deferred.agree()
     return slices
 
 
-def _gathered_rows(maps: Sequence[ParamMap], live: Mapping[str, Any]) -> dict[str, Tensor]:
+def _gathered_rows(maps: Sequence[ParamMap], live: Mapping[str, Any], deferred: ranks.Deferred) -> dict[str, Tensor]:
     """Compact tensors of live parameters by name, on rank 0 (empty elsewhere); ALL ranks must call this."""
-    full = sharding.gather_full([live[p.name] for p in maps])
+    full = sharding.gather_full([live[p.name] for p in maps], deferred)
     return {p.name: p.take(tensor) for p, tensor in zip(maps, full, strict=True) if tensor is not None}
 
 

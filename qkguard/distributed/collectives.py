@@ -6,12 +6,15 @@ elements of the whole 1-D tensor that rank r holds.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from functools import partial
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from qkguard.distributed import ranks
-from qkguard.distributed.ranks import distributed
+from qkguard.distributed.ranks import Deferred, distributed
 
 Span = tuple[int, int]  # half-open: the first element, and one past the last
 
@@ -45,42 +48,82 @@ def all_gather_table(rows: Tensor) -> Tensor:
     return torch.stack(tables).cpu()
 
 
-def gather_flat(local: Tensor, spans: list[Span], dst: int = 0) -> Tensor | None:
-    """Join the ranks' 1-D slices on rank `dst`; None on the others. ALL ranks must call this.
+def agreed_sums(tensors: Mapping[str, Tensor], deferred: Deferred) -> dict[str, Tensor]:
+    """Sums over the ranks of float64 CPU tensors, in one all-reduce behind a row of collectives; ALL ranks.
 
-    The result lies on the communication device, in the slices' dtype. `dst` needs twice its memory.
+    Where something failed on a rank since the ranks last agreed, that is raised on all of them.
     """
-    if ranks.world_size() == 1:
-        return local
-    padded = _padded(local, spans)
-    buffers = [torch.empty_like(padded) for _ in spans] if ranks.rank() == dst else None
-    dist.gather(padded, buffers, dst=dst)
-    return None if buffers is None else _joined(buffers, spans, local.dtype)
+    failed = torch.tensor([float(deferred.failure is not None)], dtype=torch.float64)
+    sums = all_reduce_sum(torch.cat([failed, *(tensor.flatten() for tensor in tensors.values())]))
+    if sums[0] > 0:
+        deferred.agree()
+    split = sums[1:].split([tensor.numel() for tensor in tensors.values()])
+    return {name: flat.view(tensors[name].shape) for name, flat in zip(tensors, split, strict=True)}
 
 
-def all_gather_flat(local: Tensor, spans: list[Span]) -> Tensor:
-    """`gather_flat` whose result every rank gets; ALL ranks must call this."""
-    if ranks.world_size() == 1:
-        return local
-    padded = _padded(local, spans)
-    buffers = [torch.empty_like(padded) for _ in spans]
-    dist.all_gather(buffers, padded)
-    return _joined(buffers, spans, local.dtype)
+class Exchange:
+    """Gathers flat slices on one rank, or scatters them from rank 0, through memory that is reserved once.
 
+    Reserving may fail on one rank alone (out of memory), so the ranks should agree on it. After that, a rank whose own
+    part failed still takes part, with whatever its memory holds: nobody waits for it. ALL ranks must make one of the
+    same size and call its methods.
 
-def scatter_flat(full: Tensor | None, spans: list[Span], dtype: torch.dtype) -> Tensor:
-    """Hand every rank its slice, on the CPU, of a 1-D tensor that rank 0 has; ALL ranks must call this.
-
-    The others pass None for `full`.
+    Args:
+        nbytes: of the longest slice to come.
     """
-    start, stop = spans[ranks.rank()]
-    if ranks.world_size() == 1:
-        assert full is not None
-        return full[start:stop].cpu()
-    buffers = None if full is None else [_padded(full[a:b], spans) for a, b in spans]
-    mine = torch.empty(_longest(spans) * dtype.itemsize, dtype=torch.uint8, device=comm_device())
-    dist.scatter(mine, buffers, src=0)
-    return mine[: (stop - start) * dtype.itemsize].cpu().view(dtype)
+
+    def __init__(self, nbytes: int) -> None:
+        if ranks.world_size() > 1:
+            self.slice = torch.zeros(nbytes, dtype=torch.uint8, device=comm_device())
+            self.slices = torch.zeros(ranks.world_size(), nbytes, dtype=torch.uint8, device=comm_device())
+
+    @classmethod
+    def of(cls, tensors: Iterable[tuple[list[Span], torch.dtype]]) -> Exchange:
+        """One for slices of these spans and dtypes."""
+        return cls(max((_longest(spans) * dtype.itemsize for spans, dtype in tensors), default=0))
+
+    def gather(
+        self, local: Tensor | None, spans: list[Span], dtype: torch.dtype, deferred: Deferred, dst: int = 0
+    ) -> Tensor | None:
+        """The ranks' 1-D slices in one, on rank `dst` and the communication device; None elsewhere. ALL ranks.
+
+        `local` is None on a rank that has failed.
+        """
+        if ranks.world_size() == 1:
+            return local
+        length = _longest(spans) * dtype.itemsize
+        if local is not None:
+            deferred.run(partial(_fill, self.slice, local))
+        received = [row[:length] for row in self.slices] if ranks.rank() == dst else None
+        dist.gather(self.slice[:length], received, dst=dst)
+        return None if received is None else deferred.run(partial(_joined, received, spans, dtype))
+
+    def all_gather(self, local: Tensor, spans: list[Span]) -> list[Tensor]:
+        """Every rank's 1-D slice, as views of memory that the next exchange overwrites; ALL ranks."""
+        if ranks.world_size() == 1:
+            return [local]
+        size = local.element_size()
+        length = _longest(spans) * size
+        _fill(self.slice, local)
+        received = [row[:length] for row in self.slices]
+        dist.all_gather(received, self.slice[:length])
+        return [row[: (b - a) * size].view(local.dtype) for row, (a, b) in zip(received, spans, strict=True)]
+
+    def scatter(self, full: Tensor | None, spans: list[Span], dtype: torch.dtype, deferred: Deferred) -> Tensor | None:
+        """This rank's slice, on the CPU, of a 1-D tensor that rank 0 has (the others pass None); ALL ranks.
+
+        None on a rank that has failed; rank 0 then passes None too.
+        """
+        start, stop = spans[ranks.rank()]
+        if ranks.world_size() == 1:
+            return None if full is None else full[start:stop].cpu()
+        length = _longest(spans) * dtype.itemsize
+        sent = [row[:length] for row in self.slices] if ranks.rank() == 0 else None
+        if full is not None and sent is not None:
+            deferred.run(partial(_fill_all, sent, full, spans))
+        dist.scatter(self.slice[:length], sent, src=0)
+        mine = self.slice[: (stop - start) * dtype.itemsize]
+        return deferred.run(partial(_copied, mine, dtype))
 
 
 def flat_bytes(tensor: Tensor) -> Tensor:
@@ -88,15 +131,23 @@ def flat_bytes(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(-1).view(torch.uint8)
 
 
+def _fill(space: Tensor, local: Tensor) -> None:
+    """Put a slice's bytes at the start of reserved memory."""
+    space[: local.numel() * local.element_size()] = flat_bytes(local).to(space.device)
+
+
+def _fill_all(rows: list[Tensor], full: Tensor, spans: list[Span]) -> None:
+    for row, (start, stop) in zip(rows, spans, strict=True):
+        _fill(row, full[start:stop])
+
+
+def _copied(received: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy on the CPU of bytes that the next exchange overwrites."""
+    return received.to("cpu", copy=True).view(dtype)
+
+
 def _longest(spans: list[Span]) -> int:
     return max(stop - start for start, stop in spans)
-
-
-def _padded(local: Tensor, spans: list[Span]) -> Tensor:
-    """A slice's bytes on the communication device, followed by zeros up to the longest slice: sizes must be equal."""
-    padded = torch.zeros(_longest(spans) * local.element_size(), dtype=torch.uint8, device=comm_device())
-    padded[: local.numel() * local.element_size()] = flat_bytes(local).to(padded.device)
-    return padded
 
 
 def _joined(buffers: list[Tensor], spans: list[Span], dtype: torch.dtype) -> Tensor:

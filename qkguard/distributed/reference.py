@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qkguard.distributed import collectives, ranks, sharding
-from qkguard.distributed.collectives import Span
+from qkguard.distributed.collectives import Exchange, Span
 from qkguard.distributed.sharding import Param
 from qkguard.errors import QKGuardError
 from qkguard.layout.selection import Selection
@@ -25,6 +25,7 @@ class Reference:
     Attributes:
         selection: the layers and the parameters with query and key rows in each.
         maps: parameter name -> which of its rows are queries and keys.
+        shards: parameter name -> by rank, its shard of the flattened parameter.
         spans: parameter name -> this rank's shard of the flattened parameter.
         slices: parameter name -> 1-D tensor, the part of the flattened *compact* tensor that lies in this shard, in
             the dtype the weights had at step 0.
@@ -39,6 +40,7 @@ class Reference:
         slices: dict[str, Tensor],
     ) -> None:
         self.selection, self.maps, self.slices = selection, maps, slices
+        self.shards = shards
         self.spans = {name: of_ranks[ranks.rank()] for name, of_ranks in shards.items()}
         self.slice_spans = {name: _compact_spans(maps[name], of_ranks) for name, of_ranks in shards.items()}
 
@@ -63,12 +65,21 @@ class Reference:
             QKGuardError: on all ranks, when the source lacks a tensor or its shape differs.
         """
         maps, params, shards = _find_rows(model, selection)
+        dtypes = {name: sharding.dtype(param) for name, param in params.items()}
+        spans = {name: _compact_spans(pmap, shards[name]) for name, pmap in maps.items()}
+        deferred = ranks.Deferred("reading the reference")
+        reserve = partial(Exchange.of, [(spans[name], dtypes[name]) for name in maps])
+        exchange = ranks.agree("reserving memory for the reference", reserve)
         slices = {}
         for name, pmap in maps.items():
-            dtype = sharding.dtype(params[name])
-            read = partial(_read_flat, source, pmap, dtype)
-            flat = ranks.held_by(0, f"reading the reference of {name}", read)
-            slices[name] = _kept(collectives.scatter_flat(flat, _compact_spans(pmap, shards[name]), dtype))
+            flat = None
+            if ranks.rank() == 0:
+                flat = deferred.run(partial(_read_flat, source, pmap, dtypes[name]))
+            mine = exchange.scatter(flat, spans[name], dtypes[name], deferred)
+            kept = None if mine is None else deferred.run(partial(_kept, mine))
+            if kept is not None:
+                slices[name] = kept
+        deferred.agree()
         return cls(selection, maps, shards, slices)
 
     @property
@@ -99,20 +110,32 @@ class Reference:
         counts = collectives.all_reduce_sum(differs).tolist()
         return [name for name, ranks_that_differ in zip(self.maps, counts, strict=True) if ranks_that_differ]
 
-    def gather(self, model: nn.Module, name: str, dst: int = 0) -> tuple[Tensor, Tensor] | None:
+    def exchange(self) -> Exchange:
+        """Memory for gathering and scattering these rows; ALL ranks must make one, and should agree on it."""
+        return Exchange.of((self.slice_spans[name], kept.dtype) for name, kept in self.slices.items())
+
+    def gather(
+        self, model: nn.Module, name: str, exchange: Exchange, deferred: ranks.Deferred, dst: int = 0
+    ) -> tuple[Tensor, Tensor] | None:
         """(pre, live) compact tensors of one parameter on rank `dst`, on one device; None elsewhere. ALL ranks."""
-        live = self.maps[name].take_flat(self.live(self.params(model), name), self.spans[name][0])
-        pre = self.gather_kept(name, dst)
-        now = collectives.gather_flat(live, self.slice_spans[name], dst)
+        mine = deferred.run(partial(self._live_rows, model, name))
+        pre = self.gather_kept(name, exchange, deferred, dst)
+        now = exchange.gather(mine, self.slice_spans[name], self.slices[name].dtype, deferred, dst)
         if pre is None or now is None:
             return None
-        shape = self.maps[name].compact_shape
-        return pre.to(now.device), now.view(shape)  # one process on an accelerator: kept on the CPU, live there
+        pre = deferred.run(partial(pre.to, now.device))  # one process on an accelerator: kept on the CPU, live there
+        return None if pre is None else (pre, now.view(self.maps[name].compact_shape))
 
-    def gather_kept(self, name: str, dst: int = 0) -> Tensor | None:
+    def gather_kept(self, name: str, exchange: Exchange, deferred: ranks.Deferred, dst: int = 0) -> Tensor | None:
         """The compact tensor of one parameter from before SFT on rank `dst`, None elsewhere; ALL ranks."""
-        flat = collectives.gather_flat(self.slices[name], self.slice_spans[name], dst)
+        kept = self.slices[name]
+        flat = exchange.gather(kept, self.slice_spans[name], kept.dtype, deferred, dst)
         return None if flat is None else flat.view(self.maps[name].compact_shape)
+
+    def _live_rows(self, model: nn.Module, name: str) -> Tensor:
+        """This rank's slice of a parameter's live rows, in the dtype that is kept of it."""
+        rows = self.maps[name].take_flat(self.live(self.params(model), name), self.spans[name][0])
+        return rows.to(self.slices[name].dtype)
 
 
 def _find_rows(
@@ -125,7 +148,7 @@ def _find_rows(
     """
     maps = {pmap.name: pmap for _, pmaps in selection for pmap in pmaps}
     find = partial(_find_params, sharding.unwrap(model), maps)
-    params = ranks.all_ranks("finding the query and key parameters", find)
+    params = ranks.agree("finding the query and key parameters", find)
     return maps, params, dict(zip(maps, sharding.shards(list(params.values())), strict=True))
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from qkguard.distributed import collectives, ranks
-from qkguard.distributed.collectives import Span
+from qkguard.distributed.collectives import Exchange, Span
 from qkguard.errors import QKGuardError
 
 Param = Any  # an nn.Parameter, perhaps with DeepSpeed's attributes, which type checkers do not know
@@ -134,8 +135,11 @@ def _unsupported(param: Param) -> str | None:
             )
         if getattr(param.ds_tensor, "final_location", None) == "nvme":  # DeepSpeed calls the CPU "not-nvme"
             return "offloaded to NVMe"
-        if hasattr(param.ds_tensor, "ds_quant_scale"):
-            return "quantised by ZeRO++"
+        if getattr(param, "ds_zero_param_process_group", None) is not None:
+            # forward passes read a second copy that each node keeps, which writing to the partition does not reach
+            return "kept a second time on every node (ZeRO++ hpZ, zero_hpz_partition_size)"
+        if hasattr(param.ds_tensor, "ds_quant_scale") or _is_gathered_quantised(param):
+            return "quantised by ZeRO++ (qwZ, zero_quantized_weights)"
         return None
     if isinstance(param, DTensor):
         mesh = param.device_mesh
@@ -152,6 +156,17 @@ def _unsupported(param: Param) -> str | None:
     if param.is_meta:
         return "on the meta device (no weights loaded)"
     return None
+
+
+def _is_gathered_quantised(param: Param) -> bool:
+    """Whether ZeRO++ quantises the weight on its way to the other ranks.
+
+    Known to the object that partitions parameters alone (DeepSpeed 0.19.8), which `param.partition` is bound to.
+    """
+    partition = getattr(param, "partition", None)
+    if not inspect.isfunction(partition):
+        return False
+    return bool(getattr(inspect.getclosurevars(partition).nonlocals.get("self"), "quantized_weights", False))
 
 
 def shard_span(param: Param) -> Span:
@@ -172,11 +187,11 @@ def shard_span(param: Param) -> Span:
     return _even_part(0, numel, ranks.rank(), ranks.world_size())
 
 
-def shards(params: list[Param]) -> list[list[Span]]:
+def shards(params: Iterable[Param]) -> list[list[Span]]:
     """`shard_span` of every parameter on every rank, as [parameter][rank]; one collective, ALL ranks call it."""
-    mine = torch.tensor([shard_span(p) for p in params], dtype=torch.int64).reshape(len(params), 2)
+    mine = torch.tensor([shard_span(p) for p in params], dtype=torch.int64).reshape(-1, 2)
     table = collectives.all_gather_table(mine)
-    return [[(int(a), int(b)) for a, b in table[:, i].tolist()] for i in range(len(params))]
+    return [[(int(a), int(b)) for a, b in table[:, i].tolist()] for i in range(len(mine))]
 
 
 def read(param: Param, span: Span) -> Tensor:
@@ -196,26 +211,41 @@ def read(param: Param, span: Span) -> Tensor:
 
 
 @torch.no_grad()
-def write(param: Param, flat: Tensor) -> None:
+def write(param: Param, flat: Tensor, spans: list[Span], exchange: Exchange) -> None:
     """Set the weight that the forward uses, each rank passing its own shard of it; ALL ranks must call this.
+
+    `spans` are the shards of all ranks, as `shards` gives them, and `exchange` has memory for them: nothing is
+    allocated here. `flat` may lie on any device.
 
     Full copies on other ranks change too, and so does a copy that ZeRO-3 still holds gathered. The optimizer's master
     weights do not change. Call `settle` first: a gather under way would bring old values back.
     """
-    spans = shards([param])[0]
     start, stop = spans[ranks.rank()]
     if hasattr(param, "ds_tensor"):
         offset = param.ds_zero_partition_rank * param.ds_tensor.numel()
-        param.ds_tensor.data.view(-1)[start - offset : stop - offset] = flat.to(param.ds_tensor.device)
+        param.ds_tensor.data.view(-1)[start - offset : stop - offset].copy_(flat)
         if param.ds_status.name == "AVAILABLE":
-            param.data.view(-1).copy_(collectives.all_gather_flat(flat, spans))
+            _set(param.data, 0, exchange.all_gather(flat, spans), spans)
     elif isinstance(param, DTensor):
-        first, last = _dtensor_span(param)
-        whole = collectives.all_gather_flat(flat, spans) if spans[ranks.rank()] != (first, last) else None
-        local = param.to_local().detach()
-        local.copy_((flat if whole is None else whole[first:last]).view(local.shape))
+        local, (first, last) = param.to_local().detach(), _dtensor_span(param)
+        if (start, stop) == (first, last):
+            local.copy_(flat.view(local.shape))
+        else:  # replicas of a shard divide it among them
+            _set(local, first, exchange.all_gather(flat, spans), spans)
     else:
-        param.data.copy_(collectives.all_gather_flat(flat, spans).view(param.shape))
+        _set(param.data, 0, exchange.all_gather(flat, spans), spans)
+
+
+def _set(target: Tensor, first: int, slices: list[Tensor], spans: list[Span]) -> None:
+    """Fill a tensor, whose elements begin at `first` of the whole parameter, from all ranks' slices of that."""
+    flat = target.reshape(-1)  # a copy where the weight is not contiguous
+    last = first + flat.numel()
+    for piece, (start, stop) in zip(slices, spans, strict=True):
+        lo, hi = max(start, first), min(stop, last)
+        if lo < hi:
+            flat[lo - first : hi - first].copy_(piece[lo - start : hi - start])
+    if not target.is_contiguous():
+        target.copy_(flat.view(target.shape))
 
 
 def settle(model: nn.Module) -> None:
@@ -279,14 +309,23 @@ def _zero3_coordinator(model: nn.Module) -> Any:
     return None
 
 
-def gather_full(params: list[Param]) -> Iterator[Tensor | None]:
+def gather_full(params: list[Param], deferred: ranks.Deferred) -> Iterator[Tensor | None]:
     """One parameter's full tensor after the other, on rank 0's CPU (None elsewhere); ALL ranks must exhaust this.
 
-    Shape `full_shape`, dtype `dtype`; one parameter is in memory at a time.
+    Shape `full_shape`, dtype `dtype`; one parameter is in memory at a time. None on rank 0 too once it has failed,
+    which `deferred` keeps.
     """
-    for param, spans in zip(params, shards(params), strict=True):
-        flat = collectives.gather_flat(read(param, spans[ranks.rank()]), spans)
-        yield None if flat is None else flat.cpu().view(full_shape(param))
+    table = shards(params)
+    spans_and_dtypes = [(spans, dtype(param)) for spans, param in zip(table, params, strict=True)]
+    exchange = ranks.agree("reserving memory to gather weights", partial(Exchange.of, spans_and_dtypes))
+    for param, spans in zip(params, table, strict=True):
+        mine = deferred.run(partial(read, param, spans[ranks.rank()]))
+        flat = exchange.gather(mine, spans, dtype(param), deferred)
+        yield None if flat is None else deferred.run(partial(_on_cpu, flat, full_shape(param)))
+
+
+def _on_cpu(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return flat.cpu().view(shape)
 
 
 def _even_part(start: int, stop: int, index: int, count: int) -> Span:

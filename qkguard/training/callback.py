@@ -12,12 +12,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from qkguard.errors import QKGuardError, current_names
 from qkguard.training.attempt import attempt
 from qkguard.training.schedules import is_due
-from qkguard.training.session import Session
+from qkguard.training.session import LATER, Session
 
 if TYPE_CHECKING:  # pydantic doubles the time that `from qkguard import QKGuardCallback` takes
     from qkguard.training.config import QKGuardConfig
-
-LATER = "The raw checkpoint is safe; `qkguard restore` makes the restored model from it."
 
 
 class QKGuardCallback(TrainerCallback):
@@ -101,7 +99,7 @@ class QKGuardCallback(TrainerCallback):
         if not self.session:
             return
         checkpoint = self.session.note_save(args, state, restores=restores)
-        if restores:
+        if checkpoint is not None and restores:
             self.session.recall_monitor.at_save(state, control)
             with attempt(f"restoring {checkpoint}", strict=self.config.strict, advice=LATER):
                 self.session.restore_checkpoint(checkpoint, state.global_step, processing_class)

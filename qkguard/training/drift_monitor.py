@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import ChainMap
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,9 @@ from qkguard.drift import (
     layer_label,
     layer_metrics,
     layer_routing,
+    routing_from_table,
     routing_metrics,
+    routing_table,
     square_sum,
 )
 from qkguard.layout.spec import ParamMap
@@ -39,8 +41,37 @@ class DriftMonitor:
         return sum(square_sum(kept[rows.compact]) for rows in self._role_slices[name] if rows.role == role)
 
     @torch.no_grad()
-    def measure(self, model: nn.Module) -> dict[str, float]:
-        """Relative drift and 1 - cos of W_Q and W_K, per layer and over layers; one small all-reduce (ALL ranks)."""
+    def measure(
+        self, model: nn.Module, deferred: ranks.Deferred, *, drift: bool = True, routing: bool = False
+    ) -> tuple[dict[str, float], dict[str, list[float]]]:
+        """Drift metrics by key, and routing drift per head by layer label; ALL ranks must call this.
+
+        With `drift`, relative drift and 1 - cos of W_Q and W_K, per layer and over layers: one agreement and one
+        small all-reduce. With `routing`, routing drift and top singular values too: the weights are gathered a layer
+        at a time, and the layers are dealt out over the ranks.
+        """
+        parts: dict[str, Tensor] = {}
+        sums = deferred.run(partial(self._sums, model)) if drift else None
+        exchange = deferred.run(self.reference.exchange) if routing else None
+        deferred.agree()
+        if sums is not None:
+            parts["sums"] = sums
+        if exchange is not None:
+            layers = self._layer_routing(model, exchange, deferred)
+            parts["routing"] = routing_table(self.selection, layers)
+        total = collectives.agreed_sums(parts, deferred)
+        metrics: dict[str, float] = {}
+        heads: dict[str, list[float]] = {}
+        if "sums" in total:
+            table = zip(self._keys, total["sums"].tolist(), strict=True)
+            metrics |= layer_metrics(self.selection, {key: Sums(*row) for key, row in table})
+        if "routing" in total:
+            found, heads = routing_metrics(self.selection, routing_from_table(self.selection, total["routing"]))
+            metrics |= found
+        return metrics, heads
+
+    def _sums(self, model: nn.Module) -> Tensor:
+        """This rank's part of the sums of drift, (weights and roles, 3)."""
         params = self.reference.params(model)
         sums = torch.zeros(len(self._keys), 3, dtype=torch.float64)
         on_device: list[tuple[int, Tensor]] = []  # read back at the end: an accelerator is synchronised only once
@@ -52,28 +83,25 @@ class DriftMonitor:
                     on_device.append((i, difference_sums(live[rows.flat], kept[rows.compact])))
         for i, pair in on_device:
             sums[i, :2] += pair.cpu()
-        table = collectives.all_reduce_sum(sums).tolist()
-        return layer_metrics(self.selection, {k: Sums(*row) for k, row in zip(self._keys, table, strict=True)})
+        return sums
 
-    @torch.no_grad()
-    def measure_routing(self, model: nn.Module) -> tuple[dict[str, float], dict[str, list[float]]]:
-        """Routing drift and top singular values; ALL ranks must call this.
-
-        The weights are gathered a layer at a time, and the layers are dealt out over the ranks. Returns metrics by
-        key, and routing drift per head by layer label.
-        """
-        size = ranks.world_size()
-        mine: dict[str, LayerRouting] = {}
+    def _layer_routing(
+        self, model: nn.Module, exchange: collectives.Exchange, deferred: ranks.Deferred
+    ) -> dict[str, LayerRouting]:
+        """Routing of the layers that fall to this rank, by label; ALL ranks must call this."""
+        mine = {}
         for i, (spec, maps) in enumerate(self.selection):
+            owner = i % ranks.world_size()
             weights = [p.name for p in maps if p.kind == "weight"]
-            gathered = {name: self.reference.gather(model, name, dst=i % size) for name in weights}
+            gathered = {name: self.reference.gather(model, name, exchange, deferred, owner) for name in weights}
             pairs = {name: pair for name, pair in gathered.items() if pair is not None}
-            if i % size == ranks.rank():
+            if owner == ranks.rank() and len(pairs) == len(weights):
                 pre = {name: pair[0] for name, pair in pairs.items()}
                 live = {name: pair[1] for name, pair in pairs.items()}
-                mine[layer_label(i, self.selection)] = layer_routing(spec, maps, pre, live)
-        layers = ChainMap(*ranks.agree("measuring routing drift", mine.copy))
-        return routing_metrics(self.selection, layers)
+                layer = deferred.run(partial(layer_routing, spec, maps, pre, live))
+                if layer is not None:
+                    mine[layer_label(i, self.selection)] = layer
+        return mine
 
 
 def _roles(pmap: ParamMap) -> list[str]:

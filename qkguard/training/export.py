@@ -66,10 +66,10 @@ def export_model(model: Any, folder: Path, processing_class: Any = None, staging
 
     with made or nullcontext():
         if sharding.backend(model) in ("single", "replicated"):
-            ranks.on_rank_zero(f"writing {folder}", partial(model.save_pretrained, place))
+            ranks.held_by(0, f"writing {folder}", partial(model.save_pretrained, place))
         else:
             _export_sharded(model, place)
-        ranks.on_rank_zero(f"finishing {folder}", finish)
+        ranks.held_by(0, f"finishing {folder}", finish)
 
 
 def _export_sharded(model: Any, folder: Path) -> None:
@@ -82,33 +82,39 @@ def _export_sharded(model: Any, folder: Path) -> None:
         _export_whole(model, folder, entries)
         return
 
-    ranks.on_rank_zero("writing the model's configuration", partial(_save_configuration, model, folder))
+    deferred = ranks.Deferred(f"writing {folder}")
+    here = ranks.rank() == 0
+    if here:
+        deferred.run(partial(_save_configuration, model, folder))
     split = split_state_dict_into_shards_factory(
         entries, get_storage_size=_nbytes, filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD_BYTES
     )
+    gathered = _gathered([entries[name] for names in split.filename_to_tensors.values() for name in names], deferred)
     for file, names in split.filename_to_tensors.items():
         layout = {name: (_dtype(entries[name]), _shape(entries[name])) for name in names}
-        writer = ranks.held_by(0, f"opening {file}", partial(SafetensorsWriter, folder / file, layout))
-        for tensor in _gathered([entries[name] for name in names]):
+        writer = deferred.run(partial(SafetensorsWriter, folder / file, layout)) if here else None
+        for _ in names:
+            tensor = next(gathered)  # on all ranks, whatever happens to the file
             if tensor is not None and writer is not None:
-                writer.write(tensor)
-        ranks.on_rank_zero(f"closing {file}", writer.close if writer else _nothing)
-    if split.is_sharded:
+                deferred.run(partial(writer.write, tensor))
+        if writer is not None:
+            deferred.run(writer.close)
+    if here and split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        ranks.on_rank_zero("writing the index", partial(write_text, folder / INDEX_FILE, json.dumps(index, indent=2)))
-
-
-def _nothing() -> None:
-    """What ranks without files do."""
+        deferred.run(partial(write_text, folder / INDEX_FILE, json.dumps(index, indent=2)))
+    deferred.agree()
 
 
 def _export_whole(model: Any, folder: Path, entries: dict[str, Tensor]) -> None:
     """Gather everything on rank 0 and let transformers write it; a collective (ALL ranks)."""
+    deferred = ranks.Deferred(f"writing {folder}")
     full = {}
-    for name, tensor in zip(entries, _gathered(list(entries.values())), strict=True):
+    for name, tensor in zip(entries, _gathered(list(entries.values()), deferred), strict=True):
         if tensor is not None:
             full[name] = tensor
-    ranks.on_rank_zero(f"writing {folder}", partial(model.save_pretrained, folder, state_dict=full))
+    if ranks.rank() == 0:
+        deferred.run(partial(model.save_pretrained, folder, state_dict=full))
+    deferred.agree()
 
 
 def _save_configuration(model: Any, folder: Path) -> None:
@@ -132,12 +138,12 @@ def _state_entries(model: Any) -> dict[str, Tensor]:
     return entries
 
 
-def _gathered(values: list[Tensor]) -> Iterator[Tensor | None]:
+def _gathered(values: list[Tensor], deferred: ranks.Deferred) -> Iterator[Tensor | None]:
     """Full tensors on rank 0 in order: parameters gathered, buffers (the same everywhere) as they are.
 
     A collective: ALL ranks must take every tensor.
     """
-    gathered = sharding.gather_full([v for v in values if isinstance(v, nn.Parameter)])
+    gathered = sharding.gather_full([v for v in values if isinstance(v, nn.Parameter)], deferred)
     for value in values:
         yield next(gathered) if isinstance(value, nn.Parameter) else (value.cpu() if ranks.rank() == 0 else None)
 

@@ -127,8 +127,9 @@ class FullWeights:
 
         with begun[0][1] if begun else nullcontext():  # what is not published is removed
             world = ranks.world_size() if self._disk_is_shared(folder.parent) else 1
-            shares = ranks.agree(what, write_share)
-            ranks.on_rank_zero(what, partial(finish, [file for share in shares for file in share]))
+            mine = ranks.agree(what, write_share)
+            shares: list[list[Record]] = [ranks.on_rank(rank, what, partial(list, mine)) for rank in range(world)]
+            ranks.held_by(0, what, partial(finish, [file for share in shares for file in share]))
 
     def _write_alone(self, raw: Path, out: Path, record: Mapping[str, Any]) -> None:
         write_folder(self._plan_restored(raw, out), record)

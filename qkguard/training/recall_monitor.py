@@ -132,7 +132,7 @@ class RecallMonitor:
             prober.prepare(ranks.rank(), ranks.world_size())
             return prober
 
-        return ranks.all_ranks("making the probe's samples", make, timeout=TIMEOUT)
+        return ranks.agree("making the probe's samples", make, timeout=TIMEOUT)
 
     @property
     def summary(self) -> dict[str, Any]:

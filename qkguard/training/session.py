@@ -41,6 +41,9 @@ if TYPE_CHECKING:  # pydantic and PEFT double the time that `from qkguard import
 
 logger = logging.getLogger(__name__)
 
+LATER = "The raw checkpoint is safe; `qkguard restore` makes the restored model from it."
+WITHOUT_DRIFT = "drift_steps=0 trains without measuring it."
+
 
 class Session:
     """The guard of one model and one run folder, over one `train()` or several.
@@ -121,7 +124,8 @@ class Session:
         self.reloads_best = bool(args.load_best_model_at_end)
         self.drift: dict[str, float] = {}
         self.final_step: int | None = None
-        self.metrics_log = ranks.all_ranks("opening the run folder", partial(self._open_folders, args, state))
+        self._owed: QKGuardError | None = None
+        self.metrics_log = ranks.agree("opening the run folder", partial(self._open_folders, args, state))
         self._heldout_kept = False
         self.recall_monitor.at_start(args, state)
 
@@ -156,19 +160,15 @@ class Session:
         if monitor is None or not (drift or routing):
             return
         started = time.perf_counter()
-        metrics: dict[str, float] = {}
-        details: dict[str, Any] = {}
-        if drift:
-            metrics |= monitor.measure(self.model)
-            self.drift = self.drift | metrics | {"step": step}
-        if routing:
-            routing_metrics, details["routing_rel_per_head"] = monitor.measure_routing(self.model)
-            metrics |= routing_metrics
-            self.drift = self.drift | routing_metrics | {"routing_step": step}
-        if any(value != value for value in metrics.values()) and ranks.rank() == 0:
-            logger.warning("Drift is not a number at step %d: the queries or keys hold NaN or Inf.", step)
-        metrics["qkguard/overhead/drift_seconds"] = time.perf_counter() - started
-        self.publish(metrics, step, details)
+        deferred = ranks.Deferred("measuring drift")
+        deferred.run(self.raise_owed)
+        with attempt(f"measuring drift at step {step}", strict=self.config.strict, advice=WITHOUT_DRIFT):
+            metrics, heads = monitor.measure(self.model, deferred, drift=drift, routing=routing)
+            if any(value != value for value in metrics.values()) and ranks.rank() == 0:
+                logger.warning("Drift is not a number at step %d: the queries or keys hold NaN or Inf.", step)
+            self.drift |= metrics | ({"step": step} if drift else {}) | ({"routing_step": step} if routing else {})
+            metrics["qkguard/overhead/drift_seconds"] = time.perf_counter() - started
+            self.publish(metrics, step, {"routing_rel_per_head": heads} if routing else None)
 
     def publish(self, metrics: dict[str, float], step: int, details: dict[str, Any] | None = None) -> None:
         """Write one row of metrics, and send it to the trackers; ALL ranks must call this."""
@@ -191,6 +191,7 @@ class Session:
 
         self._show("writing the run's page", write_page, f"`qkguard report {self.folder}` writes it later.")
         self._show("sending the final numbers to the trackers", send_summary, "They are on the run's page.")
+        ranks.agree("ending the guard", self.raise_owed)
 
     def _summary(self) -> dict[str, float]:
         """The final numbers: recall before and after, and drift over all layers."""
@@ -202,17 +203,26 @@ class Session:
         return summary | {key.rpartition("/")[2]: value for key, value in over_layers.items()}
 
     def _show(self, what: str, work: Callable[[MetricsLog], None], advice: str) -> None:
-        """Rank 0's work for people to look at; it fails on all ranks if `strict`, else it is only logged."""
-
-        def on_rank_zero() -> None:
-            if self.metrics_log is not None:
+        """Rank 0's work for people to look at, for which no rank waits: a failure is logged, or owed if `strict`."""
+        if self.metrics_log is None:
+            return
+        try:
+            with attempt(what, strict=self.config.strict, advice=advice):
                 work(self.metrics_log)
+        except Exception as error:
+            self.owe(what, error)
 
-        if self.config.strict:
-            ranks.on_rank_zero(what, on_rank_zero)
-        else:  # nobody waits for rank 0
-            with attempt(what, strict=False, advice=advice):
-                on_rank_zero()
+    def owe(self, what: str, error: Exception) -> None:
+        """Keep a failure of this rank alone, to raise it on all ranks where they meet next."""
+        if self._owed is None:
+            reason = str(error) if isinstance(error, QKGuardError) else f"{type(error).__name__}: {error}"
+            kind = type(error) if isinstance(error, QKGuardError) else QKGuardError
+            self._owed = kind(f"{what} failed: {reason}")
+
+    def raise_owed(self) -> None:
+        """Raise what this rank owes; to be called where all ranks agree."""
+        if self._owed is not None:
+            raise self._owed
 
     def note_end(self, state: TrainerState) -> int:
         """Training is over: find out which step the live weights are from; ALL ranks must call this."""
@@ -227,15 +237,23 @@ class Session:
 
     # -- writing -----------------------------------------------------------------------------------------------------
 
-    def note_save(self, args: TrainingArguments, state: TrainerState, *, restores: bool) -> Path:
-        """Find the checkpoint that Trainer has just written; ALL ranks must call this.
+    def note_save(self, args: TrainingArguments, state: TrainerState, *, restores: bool) -> Path | None:
+        """Find the checkpoint that Trainer has just written, None if this fails; ALL ranks must call this.
 
         If it is not restored, what an earlier training left in it does not stay beside the new weights.
         """
         # Trainer writes below a relative output_dir from wherever the script is by now
         places = (self.output_dir, Path(str(args.output_dir)).absolute())
-        find = partial(saved_folder, list(dict.fromkeys(places)), state)
-        checkpoint = ranks.on_rank_zero("finding the checkpoint", find)
+
+        def find() -> Path:
+            self.raise_owed()
+            return saved_folder(list(dict.fromkeys(places)), state)
+
+        checkpoint = None
+        with attempt("finding the checkpoint", strict=self.config.strict, advice=LATER):
+            checkpoint = ranks.on_rank_zero("finding the checkpoint", find)
+        if checkpoint is None:
+            return None
         self.saved[state.global_step] = checkpoint
         left = checkpoint / RESTORED
         if not restores and self.writers.here and left.exists():
@@ -288,7 +306,7 @@ def _find_selection(model: Any, config: QKGuardConfig) -> Selection:
         sharding.refuse_wrappers(model)
         return find_attention(model, spec=config.spec)
 
-    specs = ranks.all_ranks("finding the attention layers", find)
+    specs = ranks.agree("finding the attention layers", find)
     selection = select(specs, config.rows)
     if not selection:
         raise QKGuardError(

@@ -36,7 +36,7 @@ class Writers:
             if self.here:
                 work()
 
-        ranks.all_ranks(what, on_writers)
+        ranks.agree(what, on_writers)
 
     def all_find(self, what: str, test: Callable[[], bool]) -> bool:
         """Whether `test` holds on every writer; ALL ranks must call this."""
@@ -44,7 +44,7 @@ class Writers:
         def on_writers() -> bool:
             return test() if self.here else True
 
-        return all(ranks.agree(what, on_writers))
+        return ranks.everywhere(what, on_writers)
 
 
 def disk_is_shared(*folders: Path) -> bool:
@@ -64,6 +64,6 @@ def disk_is_shared(*folders: Path) -> bool:
             token.unlink()
 
     tokens = ranks.on_rank_zero("looking for a shared disk", leave_tokens)
-    seen = ranks.agree("looking for a shared disk", all_seen)
-    ranks.on_rank_zero("looking for a shared disk", remove_tokens)
-    return all(seen)
+    seen = ranks.everywhere("looking for a shared disk", all_seen)
+    ranks.held_by(0, "looking for a shared disk", remove_tokens)
+    return seen

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qkguard.adapters import drift as lora_drift
 from qkguard.adapters.live import adapted_weights
+from qkguard.distributed.ranks import Deferred
 from qkguard.drift import routing_drift
 from qkguard.layout import find_attention, select
 from tests.support import oracle
@@ -87,9 +88,7 @@ def test_drift_is_that_of_the_dense_weights(case, adapters, monkeypatch):
     selection = select(find_attention(model))
     tracker = lora_drift.AdapterDriftMonitor(model, selection, adapted_weights(model, selection))
     for _ in range(2):  # the second time from the products kept
-        metrics = tracker.measure(model)
-        routing, heads = tracker.measure_routing(model)
-    metrics |= routing
+        metrics, heads = tracker.measure(model, Deferred("measuring"), routing=True)
     checked = 0
     for spec, _ in selection:
         weights: dict[str, tuple[Tensor, Tensor]] = {}
@@ -121,6 +120,6 @@ def test_disabled_and_inactive_adapters_do_not_count():
     model = adapted("llama", target_modules=LINEAR)
     selection = select(find_attention(model))
     tracker = lora_drift.AdapterDriftMonitor(model, selection, adapted_weights(model, selection))
-    assert tracker.measure(model)["qkguard/drift/q_rel"] > 1e-3
+    assert tracker.measure(model, Deferred("measuring"))[0]["qkguard/drift/q_rel"] > 1e-3
     with model.disable_adapter():
-        assert tracker.measure(model)["qkguard/drift/q_rel"] == 0.0
+        assert tracker.measure(model, Deferred("measuring"))[0]["qkguard/drift/q_rel"] == 0.0

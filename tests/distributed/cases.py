@@ -7,6 +7,8 @@ import logging
 import os
 import random
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -309,7 +311,7 @@ def failing_page(folder: Path) -> None:
     MetricsLog.write_page = broken
     try:
         train(base, arguments(folder), QKGuardCallback())
-        stops_if_strict(base, folder, "writing the run's page failed on rank 0: ")
+        stops_if_strict(base, folder, "ending the guard failed on rank 0: writing the run's page failed: ")
     finally:
         MetricsLog.write_page = original
 
@@ -354,39 +356,64 @@ def renamed(folder: Path) -> None:
         dist.barrier()
 
 
-def together_agrees(folder: Path) -> None:
-    """One rank's error is everybody's; results arrive in rank order; a rank without a heartbeat is given up."""
+def ranks_agree(folder: Path) -> None:
+    """One rank's error is everybody's, results stay where they are made, and ranks that meet for different things, or
+    hang, are named on all.
+    """
     import time
 
     from qkguard.distributed import ranks
-    from qkguard.errors import WrongReferenceError
+    from qkguard.errors import RankLostError, WrongReferenceError
 
     last = dist.get_world_size() - 1
-    assert ranks.agree("counting", lambda: rank() * 10) == [10 * r for r in range(last + 1)]
+    assert ranks.agree("counting", lambda: rank() * 10) == rank() * 10
 
     def fail() -> None:
         if rank() == last:
             raise WrongReferenceError("gone")
 
-    try:
+    with raises(WrongReferenceError, f"failing failed on rank {last}: gone"):
         ranks.agree("failing", fail)
-    except WrongReferenceError as error:
-        assert str(error) == f"failing failed on rank {last}: gone"
-    else:
-        raise AssertionError("nobody heard of it")
+    deferred = ranks.Deferred("deferring")
+    deferred.run(fail)
+    assert deferred.run(lambda: 1) == (None if rank() == last else 1)  # the collectives between go on
+    with raises(WrongReferenceError, f"deferring failed on rank {last}: gone"):
+        deferred.agree()
     time.sleep(0.05 * rank())
     assert ranks.on_rank_zero("deciding", lambda: {"a": [1, 2]}) == {"a": [1, 2]}
+    assert ranks.held_by(last, "holding", rank) == (last if rank() == last else None)
+    assert ranks.everywhere("testing", lambda: True)
+    assert not ranks.everywhere("testing", lambda: rank() != last)
+    assert ranks.agree(f"writing /node-{rank()}/out", lambda: True)  # paths may differ
+
+    others = "rank 0" if last == 1 else "ranks 0, 1"
+    with raises(QKGuardError, f"{others} for 'saving'; rank {last} for 'measuring'"):
+        ranks.agree("measuring" if rank() == last else "saving", rank)
+    assert ranks.agree("going on", rank) == rank()
 
     beat = ranks.HEARTBEAT_SECONDS
     ranks.HEARTBEAT_SECONDS = 0.2
-    try:  # a long job with a heartbeat outlives the timeout of the others
-        assert ranks.agree("copying", lambda: time.sleep(1.5) if rank() == 0 else None, timeout=0.7)
-        ranks.HEARTBEAT_SECONDS = 60.0
-        try:
-            ranks.agree("hanging", lambda: time.sleep(2.0) if rank() == last else None, timeout=0.5)
-        except QKGuardError as error:
-            assert rank() != last and "sent no heartbeat" in str(error), error
+    try:  # long work with signs of life outlives the timeout of the others; without them, a rank is given up
+        time.sleep(beat)  # until the thread that gives the signs has seen the new interval
+        ranks.agree("copying", lambda: time.sleep(1.5) if rank() == 0 else None, timeout=0.7)
+        if rank() == last:
+            time.sleep(2.5)
+            ranks.agree("hanging", rank, timeout=0.7)
         else:
-            assert rank() == last
+            with raises(RankLostError, f"hanging: rank {last} gave no sign of life"):
+                ranks.agree("hanging", rank, timeout=0.7)
     finally:
         ranks.HEARTBEAT_SECONDS = beat
+        dist.barrier()
+        ranks._current = None  # where a rank is lost, nothing more can be agreed on
+
+
+@contextmanager
+def raises(kind: type[Exception], words: str) -> Iterator[None]:
+    """The block must raise an error of this kind with these words in it."""
+    try:
+        yield
+    except kind as error:
+        assert words in str(error), error
+    else:
+        raise AssertionError(f"nobody heard of it: {words}")

@@ -17,6 +17,7 @@ from qkguard.adapters.drift import AdapterDriftMonitor
 from qkguard.adapters.live import adapted_weights
 from qkguard.adapters.restored import export_adapter
 from qkguard.distributed import sharding
+from qkguard.distributed.ranks import Deferred
 from qkguard.layout import find_attention, select
 from tests.distributed.cases import STEPS, base_model, check_backend, deepspeed_config, rank, reset
 from tests.distributed.launch import sharding_of
@@ -124,7 +125,7 @@ def lora_fsdp2(folder: Path, *flags: str) -> None:
             fully_shard(model)
         assert sharding.backend(model) == ("fsdp2" if step else "replicated")
         tracker = AdapterDriftMonitor(model, selection, adapted_weights(model, selection))
-        outcomes.append(tracker.measure(model) | tracker.measure_routing(model)[0])
+        outcomes.append(tracker.measure(model, Deferred("measuring"), routing=True)[0])
         export_adapter(model, "default", folder / str(step))
     whole, sharded = outcomes
     assert whole.keys() == sharded.keys() and whole["qkguard/drift/q_rel"] > 1e-3

@@ -16,7 +16,7 @@ LAUNCH_SECONDS = 1500  # a case that hangs ends its launch much sooner (worker.p
 
 CASES = {
     2: [
-        "together_agrees",
+        "ranks_agree",
         "guarded@ddp,fp32,minimax",
         "guarded@ddp,bf16,qwen3_next",
         "guarded@zero1,fp32,minimax",
@@ -51,6 +51,9 @@ CASES = {
         "best_step@ddp",
         "best_step@zero3",
         "fsdp1",
+        "failing_measurement",
+        "failing_reference",
+        "agreements",
         "trained_alike@zero3",
         "trained_alike@zero3,lora",
         "trained_alike@zero1",
@@ -80,7 +83,12 @@ CASES = {
         "guarded@fsdp2,fp32,minimax",
         "guarded@loaded_fsdp2,fp32,llama",
         "lora_fsdp2@dora",
+        "ranks_agree",
         "failing_write",
+        "failing_page",
+        "failing_measurement",
+        "failing_reference",
+        "agreements",
         "trained_alike@zero3",
         "trained_alike@fsdp2,lora",
     ],

@@ -86,6 +86,15 @@ def refusal(param, **attributes) -> str:
     return str(error.value)
 
 
+def partition_of(self):
+    """DeepSpeed hangs such a function on every parameter."""
+
+    def partition():
+        return self
+
+    return partition
+
+
 def test_refusals_name_what_was_found(world):
     world(4, 0)
     assert "tensor parallel (tp_size=2)" in refusal(nn.Parameter(torch.zeros(4)), tp_size=2)
@@ -97,6 +106,15 @@ def test_refusals_name_what_was_found(world):
     assert "NVMe" in refusal(part)
     part.ds_tensor.final_location, part.ds_tensor.ds_quant_scale = None, torch.ones(1)
     assert "quantised" in refusal(part)
+    del part.ds_tensor.ds_quant_scale
+    part.partition = SimpleNamespace  # what is no function of DeepSpeed's says nothing
+    sharding.check_supported(One(part), ["weight"])
+    part.partition = partition_of(SimpleNamespace(quantized_weights=True))
+    assert "zero_quantized_weights" in refusal(part)
+    part.partition = partition_of(SimpleNamespace(quantized_weights=False))
+    sharding.check_supported(One(part), ["weight"])
+    part.ds_zero_param_process_group = object()
+    assert "hpZ" in refusal(part)
     assert "meta" in refusal(nn.Parameter(torch.zeros(4, device="meta")))
     sharding.check_supported(One(nn.Parameter(torch.zeros(4, device="meta"))), ["another"])
 

@@ -27,11 +27,10 @@ def main() -> None:
     import deepspeed
     import torch.distributed as dist
 
-    from tests.distributed import cases, lora_cases, place_cases, probe_cases, probing_cases, sft_cases
+    from tests.distributed import cases, failing_cases, lora_cases, place_cases, probe_cases, probing_cases, sft_cases
 
-    known = (
-        vars(sft_cases) | vars(place_cases) | vars(probing_cases) | vars(probe_cases) | vars(lora_cases) | vars(cases)
-    )
+    modules = (failing_cases, sft_cases, place_cases, probing_cases, probe_cases, lora_cases, cases)
+    known = {name: value for module in modules for name, value in vars(module).items()}
     rank = int(os.environ["RANK"])
     deepspeed.init_distributed("gloo", verbose=False)  # torch's process group, known to DeepSpeed as well
     for name in names:
