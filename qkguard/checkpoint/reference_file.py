@@ -108,6 +108,12 @@ class ReferenceFile:
     def exists(folder: Path) -> bool:
         return (folder / REFERENCE_MANIFEST).is_file()
 
+    @staticmethod
+    def discard(folder: Path) -> None:
+        """Remove a reference that turned out wrong before the first step (one writer)."""
+        for name in (REFERENCE_MANIFEST, REFERENCE):
+            (folder / name).unlink(missing_ok=True)
+
     def get(self, pmap: ParamMap) -> Tensor:
         """The compact tensor of one parameter, checked against its recorded hash."""
         entry = self.manifest["tensors"].get(pmap.name)

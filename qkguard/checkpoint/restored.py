@@ -23,6 +23,7 @@ from qkguard.errors import QKGuardError
 from qkguard.layout.rows import RowSelection
 from qkguard.layout.selection import Selection, unselected_norms
 from qkguard.layout.spec import ParamMap
+from qkguard.layout.wrappers import wrapped_names
 from qkguard.restore.apply import check_device, restore_layer
 from qkguard.restore.registry import Method, check_options, check_per_layer, get_method
 
@@ -72,7 +73,8 @@ def plan_restored(
         device: where the arithmetic of methods beyond copying runs.
 
     Raises:
-        QKGuardError: a parameter is missing, of another shape or quantised, or options that the method does not take.
+        QKGuardError: a parameter is missing, of another shape or quantised, tensors that no loadable name can be given
+            to (`wrapped_names`), or options that the method does not take.
     """
     rows = rows or RowSelection()
     options = check_options(method, options or {}, rows.projections)
@@ -89,7 +91,7 @@ def plan_restored(
     return FolderPlan(
         weights,
         Path(out),
-        plan_files(weights, patches),
+        plan_files(weights, patches, wrapped_names(weights.where)),
         base=base.describe(),
         method={"name": method, **options, **rows.to_json()},
         partial=_left_tuned(selection),

@@ -81,6 +81,11 @@ class Header:
     sha256: str
     tensors: Mapping[str, TensorEntry]
 
+    @property
+    def data_start(self) -> int:
+        """The byte at which the tensors begin."""
+        return min((entry.start for entry in self.tensors.values()), default=self.size)
+
 
 def read_header(path: Path) -> Header:
     """Read and check a header: complete, tensors back to back, file neither shorter nor longer than it says.
@@ -192,6 +197,24 @@ def _pieces(entry: TensorEntry, param: ParamMap, view: memoryview) -> Iterator[t
         size = (hi - lo) * itemsize
         yield entry.start + lo * itemsize, view[position : position + size]
         position += size
+
+
+def rename_tensors(fd: int, renamed: Mapping[str, str]) -> None:
+    """Rename tensors in an open file's header, in place.
+
+    The names must not get longer: the header keeps its length, filled up with spaces as the format allows, so that
+    no tensor moves.
+    """
+    length = int.from_bytes(os.pread(fd, 8, 0), "little")
+    raw = bytearray(length)
+    read_exactly(fd, memoryview(raw), 8, "header")
+    header = {renamed.get(name, name): info for name, info in json.loads(raw).items()}
+    view = memoryview(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length))
+    assert len(view) == length, "a name became longer"
+    offset = 8
+    while view:
+        written = os.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written
 
 
 def read_exactly(fd: int, view: memoryview, offset: int, what: str) -> None:

@@ -31,6 +31,7 @@ from qkguard.checkpoint.safetensors_io import (
     read_rows,
 )
 from qkguard.errors import QKGuardError
+from qkguard.layout.hub_id import split_revision
 from qkguard.layout.spec import ParamMap
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -67,6 +68,32 @@ class WeightFolder:
         """The selected rows of a tensor as a compact CPU tensor, in the dtype stored."""
         with opened(self.folder / self.where[name]) as fd:
             return read_rows(fd, self.entry(name), param)
+
+    def read_elements(self, name: str, spans: Iterable[tuple[int, int]]) -> Tensor:
+        """Some of a tensor's flattened elements, one half-open range after the other, as 1-D in the dtype stored."""
+        entry, spans = self.entry(name), list(spans)
+        out = torch.empty(sum(stop - start for start, stop in spans), dtype=entry.torch_dtype)
+        view, size, position = bytes_of(out), entry.torch_dtype.itemsize, 0
+        with opened(self.folder / self.where[name]) as fd:
+            for start, stop in spans:
+                count = (stop - start) * size
+                read_exactly(fd, view[position : position + count], entry.start + start * size, name)
+                position += count
+        return out
+
+    def same_bytes(self, one: str, other: str) -> bool:
+        """Whether two tensors have the same shape, dtype and bytes; a few MB are in memory at a time."""
+        a, b = self.entry(one), self.entry(other)
+        if (a.shape, a.dtype) != (b.shape, b.dtype):
+            return False
+        with opened(self.folder / self.where[one]) as left, opened(self.folder / self.where[other]) as right:
+            for offset in range(0, a.stop - a.start, SCAN_BYTES):
+                chunks = [bytearray(min(SCAN_BYTES, a.stop - a.start - offset)) for _ in range(2)]
+                read_exactly(left, memoryview(chunks[0]), a.start + offset, one)
+                read_exactly(right, memoryview(chunks[1]), b.start + offset, other)
+                if chunks[0] != chunks[1]:
+                    return False
+        return True
 
     def check(self, params: Iterable[ParamMap], names: Mapping[str, str], whose: str, advice: str) -> None:
         """Refuse parameters that the folder lacks or holds in another shape or quantised.
@@ -206,6 +233,8 @@ def _why_no_weights(folder: Path) -> str:
 def resolve_folder(name: str | os.PathLike[str]) -> Path:
     """A local folder as it is; a hub id through huggingface_hub's cache (weights, configs, tokenizer and code).
 
+    A hub id may name a revision: `org/model@v1.0`.
+
     Raises:
         QKGuardError: neither a folder here nor a model the hub or its cache can give.
     """
@@ -214,7 +243,7 @@ def resolve_folder(name: str | os.PathLike[str]) -> Path:
         return path
     if path.exists():
         raise QKGuardError(f"{path} is a file: expected the folder of a checkpoint.")
-    text = str(name)
+    text, revision = split_revision(str(name))
     if text.count("/") > 1 or text.startswith((".", "/", "~", "_")) or text.endswith("/") or " " in text:
         raise QKGuardError(f"There is no such folder: {path}.")
 
@@ -223,11 +252,11 @@ def resolve_folder(name: str | os.PathLike[str]) -> Path:
 
     patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py", "LICENSE*"]
     try:
-        return Path(snapshot_download(text, allow_patterns=patterns))
+        return Path(snapshot_download(text, revision=revision, allow_patterns=patterns))
     except (OSError, HFValidationError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise QKGuardError(
-            f"{text} is neither a folder here nor a model on the hub that can be read: {reason}"
+            f"{name} is neither a folder here nor a model on the hub that can be read: {reason}"
         ) from None
 
 

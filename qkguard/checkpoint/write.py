@@ -30,7 +30,7 @@ from qkguard.checkpoint.files import (
     write_text,
 )
 from qkguard.checkpoint.manifest import MANIFEST, build_manifest, describe_file, dump
-from qkguard.checkpoint.safetensors_io import Header, TensorEntry, opened, read_header
+from qkguard.checkpoint.safetensors_io import Header, TensorEntry, opened, read_header, rename_tensors
 from qkguard.checkpoint.staging import Staging
 from qkguard.checkpoint.weights import WeightFolder
 from qkguard.errors import QKGuardError
@@ -64,7 +64,8 @@ class FilePlan:
         source: the raw folder's file that it is made from; None for a file that the raw folder lacks.
         target: its name in the new folder.
         nbytes: its size.
-        patches: what changes in a copy of `source`; without any the file is linked.
+        patches: what changes in a copy of `source`.
+        renamed: its tensors that get other names; without these and patches the file is linked.
         make: writes the file at a path, where there is no `source`.
     """
 
@@ -72,7 +73,13 @@ class FilePlan:
     target: str
     nbytes: int
     patches: tuple[Patch, ...] = ()
+    renamed: Mapping[str, str] = field(default_factory=dict)
     make: Callable[[Path], None] | None = None
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether the new folder needs bytes of its own for it."""
+        return bool(self.patches or self.renamed)
 
 
 @dataclass(frozen=True)
@@ -107,14 +114,25 @@ class FolderPlan:
     overwrite: bool = False
 
 
-def plan_files(weights: WeightFolder, patches: Mapping[str, Sequence[Patch]]) -> tuple[FilePlan, ...]:
-    """A plan for every file of a folder from the patches in it; files that are only linked come last."""
-    plans = [FilePlan(file, file, header.size, tuple(patches.get(file, ()))) for file, header in weights.files.items()]
+def plan_files(
+    weights: WeightFolder, patches: Mapping[str, Sequence[Patch]], renamed: Mapping[str, str] | None = None
+) -> tuple[FilePlan, ...]:
+    """A plan for every file of a folder from the patches in it; files that are only linked come last.
+
+    Args:
+        weights: the raw folder.
+        patches: file -> what changes in it.
+        renamed: tensor name -> its shorter name in the new folder, where that is another one.
+    """
+    plans = []
+    for file, header in weights.files.items():
+        names = {name: new for name, new in (renamed or {}).items() if weights.where[name] == file}
+        plans.append(FilePlan(file, file, header.size, tuple(patches.get(file, ())), names))
     return tuple(sorted(plans, key=_work_first))
 
 
 def _work_first(file: FilePlan) -> tuple[int, str]:
-    return (-file.nbytes if file.patches else 0, file.target)
+    return (-file.nbytes if file.is_copied else 0, file.target)
 
 
 def write_folder(
@@ -154,7 +172,7 @@ def prepare(plan: FolderPlan) -> Staging:
 def _check_space(plan: FolderPlan, folder: Path) -> None:
     raw = plan.weights.folder
     same_disk = folder.stat().st_dev == raw.stat().st_dev
-    need = sum(file.nbytes for file in plan.files if file.patches or not same_disk)
+    need = sum(file.nbytes for file in plan.files if file.is_copied or not same_disk)
     free = shutil.disk_usage(folder).free
     if need > free and not can_clone(raw / next(iter(plan.weights.files)), folder):
         raise QKGuardError(
@@ -199,12 +217,15 @@ def _write_file(
         return record | {"made": "added", "raw": None, "written": describe_file(target, read_header(target))}
     source, header = weights.folder / file.source, weights.files[file.source]
     record["raw"] = describe_file(source, header)
-    if not file.patches:
+    if not file.is_copied:
         linked = link_or_copy(source, target)
         written(file.nbytes)
         return record | {"made": "linked" if linked else "copied", "written": record["raw"]}
     _copy_and_patch(source, target, file, header, hashing, written, record)
-    return record | {"made": "patched", "written": describe_file(target, header)}
+    if not file.renamed:
+        return record | {"made": "patched", "written": describe_file(target, header)}
+    made = "patched" if file.patches else "renamed"
+    return record | {"made": made, "written": describe_file(target, read_header(target))}
 
 
 def _copy_and_patch(
@@ -222,7 +243,18 @@ def _copy_and_patch(
         for patch in file.patches:
             for key, entries in patch(OpenFile(file.target, copy.fileno(), header.tensors, hashing)).items():
                 record[key] += entries
+        if file.renamed:
+            rename_tensors(copy.fileno(), file.renamed)
+            _name_anew(record["tensors"], file.renamed)
         os.fsync(copy.fileno())
+
+
+def _name_anew(tensors: list[dict[str, Any]], renamed: Mapping[str, str]) -> None:
+    """The manifest's entries of patched tensors, under the names they are written by."""
+    for tensor in tensors:
+        if tensor["name"] in renamed:
+            tensor["raw_name"] = tensor["name"]
+            tensor["name"] = renamed[tensor["name"]]
 
 
 def publish(
@@ -270,6 +302,9 @@ def _write_other_files(plan: FolderPlan, folder: Path) -> tuple[list[str], list[
     raw, index = plan.weights.folder, plan.weights.index
     taken, left_out = auxiliary_files(raw)
     files: dict[str, Path | str] = {name: raw / name for name in [*taken, *([index] if index else [])]}
+    renamed = {name: new for file in plan.files for name, new in file.renamed.items()}
+    if index and renamed:
+        files[index] = _renamed_index(raw / index, renamed)
     files |= plan.other_files
     for name, content in files.items():
         if isinstance(content, str):
@@ -277,6 +312,12 @@ def _write_other_files(plan: FolderPlan, folder: Path) -> tuple[list[str], list[
         else:
             copy_named(content, folder / name)
     return list(files), [name for name in left_out if name not in plan.weights.files and name not in files]
+
+
+def _renamed_index(path: Path, renamed: Mapping[str, str]) -> str:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["weight_map"] = {renamed.get(name, name): file for name, file in content["weight_map"].items()}
+    return json.dumps(content, indent=2) + "\n"
 
 
 def check_target(sources: Sequence[Path], out: Path, overwrite: bool) -> None:

@@ -13,8 +13,12 @@ from qkguard.cli.output import warn
 from qkguard.errors import DROPPED, RENAMED, QKGuardError
 from qkguard.layout.rows import RowOptions, RowSelection
 
-Base = Annotated[str, typer.Option("--base", "-b", help="Checkpoint before SFT: a folder or a hub id.")]
-Tuned = Annotated[str, typer.Option("--tuned", "-t", help="Checkpoint after SFT: a folder or a hub id.")]
+Base = Annotated[
+    str, typer.Option("--base", "-b", help="Checkpoint before SFT: a folder or a hub id (NAME@REVISION).")
+]
+Tuned = Annotated[
+    str, typer.Option("--tuned", "-t", help="Checkpoint after SFT: a folder or a hub id (NAME@REVISION).")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")]
 Projections = Annotated[str, typer.Option(help="Which projections: q, k or q,k.")]
 Layers = Annotated[

@@ -18,6 +18,14 @@ def verify(
     full: Annotated[
         bool, typer.Option("--full", help="Compare every byte outside the restored rows with the raw files.")
     ] = False,
+    load: Annotated[
+        bool,
+        typer.Option(
+            "--load",
+            help="Also load it as from_pretrained does, without weights: every parameter must find its tensor.",
+        ),
+    ] = False,
+    trust_remote_code: opt.RemoteCode = False,
     as_json: opt.Json = False,
 ) -> None:
     """Check that a restored checkpoint is whole and what its manifest says.
@@ -27,7 +35,7 @@ def verify(
     """
     from qkguard.offline.verify import verify as check
 
-    report = check(folder, raw=raw, full=full)
+    report = check(folder, raw=raw, full=full, load=load, trust_remote_code=trust_remote_code)
     if as_json:
         print_json(report)
         return
@@ -37,3 +45,5 @@ def verify(
         f"({human_bytes(report['restored_bytes'])}) as recorded, method {report['method']}, base {report['base']}"
     )
     say(f"raw checkpoint: {report['raw']}; compared: {report['compared']}")
+    if load:
+        say(f"loads: each of the {report['loads']} parameters finds its tensor")

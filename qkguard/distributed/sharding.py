@@ -118,15 +118,15 @@ def check_supported(model: nn.Module, names: Iterable[str]) -> None:
             "ZeRO, FSDP2 or DDP, or restore the finished checkpoint with `qkguard restore`."
         )
     for name, param in model.named_parameters():
-        if name in wanted and (why := _unsupported(param)):
+        if name in wanted and (why := unsupported(param)):
             raise QKGuardError(
                 f"{name} is {why}, which qkguard does not support. Supported: one process, DDP, ZeRO-1/2/3 (CPU "
                 "offload included) and FSDP2 sharded by rows. `qkguard restore` works on any finished checkpoint."
             )
 
 
-def _unsupported(param: Param) -> str | None:
-    """What is unsupported about a parameter's placement, as it follows "is"."""
+def unsupported(param: Param) -> str | None:
+    """What is unsupported about a parameter's placement, as it follows "is"; None where nothing is."""
     if hasattr(param, "ds_tensor"):
         if param.ds_zero_partition_world_size != ranks.world_size():
             return (

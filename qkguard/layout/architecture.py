@@ -20,6 +20,7 @@ from torch import nn
 from torch.distributions import Distribution
 
 from qkguard.errors import QKGuardError, UnknownLayoutError, first_line
+from qkguard.layout.hub_id import split_revision
 from qkguard.layout.rules import RULES
 from qkguard.layout.spec_file import BY_HAND
 
@@ -85,6 +86,8 @@ def bare_model(model: nn.Module) -> nn.Module:
 def load_config(source: Any, *, trust_remote_code: bool = False) -> Any:
     """A config object from itself, a config.json, a folder or a hub id; a RuleConfig for the models known by rule.
 
+    A hub id may name a revision: `org/model@v1.0`.
+
     Raises:
         QKGuardError: no such file, or not JSON.
         UnknownLayoutError: a model type that is not part of transformers.
@@ -97,14 +100,16 @@ def load_config(source: Any, *, trust_remote_code: bool = False) -> Any:
         raise QKGuardError(
             f"expected a model, a config, a folder, a hub id or a config.json, found {type(source).__name__}"
         )
+    source, revision = split_revision(os.fspath(source))
+    at = {} if revision is None else {"revision": revision}
     path = Path(source)
     if path.suffix == ".json" or path.is_dir():
         _check_json(path if path.suffix == ".json" else path / "config.json")
     try:
-        values, _ = PreTrainedConfig.get_config_dict(str(source))
+        values, _ = PreTrainedConfig.get_config_dict(source, **at)
         if values.get("model_type") in RULES:
             return RuleConfig(**values)
-        return AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **at)
     except Exception as error:
         if "trust_remote_code" not in str(error):
             raise UnknownLayoutError(f"no model config could be read from {source}: {first_line(error)}") from error

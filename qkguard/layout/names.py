@@ -12,9 +12,8 @@ from qkguard.errors import QKGuardError, RearrangedError, UnknownLayoutError
 from qkguard.layout.architecture import Architecture, bare_model, build_meta, find_architecture, plain_torch
 from qkguard.layout.spec import AttentionSpec, ParamMap
 from qkguard.layout.spec_file import BY_HAND
+from qkguard.layout.wrappers import bare_name
 
-# Wrappers that add a level to parameter names and change nothing: torch.compile, activation checkpointing, FSDP1.
-TRANSPARENT = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 WAY_OUT = "restore it on a model loaded with from_pretrained, and save that"
 
 
@@ -23,12 +22,6 @@ class DiskTensor(NamedTuple):
 
     key: str
     rearranged: bool
-
-
-def bare_name(name: str) -> str:
-    """A parameter's name without what wrappers put in: torch.compile, DDP, checkpointing, FSDP1, PEFT."""
-    name = ".".join(part for part in name.split(".") if part not in TRANSPARENT and part != "base_layer")
-    return name.removeprefix("module.").removeprefix("base_model.model.")
 
 
 def live_names(model: nn.Module) -> dict[str, str]:
@@ -118,12 +111,31 @@ def disk_names(
     for item in specs_or_params:
         params = item.params if isinstance(item, AttentionSpec) else (item,)
         wanted.update({param.name: param for param in params})
+    loaded = tensors_of_params(config, keys, trust_remote_code=trust_remote_code)
+    return single_tensors(wanted.values(), loaded, keys)
+
+
+def single_tensors(
+    params: Iterable[ParamMap], loaded: Mapping[str, Sequence[DiskTensor]], keys: Mapping[str, tuple[int, ...]]
+) -> dict[str, str]:
+    """Parameter name -> the one tensor that holds it, in what `tensors_of_params` found; raises as `disk_names`."""
+    return {param.name: _single_tensor(param, loaded, keys) for param in params}
+
+
+def tensors_of_params(
+    config: Any, keys: Iterable[str], *, trust_remote_code: bool = False
+) -> dict[str, list[DiskTensor]]:
+    """Bare parameter name -> the tensors on disk that transformers loads it from; a tied one under its first name.
+
+    `config` is as for `disk_names`. Parameters without a tensor are left out.
+
+    Raises:
+        QKGuardError: the model's class cannot be built.
+    """
     architecture = find_architecture(config, trust_remote_code=trust_remote_code)
     if architecture.model_class is None:  # known by rule, under the names on disk
-        loaded = {bare_name(key): [DiskTensor(key, False)] for key in keys}
-    else:
-        loaded = _disk_tensors(architecture, keys)
-    return {name: _single_tensor(param, loaded, keys) for name, param in wanted.items()}
+        return {bare_name(key): [DiskTensor(key, False)] for key in keys}
+    return _disk_tensors(architecture, keys)
 
 
 def rearranged_sources(

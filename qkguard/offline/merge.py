@@ -43,7 +43,9 @@ from qkguard.errors import QKGuardError
 from qkguard.layout.rows import RowOptions, RowSelection
 from qkguard.layout.selection import Selection, select
 from qkguard.layout.spec import Block, ParamMap
+from qkguard.layout.wrappers import wrapped_names
 from qkguard.offline.pair import folder_attention, tensor_names
+from qkguard.offline.whole import embeddings_apart, refuse_incomplete
 
 _BASE_CONFIGS = ("config.json", "generation_config.json")
 
@@ -104,6 +106,7 @@ def merge_adapter(
         by_hand=spec is not None,
         trust_remote_code=trust_remote_code,
     )
+    refuse_incomplete(weights, as_written=True, trust_remote_code=trust_remote_code)
     plan = plan_merge(merge, Path(out), chosen, overwrite=overwrite)
     with prepare(plan) as staging:
         records = write_files(plan, staging.folder, progress=progress)
@@ -185,7 +188,7 @@ def plan_merge(merge: Merge, out: Path, rows: RowSelection, *, overwrite: bool =
     for index, param in enumerate(merge.peft_model.adapted):
         if rows_to_write(merge, param):
             patches.setdefault(weights.where[merge.names[param.name]], []).append(partial(merge_rows, merge, index))
-    files = plan_files(weights, patches)
+    files = plan_files(weights, patches, wrapped_names(weights.where))
     others: dict[str, Path | str] = {  # tokenizer and templates as training saved them, where it did
         name: adapter.folder / name for name in auxiliary_files(adapter.folder)[0] if name not in _BASE_CONFIGS
     }
@@ -286,7 +289,8 @@ def _write_untied(merge: Merge, target: Path) -> None:
 
 def _untied_index(merge: Merge, files: tuple[FilePlan, ...]) -> str:
     targets = {file.source: file.target for file in files}
-    where = {name: targets[file] for name, file in merge.weights.where.items()}
+    renamed = wrapped_names(merge.weights.where)
+    where = {renamed.get(name, name): targets[file] for name, file in merge.weights.where.items()}
     where |= dict.fromkeys(merge.untied, targets[None])
     entries = [merge.weights.entry(name) for name in merge.weights.where]
     entries += [merge.weights.entry(merge.names[param.name]) for param, _ in merge.untied.values()]
@@ -314,6 +318,7 @@ def describe_adapter(adapter: Adapter) -> dict[str, Any]:
 
 
 def _warnings(merge: Merge) -> Iterator[str]:
+    yield from embeddings_apart(merge.weights)
     named, untied = merge.adapter.base, merge.untied
     same = named and identify(named, Path(named))["id"] == identify(merge.base_id, merge.weights.folder)["id"]
     if named and not same:

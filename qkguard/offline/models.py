@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,10 +69,10 @@ def load_tokenizer(folder: Path, options: LoadOptions, fallback: Any = None) -> 
 def load_model(folder: Path, options: LoadOptions) -> nn.Module:
     """The checkpoint in evaluation mode on the device asked for; "auto" spreads it over all accelerators.
 
-    An adapter comes on top of the base model that it names.
+    An adapter comes on top of the base model that it names, of the revision that it names.
 
     Raises:
-        QKGuardError: an unknown dtype, or a folder that does not load.
+        QKGuardError: an unknown dtype, or a folder that does not load or leaves weights random.
     """
     from peft import PeftConfig, PeftModel
     from transformers import AutoModelForCausalLM
@@ -79,21 +80,60 @@ def load_model(folder: Path, options: LoadOptions) -> nn.Module:
     if options.dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise QKGuardError(f"Invalid dtype {options.dtype!r}: expected auto, float32, bfloat16 or float16.")
     spread = options.device == "auto" and torch.accelerator.is_available()
-    adapted = (folder / "adapter_config.json").is_file()
+    source, revision = folder, None
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            PeftConfig.from_pretrained(str(folder)).base_model_name_or_path if adapted else folder,
+        adapted = (folder / "adapter_config.json").is_file()
+        if adapted:
+            adapter = PeftConfig.from_pretrained(str(folder))
+            source, revision = adapter.base_model_name_or_path, adapter.revision
+        model = load_whole(
+            AutoModelForCausalLM,
+            source,
+            revision=revision,
             dtype=options.dtype,
             device_map="auto" if spread else None,
             trust_remote_code=options.trust_remote_code,
         )
         if adapted:  # transformers loads adapters too, but leaves DoRA's magnitudes at their starting values
-            model = PeftModel.from_pretrained(model, folder)
+            with _missing_adapter_refused(folder):
+                model = PeftModel.from_pretrained(model, folder)
         if options.device != "auto":
             nn.Module.to(model, options.device)
         return model.eval()
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         raise QKGuardError(f"{folder}: the model could not be loaded: {_line(error)}") from error
+
+
+def load_whole(loader: Any, source: Any, revision: str | None = None, **options: Any) -> Any:
+    """`loader.from_pretrained(source, **options)`, which itself only logs it when weights stay random.
+
+    Raises:
+        QKGuardError: a parameter has no tensor in the checkpoint; tied ones need none of their own.
+    """
+    if revision is not None:
+        options["revision"] = revision
+    model, info = loader.from_pretrained(source, output_loading_info=True, **options)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        unused = sorted(info["unexpected_keys"])
+        also = f" The checkpoint's {unused[0]} fits none of them." if unused else ""
+        raise QKGuardError(
+            f"{source}: {len(missing)} weights are missing and would be random, first {', '.join(missing[:3])}.{also} "
+            "Save the model again with save_pretrained, or name a whole checkpoint."
+        )
+    return model
+
+
+@contextmanager
+def _missing_adapter_refused(folder: Path) -> Iterator[None]:
+    """PEFT (0.18 to 0.21) only warns when weights of an adapter are missing; `from_pretrained` returns no report."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for warning in caught:
+        if "missing adapter keys" in str(warning.message):
+            raise QKGuardError(f"{folder}: weights of the adapter are missing and would be random. Save it again.")
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 def free_memory() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,14 +15,8 @@ from qkguard.layout.rows import RowSelection
 from qkguard.layout.selection import Selection, select, unselected_norms
 from qkguard.layout.spec import AttentionSpec, ParamMap
 from qkguard.layout.spec_file import dump_specs, parse_specs
-
-GEOMETRY = (
-    *("hidden_size", "n_embd", "d_model", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head"),
-    *("num_key_value_heads", "head_dim", "q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "layer_types"),
-)
-
-
-POSITIONS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "sliding_window")
+from qkguard.offline.configs import compare_configs, read_config
+from qkguard.offline.whole import embeddings_apart
 
 
 @dataclass(frozen=True)
@@ -61,6 +54,7 @@ def open_folders(base: str | os.PathLike[str], tuned: str | os.PathLike[str]) ->
     weights = open_weights(folder)
     base_weights = open_weights(base_folder)
     warnings = compare_configs(read_config(base_folder), read_config(folder))
+    warnings += [*embeddings_apart(base_weights), *embeddings_apart(weights)]
     return Folders(base_weights, weights, os.fspath(base), warnings)
 
 
@@ -140,40 +134,3 @@ def tensor_names(
     if trust_remote_code or "auto_map" in config:
         return find()
     return cached("names", [config, shapes, [(param.name, param.shape) for param in params]], find)
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The config.json of a checkpoint, of the language model where it is nested."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return config | config.get("text_config", {})
-    except FileNotFoundError:
-        raise QKGuardError(f"{folder} has no config.json: expected a checkpoint with its configuration.") from None
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise QKGuardError(f"{folder / 'config.json'} cannot be read ({error}). Save it again.") from None
-
-
-def compare_configs(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> list[str]:
-    """Warnings about differences in how positions are encoded.
-
-    Raises:
-        QKGuardError: another architecture, or other head counts and sizes.
-    """
-    kinds = [str(c.get("model_type")).removesuffix("_text") for c in (base, tuned)]
-    if kinds[0] != kinds[1]:
-        raise QKGuardError(
-            f"The base is a {base.get('model_type')} model, the tuned one {tuned.get('model_type')}: expected the "
-            "checkpoint that the tuned model started from."
-        )
-    for key in GEOMETRY:
-        if key in base and key in tuned and base[key] != tuned[key]:
-            raise QKGuardError(
-                f"{key} is {base[key]} in the base and {tuned[key]} in the tuned model: "
-                "expected the checkpoint that the tuned model started from."
-            )
-    return [
-        f"{key} is {base[key]} in the base but {tuned[key]} in the tuned model: the base's queries and keys were "
-        "trained for other positions"
-        for key in POSITIONS
-        if key in base and key in tuned and base[key] != tuned[key]
-    ]

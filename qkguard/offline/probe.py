@@ -10,6 +10,8 @@ from typing import Any
 from torch import nn
 
 from qkguard.checkpoint.weights import resolve_folder
+from qkguard.errors import QKGuardError
+from qkguard.offline.configs import compare_configs, read_config
 from qkguard.offline.models import (
     LoadOptions,
     OpenBar,
@@ -62,13 +64,15 @@ def probe_models(
     reports: list[ModelReport] = []
     first: Prober | None = None
     fallback: Any = None
+    first_folder: Path | None = None
     for path in models:
         folder = resolve_folder(path)
+        first_folder = first_folder or folder
         tokenizer = load_tokenizer(folder, load, fallback)
         fallback = fallback or tokenizer
         prober = Prober(tokenizer, replace(settings, chunk=None))
         model = load_model(folder, load)
-        warnings = check_lengths(model, settings.lengths)
+        warnings = check_lengths(model, settings.lengths) + _config_differences(first_folder, folder)
         name = _name(path, [r.name for r in reports])
         with bar(name) as progress:
             if first is None:
@@ -87,6 +91,14 @@ def probe_models(
         del model
         free_memory()
     return reports
+
+
+def _config_differences(first: Path, folder: Path) -> list[str]:
+    """What makes a model's recall incomparable with the first one's, where they are of one architecture."""
+    try:
+        return compare_configs(read_config(first), read_config(folder))
+    except QKGuardError:  # other models altogether, or an adapter
+        return []
 
 
 def _warnings(settings: ProbeSettings, result: ProbeResult, first: ProbeResult) -> list[str]:

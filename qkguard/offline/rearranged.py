@@ -17,6 +17,7 @@ from qkguard.checkpoint.weights import BaseFolder, WeightFolder, open_weights
 from qkguard.errors import QKGuardError
 from qkguard.layout.selection import Selection
 from qkguard.layout.spec import AttentionSpec, Block, ParamMap, true_ranges
+from qkguard.offline.models import load_whole
 
 
 def selection_on_disk(
@@ -74,8 +75,7 @@ def _load(folder: Path, like: Path, trust_remote_code: bool) -> Any:
     from qkguard.layout.architecture import find_architecture
 
     architecture = find_architecture(like, trust_remote_code=trust_remote_code)
-    loader: Any = architecture.model_class
-    return loader.from_pretrained(folder, dtype="auto", trust_remote_code=trust_remote_code)
+    return load_whole(architecture.model_class, folder, dtype="auto", trust_remote_code=trust_remote_code)
 
 
 def _changed(key: str, tuned: WeightFolder, saved: WeightFolder) -> ParamMap | None:

@@ -16,6 +16,7 @@ from qkguard.errors import QKGuardError, RearrangedError, current_names
 from qkguard.layout.rows import RowOptions, RowSelection
 from qkguard.layout.selection import select
 from qkguard.offline.pair import Folders, Pair, find_pair, folder_attention, open_folders
+from qkguard.offline.whole import refuse_incomplete
 from qkguard.restore.registry import check_options, get_method
 
 
@@ -57,6 +58,9 @@ def restore_checkpoint(
         rows: which rows, as the fields of `RowSelection`: projections, layers, include_norms, include_sliding_window,
             shared.
 
+    Tensor names that a wrapper left its mark in (`_orig_mod.`, `module.`, `base_model.model.`) are written as
+    from_pretrained loads them.
+
     Returns:
         The manifest, as written to `out/qkguard.json`: for every layer what the method did, among it "fallback" where
         it could not be applied.
@@ -83,6 +87,7 @@ def restore_checkpoint(
                 ) from None
             work = cleanup.enter_context(working_folder(target.parent))
             pair = _through_transformers(folders, work, chosen, trust_remote_code)
+        refuse_incomplete(folders.tuned, as_written=True, trust_remote_code=trust_remote_code)
         plan = plan_restored(
             pair.weights,
             target,

@@ -20,6 +20,7 @@ from qkguard.choice.task import ROW_FORMATS, TaskResult, TaskRow, encode_rows, s
 from qkguard.choice.verdict import Measurement, Verdict, compare, rank_layers, recommend
 from qkguard.errors import QKGuardError, current_names
 from qkguard.layout.rows import RowOptions, RowSelection
+from qkguard.offline.configs import read_config
 from qkguard.offline.models import (
     LoadOptions,
     OpenBar,
@@ -30,13 +31,20 @@ from qkguard.offline.models import (
     no_bar,
     run_within_memory,
 )
-from qkguard.offline.pair import Folders, find_pair, open_folders, read_config
+from qkguard.offline.pair import Folders, find_pair, open_folders
 from qkguard.offline.restore import restore_checkpoint
 from qkguard.offline.sweep_swap import CandidateRows, CandidateSwap
 from qkguard.offline.task_rows import find_rows, read_rows
+from qkguard.offline.whole import refuse_incomplete
 from qkguard.probe.prober import Prober
 from qkguard.probe.results import ProbeResult
-from qkguard.probe.settings import DEFAULT_TASKS, ProbeSettings, check_lengths, default_lengths
+from qkguard.probe.settings import (
+    DEFAULT_TASKS,
+    ProbeSettings,
+    check_lengths,
+    default_lengths,
+    lengths_left_out,
+)
 from qkguard.report.numbers import plural
 from qkguard.restore.apply import check_device
 
@@ -153,6 +161,8 @@ def sweep(
 
     folders = open_folders(base, tuned)
     find_pair(folders, rows=selection, spec=spec, trust_remote_code=trust_remote_code)  # refuses before long work
+    for folder in (folders.base, folders.tuned):
+        refuse_incomplete(folder, trust_remote_code=trust_remote_code)
     if write is not None:
         check_target([folders.base.folder, folders.tuned.folder], Path(write), overwrite)
     tokenizer = _tokenizer(folders, load)
@@ -202,11 +212,15 @@ def _open_base(
         stored = config.get("dtype") or config.get("torch_dtype")
         dtype = stored if stored in FLOATS else "auto"
     model = load_model(folders.base.folder, replace(load, dtype=dtype))
-    settings = replace(settings, lengths=tuple(settings.lengths or default_lengths(model)))
+    lengths, lost = settings.lengths or default_lengths(model), lengths_left_out(model)
+    if not lengths:
+        raise QKGuardError(f"There is no context length to measure recall at: {lost}. Give --lengths.")
+    more = [f"recall is measured at up to {max(lengths)} tokens: {lost}"] if lost and not settings.lengths else []
+    settings = replace(settings, lengths=tuple(lengths))
     warnings = check_lengths(model, settings.lengths)
     prober = Prober(tokenizer, settings)
     prober.find_formats(model)
-    return model, prober, warnings + choose_chunk(model, prober, chunk)
+    return model, prober, more + warnings + choose_chunk(model, prober, chunk)
 
 
 def measure_candidates(

@@ -9,28 +9,40 @@ from typing import Any
 
 from qkguard.checkpoint.manifest import MANIFEST, describe_file, load_manifest
 from qkguard.checkpoint.safetensors_io import Header, opened, read_exactly, read_header, sha256_of
-from qkguard.checkpoint.weights import WeightFolder, open_weights, refuse_temporary
+from qkguard.checkpoint.weights import WeightFolder, open_weights, refuse_temporary, resolve_folder
 from qkguard.errors import QKGuardError
 from qkguard.layout.spec import Block, ParamMap
+from qkguard.layout.wrappers import wrapped_names
+from qkguard.offline.whole import folder_loading, what_fails
 
 COMPARE_BYTES = 8 << 20
 
 
-def verify(folder: str | os.PathLike[str], *, raw: bool = True, full: bool = False) -> dict[str, Any]:
+def verify(
+    folder: str | os.PathLike[str],
+    *,
+    raw: bool = True,
+    full: bool = False,
+    load: bool = False,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
     """Check a restored folder against its manifest, and the raw folder it was made from where that still exists.
 
     Args:
         folder: the restored checkpoint.
         raw: also check the raw folder: sizes, header hashes, sampled bytes and the hashes of the replaced rows.
         full: compare every byte outside the restored rows with the raw files (reads both whole).
+        load: also load the folder as `from_pretrained` does, on the meta device and without reading a weight: every
+            parameter must find its tensor. An adapter is put on the base it names.
+        trust_remote_code: allow the model's own code to be imported for that.
 
     Returns:
         A report: folder, method, base, tensors, layers, files, bytes restored, raw ("unchanged", "not found" or "not
-        checked"), partial, warnings.
+        checked"), loads (how many parameters were filled; None without `load`), partial, warnings.
 
     Raises:
-        QKGuardError: no or an unreadable manifest, a missing, truncated or changed file, rows with another hash, or
-            a raw folder that has changed since.
+        QKGuardError: no or an unreadable manifest, a missing, truncated or changed file, rows with another hash, a
+            raw folder that has changed since, or with `load` parameters that would stay random.
     """
     path = Path(folder)
     refuse_temporary(path)
@@ -39,10 +51,42 @@ def verify(folder: str | os.PathLike[str], *, raw: bool = True, full: bool = Fal
         if manifest.get("kind") == "adapter":
             from qkguard.adapters.restored import verify_adapter  # imports PEFT
 
-            return verify_adapter(path, manifest, raw=raw)
-        return _verify(path, manifest, raw=raw, full=full)
+            report = verify_adapter(path, manifest, raw=raw)
+        else:
+            report = _verify(path, manifest, raw=raw, full=full)
     except (KeyError, TypeError, AttributeError) as error:
         raise QKGuardError(f"{path / MANIFEST} is damaged ({error!r}). Restore it again.") from None
+    report["loads"] = None
+    if load:
+        check = _load_adapter if manifest.get("kind") == "adapter" else _load_model
+        report["loads"], unused = check(path, trust_remote_code)
+        if unused:
+            report["warnings"] = [*report["warnings"], f"{len(unused)} tensors find no parameter, first {unused[0]}"]
+    return report
+
+
+def _load_model(path: Path, trust_remote_code: bool) -> tuple[int, list[str]]:
+    """(parameters filled, tensors that find no parameter) of a full model loaded on the meta device."""
+    loading = folder_loading(open_weights(path), trust_remote_code=trust_remote_code)
+    if loading is None:
+        raise QKGuardError(f"{path}: loading cannot be checked, because the model's code is not part of transformers.")
+    if problem := what_fails(loading):
+        raise QKGuardError(f"{path} {problem}. Restore it again, from a checkpoint that loads whole.")
+    return loading.parameters, loading.unused
+
+
+def _load_adapter(path: Path, trust_remote_code: bool) -> tuple[int, list[str]]:
+    """The same of an adapter put on its base's class by PEFT; a tensor without a place is refused there."""
+    from qkguard.adapters.files import open_adapter
+    from qkguard.adapters.meta_model import MetaPeftModel
+
+    adapter = open_adapter(path, merging=False)
+    if adapter.base is None:
+        raise QKGuardError(f"{path} names no base model, so loading cannot be checked.")
+    revision = adapter.config.get("revision")
+    base = adapter.base if revision is None or os.path.isdir(adapter.base) else f"{adapter.base}@{revision}"
+    MetaPeftModel(resolve_folder(base), adapter, trust_remote_code=trust_remote_code)
+    return len(adapter.shapes), []
 
 
 def _verify(path: Path, manifest: Mapping[str, Any], *, raw: bool, full: bool) -> dict[str, Any]:
@@ -60,7 +104,8 @@ def _verify(path: Path, manifest: Mapping[str, Any], *, raw: bool, full: bool) -
     if raw and any((found / name).is_file() for name in manifest["raw"]["files"]):
         advice = "The raw checkpoint has changed since; restore it again, or leave it out (--no-raw) if it may."
         headers = _check_files(found, manifest["raw"]["files"], advice)
-        _check_rows(open_weights(found, headers), manifest["tensors"], "before", advice)
+        before = [tensor | {"name": tensor.get("raw_name", tensor["name"])} for tensor in manifest["tensors"]]
+        _check_rows(open_weights(found, headers), before, "before", advice)
         state = "unchanged"
     if full:
         if state != "unchanged":
@@ -126,12 +171,23 @@ def _compare_whole(raw: Path, weights: WeightFolder, manifest: Mapping[str, Any]
         if source is None:  # a file that the raw checkpoint does not have
             continue
         spans = sorted(span for t in manifest["tensors"] if t["file"] == name for span in _spans(weights, t))
-        size = weights.files[name].size
+        header, theirs = weights.files[name], read_header(raw / source)
+        size = header.size
+        renamed = header.tensors.keys() != theirs.tensors.keys()
+        if renamed and _places(header) != _places(theirs):
+            raise QKGuardError(f"{file} holds other tensors than the raw file. Restore it again.")
         with opened(raw / source) as a, opened(file) as b:
-            position = 0
+            position = header.data_start if renamed else 0
             for lo, hi in [*spans, (size, size)]:
                 _same_bytes(a, b, position, lo, file)
                 position = hi
+
+
+def _places(header: Header) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
+    """Dtype, shape and place of every tensor, by the name that it is loaded by."""
+    renamed = wrapped_names(header.tensors)
+    entries = header.tensors.values()
+    return {renamed.get(e.name, e.name): (e.dtype, e.shape, e.start, e.stop) for e in entries}
 
 
 def _spans(weights: WeightFolder, tensor: Mapping[str, Any]) -> Iterator[tuple[int, int]]:

@@ -54,10 +54,29 @@ def default_lengths(model: Any, max_length: int | None = None) -> list[int]:
 
     A probe inside the training length alone may rise while recall beyond it collapses. Empty where none fits.
     """
+    limit = _limit(model)
+    return [n for n in _wanted_lengths(max_length) if limit is None or n <= limit]
+
+
+def lengths_left_out(model: Any, max_length: int | None = None) -> str | None:
+    """A clause on the lengths that `default_lengths` leaves out; None where it leaves out none."""
+    limit = _limit(model)
+    lost = [str(n) for n in _wanted_lengths(max_length) if limit is not None and n > limit]
+    if not lost:
+        return None
+    does = "length {} does" if len(lost) == 1 else "lengths {} do"
+    return (
+        f"the default {does.format(', '.join(lost))} not fit the model's {limit} positions (max_position_embeddings)"
+    )
+
+
+def _wanted_lengths(max_length: int | None) -> list[int]:
+    return sorted({*SHORT, *(factor * max_length for factor in (2, 4) if max_length)})
+
+
+def _limit(model: Any) -> int | None:
     limits = [soft_limit(model), hard_limit(model) if isinstance(model, nn.Module) else None]
-    limit = min((n for n in limits if n is not None), default=None)
-    lengths = {*SHORT, *(factor * max_length for factor in (2, 4) if max_length)}
-    return sorted(n for n in lengths if limit is None or n <= limit)
+    return min((n for n in limits if n is not None), default=None)
 
 
 def check_lengths(model: nn.Module, lengths: Sequence[int]) -> list[str]:

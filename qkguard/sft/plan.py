@@ -16,6 +16,7 @@ from qkguard.errors import QKGuardError, first_line
 from qkguard.layout.architecture import build_meta, find_architecture, plain_torch
 from qkguard.layout.layers import layer_types
 from qkguard.layout.selection import show_layers
+from qkguard.probe.settings import lengths_left_out
 from qkguard.report.numbers import human_bytes, number
 from qkguard.report.run import METRICS
 from qkguard.sft.arguments import Settings
@@ -153,7 +154,7 @@ def _probes(settings: Settings, found: Preflight, steps: int | None, batch: int)
     if guard.probe_steps == 0:
         return {"off": "probe_steps is 0"}
     if not lengths:
-        return {"off": "no default length fits the model's max_position_embeddings; set qkguard.probe_lengths"}
+        return {"off": f"{lengths_left_out(found.config, training.max_length)}; set qkguard.probe_lengths"}
     per_length = len(guard.probe_tasks) * guard.probe_depths * guard.probe_samples
     tokens = sum(lengths) * per_length
     every = interval(guard.probe_steps, training.eval_strategy != "no", steps) if steps else None

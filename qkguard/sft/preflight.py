@@ -15,7 +15,7 @@ from qkguard.probe.prober import Prober
 from qkguard.probe.settings import ProbeSettings, default_lengths
 from qkguard.sft.arguments import Settings
 from qkguard.sft.data import Sampled, look, token_lengths
-from qkguard.sft.packing import check_packing
+from qkguard.training.packing import check_packing
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tokenization_*.py")
 

@@ -21,6 +21,7 @@ from qkguard.distributed import ranks
 from qkguard.errors import QKGuardError
 from qkguard.layout.selection import Selection, show_layers
 from qkguard.offline.merge import merge_adapter, mergeable_weights
+from qkguard.training.loader_check import loaded_from
 from qkguard.training.run_folder import RESTORED
 from qkguard.training.start_lines import saving_line
 from qkguard.training.writers import Writers
@@ -61,7 +62,10 @@ class AdapterWeights:
         self.weights = adapted_weights(model, selection, merging=config.merge_at_end)
         self.adapted = [weight for weight in self.weights if weight.layer is not None]
         self.writable = bool(self.adapted) and self._check_writable()
+        self._loaded_from: str | None = None
         if config.merge_at_end:
+            if not config.base_model:
+                self._loaded_from = loaded_from(model)
             ranks.on_rank_zero("looking at the base to merge onto", self._check_merge_base)
         self.drift_monitor = AdapterDriftMonitor(model, selection, self.weights) if self.adapted else None
         scalable = not (self.share and any(weight.dora for weight in self.weights))
@@ -98,9 +102,7 @@ class AdapterWeights:
             raise QKGuardError(
                 f"merge_at_end merges one adapter, but {active} are active. Merge them with `qkguard merge`."
             )
-        named = self.model.peft_config[active[0]].base_model_name_or_path
-        # transformers keeps what a model was loaded from in `_name_or_path` alone (private, read in 5)
-        base = self.config.base_model or named or getattr(self.model.config, "_name_or_path", None)
+        base = self.config.base_model or self._loaded_from or self.model.peft_config[active[0]].base_model_name_or_path
         if not base:
             raise QKGuardError("merge_at_end does not know the base model's folder. Set base_model to it.")
         return str(base)

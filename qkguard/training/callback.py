@@ -54,8 +54,9 @@ class QKGuardCallback(TrainerCallback):
         model = kwargs["model"]
         # a second train() starts from weights that have moved: the reference from before the first one stays
         if self.session is None or not self.session.guards(model, args):
-            dataset = getattr(kwargs.get("train_dataloader"), "dataset", None)
-            self.session = Session(self.config, args, state, model, kwargs.get("processing_class"), dataset)
+            loader = kwargs.get("train_dataloader")
+            dataset, collator = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
+            self.session = Session(self.config, args, state, model, kwargs.get("processing_class"), dataset, collator)
         self.session.begin(args, state)
 
     def on_step_end(

@@ -82,8 +82,9 @@ class QKGuardConfig:
     """
 
     base_model: Annotated[str, BeforeValidator(_text)] | None = None
-    """Pre-SFT checkpoint (folder or hub id) whose queries and keys are the reference. Default: the weights handed to
-    the trainer. "live" takes those without comparing them with their checkpoint's files."""
+    """Pre-SFT checkpoint (a folder or a hub id, also org/model@revision) whose queries and keys are the reference.
+    Default: the weights handed to the trainer. "live" takes those without comparing them with their checkpoint's
+    files."""
 
     method: Literal["restore", "qk-pro", "procrustes", "interpolate"] = "restore"
     """Restore method. `qkguard sweep` measures which one suits a run; restore takes queries and keys back whole."""

@@ -8,6 +8,7 @@ from qkguard.distributed import sharding
 from qkguard.errors import QKGuardError
 from qkguard.offline.task_rows import sampled
 from qkguard.probe.haystack import Prose, load_prose
+from qkguard.probe.settings import lengths_left_out
 
 if TYPE_CHECKING:  # pydantic doubles the time that `from qkguard import QKGuardCallback` takes
     from qkguard.training.config import QKGuardConfig
@@ -22,7 +23,7 @@ def why_not(config: QKGuardConfig, args: Any, model: Any, tokenizer: Any, length
     if tokenizer is None or not hasattr(getattr(tokenizer, "tokenizer", tokenizer), "decode"):
         return "the trainer has no tokenizer; give it one as processing_class"
     if not lengths:
-        return "no default length fits the model's max_position_embeddings; set probe_lengths"
+        return f"{lengths_left_out(model, getattr(args, 'max_length', None))}; set probe_lengths"
     if _splits_sequences(args):
         return "sequence or context parallel training splits sequences over ranks; use `qkguard probe` on checkpoints"
     if not sharding.can_settle(model):

@@ -24,7 +24,7 @@ from qkguard.checkpoint.files import write_json
 from qkguard.distributed import ranks, sharding
 from qkguard.probe.prober import Prober
 from qkguard.probe.results import ProbeResult, alarm
-from qkguard.probe.settings import ProbeSettings, check_lengths, default_lengths
+from qkguard.probe.settings import ProbeSettings, check_lengths, default_lengths, lengths_left_out
 from qkguard.training.agreed_probe import TIMEOUT, AgreedProbe
 from qkguard.training.attempt import attempt
 from qkguard.training.probe_setup import training_prose, why_not
@@ -113,7 +113,10 @@ class RecallMonitor:
         if why is None:
             self.prober = self._attempt("making the probe's samples", partial(self._make, tokenizer, lengths, dataset))
         elif config.probe_steps != 0:
-            _tell(logging.INFO, "Recall probes are off: %s.", why)
+            _tell(logging.WARNING, "Recall probes are off: %s.", why)
+        lost = None if config.probe_lengths else lengths_left_out(model, getattr(args, "max_length", None))
+        if why is None and lost:
+            _tell(logging.INFO, "Recall is probed at up to %d tokens: %s.", lengths[-1], lost)
 
     def _make(self, tokenizer: Any, lengths: list[int], dataset: Any) -> Prober:
         """A prober with its samples made; ALL ranks must call this."""

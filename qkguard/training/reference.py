@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import try_to_load_from_cache
-
 from qkguard.checkpoint.manifest import MANIFEST, versions
-from qkguard.checkpoint.reference_file import ReferenceFile, differing_from_base, write_reference
-from qkguard.checkpoint.weights import BaseFolder, identify, open_weights, resolve_folder
+from qkguard.checkpoint.reference_file import ReferenceFile, write_reference
+from qkguard.checkpoint.weights import BaseFolder, open_weights, resolve_folder
 from qkguard.distributed import ranks
 from qkguard.distributed.reference import Reference
 from qkguard.errors import QKGuardError, WrongReferenceError
 from qkguard.layout import ParamMap, disk_names
 from qkguard.layout.selection import Selection
+from qkguard.offline.configs import compare_configs, read_config
 from qkguard.report.run import RUN_FOLDER
+from qkguard.training.loader_check import compare_with_own_checkpoint, model_name
 
 if TYPE_CHECKING:
     from qkguard.training.config import QKGuardConfig
+
+logger = logging.getLogger(__name__)
 
 
 def establish_reference(
@@ -62,18 +65,29 @@ def establish_reference(
         file = ranks.held_by(0, "opening the reference", partial(ReferenceFile, folder))
         reference = Reference.scatter(model, selection, file)
         refuse_other_start(reference, model, folder)
-        return reference, "found from an earlier start, bit-equal to the live weights"
-
-    reference = Reference.take(model, selection)
-    write_reference(reference, folder, _about(model, {"id": _model_name(model) or "live weights"}), writers)
-    compare = partial(compare_with_own_checkpoint, model, folder, maps, config)
-    compared = ranks.on_rank_zero("comparing the reference with the base checkpoint", compare)
-    return reference, f"taken from the live weights, {compared}"
+        origin = "found from an earlier start, bit-equal to the live weights"
+    else:
+        reference = Reference.take(model, selection)
+        write_reference(reference, folder, _about(model, {"id": model_name(model) or "live weights"}), writers)
+        origin = "taken from the live weights"
+    try:
+        compared = compare_with_own_checkpoint(model, folder, maps, live=config.base_model == "live")
+    except WrongReferenceError:
+        if ranks.rank() in writers:  # else it would stand in the way of the next start, with the right weights
+            ReferenceFile.discard(folder)
+        raise
+    return reference, f"{origin}, {compared}"
 
 
 def open_base(base: str, maps: Sequence[ParamMap], model: Any) -> BaseFolder:
-    """The rows in a base checkpoint's own files; QKGuardError where it does not fit the model (one process)."""
+    """The rows in a base checkpoint's own files; QKGuardError where it does not fit the model (one process).
+
+    Where its config differs from the model's, a warning says so.
+    """
     weights = open_weights(resolve_folder(base))
+    if (weights.folder / "config.json").is_file():
+        for line in compare_configs(read_config(weights.folder), model.config.get_text_config().to_dict()):
+            logger.warning("base_model: %s.", line)
     source = BaseFolder(weights, disk_names(maps, weights.shapes(), model), model_id=base)
     source.check(maps)
     return source
@@ -81,7 +95,7 @@ def open_base(base: str, maps: Sequence[ParamMap], model: Any) -> BaseFolder:
 
 def refuse_guarded_checkpoint(model: Any) -> None:
     """Refuse a model from inside a guarded run: its queries and keys have been through SFT (one process)."""
-    name = _model_name(model)
+    name = model_name(model)
     if not name or not os.path.isdir(name):
         return
     here = Path(name).resolve()
@@ -117,52 +131,6 @@ def refuse_other_start(reference: Reference, model: Any, folder: Path) -> None:
             "(resume_from_checkpoint), choose another output_dir, name the pre-SFT checkpoint with base_model=..., or "
             f"delete {folder}."
         )
-
-
-def compare_with_own_checkpoint(model: Any, folder: Path, maps: Sequence[ParamMap], config: QKGuardConfig) -> str:
-    """Compare the reference just written with the checkpoint the model was loaded from, if it is local (one process).
-
-    A loader that silently leaves weights random (seen with hybrids under ZeRO-3) must stop the run here. Returns a
-    clause that says what was compared.
-    """
-    if config.base_model == "live":
-        return "not compared with any checkpoint (base_model: live)"
-    name = _model_name(model)
-    local = _local_folder(name)
-    if local is None:
-        return "not compared with a checkpoint (none on this machine)"
-    if getattr(model.config, "quantization_config", None) is not None or any(local.glob("*.gguf")):
-        return "not compared with the base checkpoint (it is quantised)"
-    try:
-        source = open_base(str(local), maps, model)
-    except QKGuardError as error:
-        return f"not compared with the base checkpoint ({str(error).rstrip('.')})"
-    wrong = differing_from_base(ReferenceFile(folder), source, maps)
-    if wrong:
-        raise WrongReferenceError(
-            f"{len(wrong)} of {len(maps)} query/key parameters differ from their own checkpoint {local}, first "
-            f"{wrong[0]}: the loader did not fill them, or they were changed after loading. Load them correctly. If "
-            'the change is meant, save the model to a folder and load it from there, or set base_model="live".'
-        )
-    return f"equal to {identify(str(name), local)['id']}"
-
-
-def _local_folder(name: str | None) -> Path | None:
-    """Where a model's files are on this machine: a folder, or its snapshot in the hub's cache."""
-    if not name:
-        return None
-    if os.path.isdir(name):
-        return Path(name)
-    try:
-        config = try_to_load_from_cache(name, "config.json")
-    except (ValueError, OSError):  # not a hub id
-        return None
-    return Path(config).parent if isinstance(config, str) else None
-
-
-def _model_name(model: Any) -> str | None:
-    """What the model was loaded from. transformers has no public name for it (5.17 to 5.23)."""
-    return getattr(model.config, "_name_or_path", None) or None
 
 
 def _about(model: Any, base: dict[str, Any]) -> dict[str, Any]:

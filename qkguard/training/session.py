@@ -74,6 +74,7 @@ class Session:
         model: nn.Module,
         processing_class: Any = None,
         dataset: Any = None,
+        collator: Any = None,
     ) -> None:
         started = time.perf_counter()
         self.config, self.folder = config, run_folder(config, args)
@@ -93,13 +94,13 @@ class Session:
                 self.model, self.selection, self.folder, config, resumed=resumed, writers=self.writers.ranks
             )
             self.weights = FullWeights(config, self.model, self.folder, self.writers, self.reference, self.origin)
-        self._log_start(args, time.perf_counter() - started)
+        self._log_start(args, collator, time.perf_counter() - started)
         swap, publish = self.weights.swap, self.publish
         self.recall_monitor = RecallMonitor(
             config, self.folder, self.model, swap, publish, args, processing_class, dataset
         )
 
-    def _log_start(self, args: TrainingArguments, seconds: float) -> None:
+    def _log_start(self, args: TrainingArguments, collator: Any, seconds: float) -> None:
         if ranks.rank() != 0:
             return
         lines = self.weights.describe()
@@ -108,7 +109,7 @@ class Session:
         for line in lines:
             logger.info("%s", line)
         logger.info("The guard was set up in %.1f s.", seconds)
-        for warning in warnings_at_start(self.model, args):
+        for warning in warnings_at_start(self.model, args, collator):
             logger.warning("%s", warning)
 
     def guards(self, model: nn.Module, args: TrainingArguments) -> bool:

@@ -8,6 +8,7 @@ import torch
 from transformers import TrainingArguments
 
 from qkguard.distributed import sharding
+from qkguard.training.packing import packing_warnings
 
 RENAMED = (
     "Trainer will save this model under other tensor names than its base has, and it may not load again: under ZeRO-3 "
@@ -20,11 +21,11 @@ NOT_GATHERED = (
 )
 
 
-def warnings_at_start(model: Any, args: TrainingArguments) -> list[str]:
-    """Warnings about how Trainer will save this model (one process)."""
+def warnings_at_start(model: Any, args: TrainingArguments, collator: Any = None) -> list[str]:
+    """Warnings about how samples are packed and how Trainer will save this model (one process)."""
+    warnings = packing_warnings(model.config, args, collator)
     if sharding.backend(model) != "zero3":
-        return []
-    warnings = []
+        return warnings
     if _saves_under_other_names(model):
         warnings.append(RENAMED)
     is_peft = hasattr(model, "peft_config")  # adapters are saved whole either way

@@ -190,10 +190,20 @@ def test_a_hub_id_is_resolved_through_the_cache(tmp_path: Path, monkeypatch: pyt
 
     seen = {}
 
-    def snapshot(name: str, allow_patterns: list[str]) -> str:
-        seen[name] = allow_patterns
+    def snapshot(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        seen[name, revision] = allow_patterns
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     assert resolve_folder("org/model") == tmp_path
-    assert "*.safetensors" in seen["org/model"] and "*.bin" not in seen["org/model"]
+    assert "*.safetensors" in seen["org/model", None] and "*.bin" not in seen["org/model", None]
+    assert resolve_folder("org/model@refs/pr/7") == tmp_path and ("org/model", "refs/pr/7") in seen
+
+
+def test_a_folder_has_no_revision_and_may_have_an_at_in_its_name(tmp_path: Path) -> None:
+    (tmp_path / "step@7").mkdir()
+    assert resolve_folder(tmp_path / "step@7") == tmp_path / "step@7"
+    with pytest.raises(QKGuardError, match=r"step@7 is a folder here, which has no revisions. Leave @main out"):
+        resolve_folder(f"{tmp_path / 'step@7'}@main")
+    with pytest.raises(QKGuardError, match="no revision after the @"):
+        resolve_folder("org/model@")

@@ -27,9 +27,18 @@ def main() -> None:
     import deepspeed
     import torch.distributed as dist
 
-    from tests.distributed import cases, failing_cases, lora_cases, place_cases, probe_cases, probing_cases, sft_cases
+    from tests.distributed import (
+        cases,
+        failing_cases,
+        lora_cases,
+        place_cases,
+        probe_cases,
+        probing_cases,
+        sft_cases,
+        start_cases,
+    )
 
-    modules = (failing_cases, sft_cases, place_cases, probing_cases, probe_cases, lora_cases, cases)
+    modules = (start_cases, failing_cases, sft_cases, place_cases, probing_cases, probe_cases, lora_cases, cases)
     known = {name: value for module in modules for name, value in vars(module).items()}
     rank = int(os.environ["RANK"])
     deepspeed.init_distributed("gloo", verbose=False)  # torch's process group, known to DeepSpeed as well

@@ -313,6 +313,20 @@ def test_tied_embeddings_and_bfloat16_files(tmp_path):
     assert "lm_head.weight" not in oracle.load_folder(run / "checkpoint-3/qk_restored")
 
 
+def test_a_compiled_model_is_restored_under_names_that_load(base, tmp_path):
+    """Its raw checkpoint has `_orig_mod.` names, which from_pretrained fills at random."""
+    model = torch.compile(AutoModelForCausalLM.from_pretrained(base), backend="eager")
+    train(base, arguments(tmp_path, TrainingArguments), QKGuardCallback(strict=True, probe_steps=0), model=model)
+    run = tmp_path / "run"
+    raw = oracle.load_folder(run / "checkpoint-3")
+    assert all(name.startswith("_orig_mod.") for name in raw)
+    restored = oracle.load_folder(run / "checkpoint-3/qk_restored")
+    tuned = {name.removeprefix("_orig_mod."): tensor for name, tensor in raw.items()}
+    assert not oracle.differences(restored, oracle.expected("minimax", oracle.load_folder(base), tuned, FP32))
+    _, info = AutoModelForCausalLM.from_pretrained(run / "checkpoint-3/qk_restored", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
 def test_settings_are_checked_at_once():
     for bad, message in (
         ({"restore_on": "often"}, "restore_on='often'.*save.*best"),

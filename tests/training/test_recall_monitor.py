@@ -23,6 +23,7 @@ from qkguard.offline.task_rows import find_rows, sampled
 from qkguard.probe.prober import Prober
 from qkguard.probe.results import ProbeResult, alarm
 from qkguard.probe.samples import plan
+from qkguard.probe.settings import default_lengths, lengths_left_out
 from qkguard.training.metrics_log import MetricsLog
 from qkguard.training.probe_setup import training_prose, why_not
 from qkguard.training.recall_monitor import RecallMonitor
@@ -410,7 +411,16 @@ def test_training_without_room_for_any_length_has_no_probes(base, tmp_path, capl
         probed(base, tmp_path, QKGuardCallback(strict=True), max_steps=1)
     assert not recalls(tmp_path)
     lines = [r.getMessage() for r in caplog.records if "Recall probes are off" in r.getMessage()]
-    assert len(lines) == 1 and "max_position_embeddings" in lines[0]
+    assert len(lines) == 1 and "512, 1024, 2048 do not fit the model's 256 positions (max_position" in lines[0]
+    assert [r.levelno for r in caplog.records if "Recall probes are off" in r.getMessage()] == [logging.WARNING]
+
+
+def test_default_lengths_that_do_not_fit_are_named():
+    config = tiny_model("llama", max_position_embeddings=1024).config
+    assert default_lengths(config, 900) == [512, 1024]
+    assert "lengths 1800, 2048, 3600 do not fit the model's 1024 positions" in lengths_left_out(config, 900)
+    config.max_position_embeddings = 4096
+    assert default_lengths(config) == [512, 1024, 2048] and lengths_left_out(config) is None
 
 
 # -- the live swap -------------------------------------------------------------------------------------------------

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 import re
+from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from qkguard import QKGuardCallback
 from qkguard.errors import QKGuardError
-from qkguard.sft.packing import IGNORES, KEEPS_APART, PIP_NAMES, check_packing
 from qkguard.sft.recipes import recipes_folder
+from qkguard.training.packing import IGNORES, KEEPS_APART, PIP_NAMES, check_packing, packing_warnings
+from tests.support.training import arguments, save_base, train
 from tests.support.zoo import tiny_config
 
 # functions of a modelling module that mix tokens, and the argument of their kernels that says where sequences begin
@@ -88,7 +93,7 @@ def test_softmax_attention_may_be_packed(model_type: str) -> None:
 
 
 def test_kernels_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from qkguard.sft import packing
+    from qkguard.training import packing
 
     config = tiny_config("qwen3_next")
     monkeypatch.setattr(packing.importlib.util, "find_spec", lambda name: None if name == "fla" else object())
@@ -99,6 +104,54 @@ def test_kernels_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(packing.importlib.metadata, "version", lambda name: "5.22" if name == "transformers" else "9")
     with pytest.raises(QKGuardError, match=r"transformers 5\.23 or later.*found 5\.22"):
         check_packing(config, training())
+
+
+@dataclass
+class DataCollatorWithFlattening:
+    """As transformers has it."""
+
+    return_seq_idx: bool = False
+    return_flash_attn_kwargs: bool = False
+
+
+@dataclass
+class RemoveColumnsCollator:
+    """What Trainer wraps a collator in."""
+
+    data_collator: Any
+
+
+def test_in_the_users_own_script_it_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qkguard.training import packing
+
+    monkeypatch.setattr(packing.importlib.util, "find_spec", lambda name: object())
+    minimax, qwen, llama = (tiny_config(name) for name in ("minimax", "qwen3_next", "llama"))
+    plain = SimpleNamespace()  # transformers' TrainingArguments have neither setting
+    for options in ({}, {"packing": False, "padding_free": True}, {"packing": False, "sample_packing": True}):
+        (line,) = packing_warnings(minimax, training(**options))
+        assert "Packing would mix samples in minimax" in line and "Set packing=False" in line
+        assert packing_warnings(qwen, training(**options)) == [] == packing_warnings(llama, training(**options))
+    assert packing_warnings(minimax, training(packing=False)) == [] == packing_warnings(minimax, plain)
+    flattening = RemoveColumnsCollator(DataCollatorWithFlattening())
+    assert "would mix samples" in packing_warnings(minimax, plain, flattening)[0]
+    assert packing_warnings(llama, plain, flattening) == []
+    (line,) = packing_warnings(qwen, plain, flattening)
+    assert "return_seq_idx=True and return_flash_attn_kwargs=True" in line
+    assert packing_warnings(qwen, plain, DataCollatorWithFlattening(True, True)) == []
+
+
+def test_training_warns_once(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
+    base = save_base(tmp_path / "base", "minimax")
+    monkeypatch.setattr(logging.getLogger("qkguard"), "propagate", True)
+    for packed in (True, False):
+        caplog.clear()
+        options = {"max_steps": 1, "save_strategy": "no", "padding_free": packed, "max_length": 32}
+        with caplog.at_level(logging.WARNING, logger="qkguard"):
+            train(
+                base, arguments(tmp_path / str(packed), **options), QKGuardCallback(probe_steps=0, final_export=False)
+            )
+        said = ["would mix samples in minimax" in record.getMessage() for record in caplog.records]
+        assert sum(said) == packed
 
 
 def test_the_page_lists_the_table() -> None:

@@ -44,11 +44,15 @@ IGNORES = {
 }
 PIP_NAMES = {"fla": "flash-linear-attention", "causal_conv1d": "causal-conv1d", "mamba_ssm": "mamba-ssm"}
 NO_PACKING = "set packing: false and padding_free: false"
+NO_PACKING_IN_PYTHON = "Set packing=False and padding_free=False, and take a collator that pads."
 
 
-def is_packed(training: Any) -> bool:
-    """Whether several samples share a sequence, by either of TRL's settings."""
-    return bool(training.packing or training.padding_free)
+def is_packed(training: Any, collator: Any = None) -> bool:
+    """Whether several samples share a sequence: by TRL's settings, by axolotl's, or by the collator that is used."""
+    if any(getattr(training, name, False) for name in ("packing", "padding_free", "sample_packing")):
+        return True
+    inner = getattr(collator, "data_collator", collator)  # Trainer wraps it to drop columns
+    return "Flattening" in type(inner).__name__ or bool(getattr(inner, "padding_free", False))
 
 
 def check_packing(config: Any, training: Any) -> list[str]:
@@ -66,30 +70,56 @@ def check_packing(config: Any, training: Any) -> list[str]:
     """
     if not is_packed(training):
         return []
+    if problem := what_mixes(config):
+        raise QKGuardError(f"{problem}; {NO_PACKING}.")
+    return missing_kernels(config)
+
+
+def packing_warnings(config: Any, training: Any, collator: Any = None) -> list[str]:
+    """The same of a training in the user's own script, where it is not refused."""
+    if not is_packed(training, collator):
+        return []
+    if problem := what_mixes(config):
+        return [f"{problem}. {NO_PACKING_IN_PYTHON}"]
+    inner = getattr(collator, "data_collator", collator)
+    flags = ("return_seq_idx", "return_flash_attn_kwargs")  # of transformers' collator, both off by default
+    if config.model_type in KEEPS_APART and not all(getattr(inner, flag, True) for flag in flags):
+        return [
+            f"{type(inner).__name__} does not tell the linear layers of {config.model_type} where samples begin. "
+            "Set return_seq_idx=True and return_flash_attn_kwargs=True."
+        ]
+    return [f"{text}." for text in missing_kernels(config)]
+
+
+def what_mixes(config: Any) -> str | None:
+    """Why packed samples of a model would run into one another, as a clause; None where they do not."""
     kind = config.model_type
     if kind in IGNORES:
-        raise QKGuardError(f"packing would mix samples in {kind}: {IGNORES[kind]}; {NO_PACKING}.")
+        return f"Packing would mix samples in {kind}: {IGNORES[kind]}"
     if kind not in KEEPS_APART:
-        if _is_hybrid(config):
-            raise QKGuardError(
-                f"packing is not known to keep samples apart in the linear layers of {kind} (it is in "
-                f"{', '.join(sorted(KEEPS_APART))}); {NO_PACKING}"
-            )
-        return []
+        known = ", ".join(sorted(KEEPS_APART))
+        unknown = f"Packing is not known to keep samples apart in the linear layers of {kind} (it is in {known})"
+        return unknown if _is_hybrid(config) else None
     for package, least in CHECKED.items():
         found = importlib.metadata.version(package)
         if Version(found) < Version(least):
-            raise QKGuardError(
-                f"packing {kind} needs {package} {least} or later, which passes sequence boundaries to its linear "
-                f"layers; found {found}: upgrade, or {NO_PACKING}"
+            return (
+                f"Packing {kind} needs {package} {least} or later, which passes sequence boundaries to its linear "
+                f"layers; found {found}"
             )
-    missing = [PIP_NAMES[name] for name in KEEPS_APART[kind] if importlib.util.find_spec(name) is None]
-    if missing:
-        return [
-            f"packing {kind} needs {' and '.join(missing)} where it trains (pip install {' '.join(missing)}), not "
-            "installed here; without it transformers stops at the first step"
-        ]
-    return []
+    return None
+
+
+def missing_kernels(config: Any) -> list[str]:
+    """The kernel packages that keep packed samples of a model apart and are not installed, in one clause."""
+    kind = config.model_type
+    missing = [PIP_NAMES[name] for name in KEEPS_APART.get(kind, ()) if importlib.util.find_spec(name) is None]
+    if not missing:
+        return []
+    return [
+        f"Packing {kind} needs {' and '.join(missing)} where it trains (pip install {' '.join(missing)}), not "
+        "installed here; without it transformers stops at the first step"
+    ]
 
 
 def _is_hybrid(config: Any) -> bool:

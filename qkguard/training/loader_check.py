@@ -1,0 +1,250 @@
+"""Are the weights that training starts with those of their own checkpoint? A loader may have left some random.
+
+Queries and keys are compared whole, every other parameter by a few of its elements.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub.file_download import repo_folder_name
+from torch import Tensor
+
+from qkguard.checkpoint.reference_file import ReferenceFile, differing_from_base
+from qkguard.checkpoint.safetensors_io import FLOATS
+from qkguard.checkpoint.weights import BaseFolder, WeightFolder, identify, open_weights
+from qkguard.distributed import ranks
+from qkguard.distributed.samples import ParamSample, sample_params
+from qkguard.errors import QKGuardError, WrongReferenceError
+from qkguard.layout import ParamMap
+from qkguard.layout.names import DiskTensor, single_tensors, tensors_of_params
+from qkguard.layout.wrappers import bare_name
+
+DIFFERING_SHARE = 0.25
+"""Of a parameter's sample: a random one differs nearly everywhere, a vocabulary with some rows set anew hardly."""
+ANOTHER_MODEL = 0.9
+"""Share of the parameters from which on the weights are another revision's, not those of a loader that failed."""
+
+
+def compare_with_own_checkpoint(model: Any, folder: Path, maps: Sequence[ParamMap], *, live: bool) -> str:
+    """Compare the starting weights with the checkpoint they came from, if it is local; ALL ranks must call this.
+
+    A loader that silently leaves weights random (seen with hybrids under ZeRO-3) must stop the run here.
+
+    Args:
+        folder: holds the reference, the starting queries and keys.
+        maps: which rows these are.
+        live: the user does not want the comparison.
+
+    Returns:
+        A clause that says what was compared.
+
+    Raises:
+        WrongReferenceError: on all ranks, when weights differ.
+    """
+    if live:
+        return "not compared with any checkpoint (base_model: live)"
+    samples = sample_params(model)
+    compare = partial(_compare, model, folder, maps, samples)
+    return ranks.on_rank_zero("comparing the starting weights with the base checkpoint", compare)
+
+
+def loaded_from(model: Any) -> str | None:
+    """The folder or hub id that a model's weights were loaded from; ALL ranks must call this.
+
+    Of several revisions in the hub's cache it is the one that has these weights; None where none has.
+    """
+    name = model_name(model)
+    folders, certain = ranks.on_rank_zero("looking for the base checkpoint", partial(local_checkpoints, model))
+    if not folders:
+        commit = getattr(model.config, "_commit_hash", None)
+        return f"{name}@{commit}" if commit else name
+    if certain or len(folders) == 1:
+        return str(folders[0])
+    find = partial(_snapshot_of, model, folders, sample_params(model))
+    return ranks.on_rank_zero("finding the revision of the base", find)
+
+
+def _snapshot_of(model: Any, folders: Sequence[Path], samples: Mapping[str, ParamSample]) -> str | None:
+    for local in folders:
+        try:
+            found = _compare_with(local, model, None, (), samples)
+        except QKGuardError:
+            continue
+        if found.equal and not found.wrong:
+            return str(local)
+    return None
+
+
+def model_name(model: Any) -> str | None:
+    """What the model was loaded from. transformers has no public name for it (5.17 to 5.23)."""
+    return getattr(model.config, "_name_or_path", None) or None
+
+
+@dataclass
+class _Comparison:
+    """The starting weights beside one checkpoint's.
+
+    Attributes:
+        wrong_qk, wrong: names of the parameters that differ.
+        new_head: the output embedding, where it differs: it may have been made anew on purpose.
+        equal, unmapped: how many are equal; how many the checkpoint does not hold in their own form.
+        unread: why queries and keys were not compared.
+    """
+
+    folder: Path
+    wrong_qk: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    new_head: str | None = None
+    equal: int = 0
+    unmapped: int = 0
+    unread: str | None = None
+
+    @property
+    def share(self) -> float:
+        """Of the parameters compared, how many differ."""
+        return len(self.wrong) / max(1, len(self.wrong) + self.equal)
+
+
+def _compare(model: Any, folder: Path, maps: Sequence[ParamMap], samples: Mapping[str, ParamSample]) -> str:
+    """`compare_with_own_checkpoint` in one process."""
+    name = model_name(model)
+    folders, certain = local_checkpoints(model)
+    if not folders:
+        return "not compared with a checkpoint (none on this machine)"
+    if getattr(model.config, "quantization_config", None) is not None or any(folders[0].glob("*.gguf")):
+        return "not compared with the base checkpoint (it is quantised)"
+    comparisons: list[_Comparison] = []
+    for local in folders:
+        try:
+            comparisons.append(_compare_with(local, model, folder, maps, samples))
+        except QKGuardError as error:
+            unreadable = str(error).rstrip(".")
+    if not comparisons:
+        return f"not compared with the base checkpoint ({unreadable})"
+    best = min(comparisons, key=_differing)
+    if not certain and best.share >= ANOTHER_MODEL:
+        return (
+            f"not compared with a checkpoint (transformers does not tell which revision of {name} was loaded, and "
+            f"{'it is not the one' if len(comparisons) == 1 else 'it is none of those'} in the cache)"
+        )
+    _refuse_differences(best, len(maps))
+    return _what_was_compared(str(name), best, len(maps))
+
+
+def _differing(comparison: _Comparison) -> int:
+    return len(comparison.wrong_qk) + len(comparison.wrong)
+
+
+def local_checkpoints(model: Any) -> tuple[list[Path], bool]:
+    """Where the files that a model was loaded from may be on this machine, and whether that is certain.
+
+    A folder is certain, and so is a commit of a hub model where the config names it (transformers 5.17; 5.23 keeps
+    none). Else it is one of the snapshots in the hub's cache, or none of them.
+    """
+    name = model_name(model)
+    if not name:
+        return [], True
+    if os.path.isdir(name):
+        return [Path(name)], True
+    commit = getattr(model.config, "_commit_hash", None)
+    try:
+        if commit:
+            config = try_to_load_from_cache(name, "config.json", revision=commit)
+            return [Path(config).parent] if isinstance(config, str) else [], True
+        cache = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model") / "snapshots"
+        return sorted(found.parent for found in cache.glob("*/config.json")), False
+    except (ValueError, OSError):  # not a hub id
+        return [], True
+
+
+def _compare_with(
+    local: Path, model: Any, folder: Path | None, maps: Sequence[ParamMap], samples: Mapping[str, ParamSample]
+) -> _Comparison:
+    """Compare with one folder; QKGuardError where it holds no weights that can be read.
+
+    Queries and keys are compared by their samples alone where there is no `folder` with the reference.
+    """
+    weights = open_weights(local)
+    shapes = weights.shapes()
+    loaded = tensors_of_params(model, shapes)
+    found = _Comparison(local)
+    try:
+        source = BaseFolder(weights, single_tensors(maps, loaded, shapes), model_id=str(local))
+        source.check(maps)
+        if folder is not None:
+            found.wrong_qk = differing_from_base(ReferenceFile(folder), source, maps)
+    except WrongReferenceError:
+        raise
+    except QKGuardError as error:
+        found.unread = str(error).rstrip(".")
+    head, guarded = _output_embedding(model), {pmap.name for pmap in maps}
+    for name, sample in samples.items():
+        keys = _same_tensors(sample, loaded.get(bare_name(name), ()), weights)
+        if not keys:
+            found.unmapped += 1
+        elif any(_agrees(sample, weights.read_elements(key, sample.spans)) for key in keys):
+            found.equal += 1
+        elif name == head:
+            found.new_head = name
+        elif name not in guarded or found.unread is not None:
+            found.wrong.append(name)
+    return found
+
+
+def _output_embedding(model: Any) -> str | None:
+    """The name of the output embedding, where it is not the input embedding too."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    weight = getattr(head, "weight", None)
+    if weight is None or weight is getattr(model.get_input_embeddings(), "weight", None):
+        return None
+    return next((name for name, param in model.named_parameters() if param is weight), None)
+
+
+def _same_tensors(sample: ParamSample, tensors: Sequence[DiskTensor], weights: WeightFolder) -> list[str]:
+    """The tensors on disk that are this parameter in its own form: not rearranged, resized or quantised."""
+    keys = [tensor.key for tensor in tensors if not tensor.rearranged]
+    return [key for key in keys if weights.entry(key).shape == sample.shape and weights.entry(key).dtype in FLOATS]
+
+
+def _agrees(sample: ParamSample, stored: Tensor) -> bool:
+    """Whether a sample has the stored values, cast to its dtype directly or through half precision."""
+    for first in (sample.dtype, torch.bfloat16, torch.float16):
+        cast = stored.to(first).to(sample.dtype).double()
+        differs = (cast != sample.values) & ~(cast.isnan() & sample.values.isnan())
+        if differs.double().mean() <= DIFFERING_SHARE:
+            return True
+    return False
+
+
+def _refuse_differences(found: _Comparison, guarded: int) -> None:
+    what = []
+    if found.wrong_qk:
+        what.append(f"{len(found.wrong_qk)} of {guarded} query/key parameters")
+    if found.wrong:
+        what.append(f"{len(found.wrong)} of {len(found.wrong) + found.equal} parameters that were sampled")
+    if what:
+        raise WrongReferenceError(
+            f"{' and '.join(what)} differ from their own checkpoint {found.folder}, first "
+            f"{(found.wrong_qk or found.wrong)[0]}: the loader did not fill them, or they were changed after loading. "
+            "Load them correctly. If the change is meant, save the model to a folder and load it from there, or set "
+            'base_model="live".'
+        )
+
+
+def _what_was_compared(name: str, found: _Comparison, guarded: int) -> str:
+    notes = [f"{found.unmapped} parameters not compared: they are not on disk in that form"] if found.unmapped else []
+    if found.unread is not None:
+        notes.append(f"queries and keys not compared: {found.unread}")
+    if found.new_head is not None:
+        notes.append(f"{found.new_head} differs from it, as a head made anew does")
+    about = identify(name, found.folder)
+    where = about["id"] + (f"@{about['revision'][:12]}" if "revision" in about else "")
+    return f"equal to {where}" + (f" ({'; '.join(notes)})" if notes else "")
