@@ -57,7 +57,7 @@ def _judge(verified: list[dict[str, Any]], *, quiet: bool) -> None:
     for verdict in verified:
         layers = show_layers(verdict["layers"])
         if verdict["problems"]:
-            raise QKGuardError(f"layers {layers}: the layout is wrong: {'; '.join(verdict['problems'])}")
+            raise QKGuardError(f"Layers {layers}: the layout is wrong: {'; '.join(verdict['problems'])}")
         if not quiet:
             proven = "the rows move exactly what they should"
             say(f"layers {layers}: {proven}" + "".join(f"; partial: {why}" for why in verdict["partial"]))

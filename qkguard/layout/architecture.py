@@ -98,7 +98,7 @@ def load_config(source: Any, *, trust_remote_code: bool = False) -> Any:
         return RuleConfig(**source.to_dict()) if source.model_type in RULES else source
     if not isinstance(source, str | os.PathLike):
         raise QKGuardError(
-            f"expected a model, a config, a folder, a hub id or a config.json, found {type(source).__name__}"
+            f"Expected a model, a config, a folder, a hub id or a config.json, found {type(source).__name__}"
         )
     source, revision = split_revision(os.fspath(source))
     at = {} if revision is None else {"revision": revision}
@@ -112,7 +112,7 @@ def load_config(source: Any, *, trust_remote_code: bool = False) -> Any:
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **at)
     except Exception as error:
         if "trust_remote_code" not in str(error):
-            raise UnknownLayoutError(f"no model config could be read from {source}: {first_line(error)}") from error
+            raise UnknownLayoutError(f"No model config could be read from {source}: {first_line(error)}") from error
         raise UnknownLayoutError(
             f"{source} runs code of its own, which is not part of transformers; if you trust it, allow it with "
             f"trust_remote_code (--trust-remote-code), else {BY_HAND}"
@@ -148,7 +148,7 @@ def _model_class(config: Any, trust_remote_code: bool) -> type[nn.Module]:
             found: Any = mapping[type(config)]
             return found[0] if isinstance(found, tuple) else found
     raise UnknownLayoutError(
-        f"model type {config.model_type!r} has no causal language model in transformers; {BY_HAND}"
+        f"Model type {config.model_type!r} has no causal language model in transformers; {BY_HAND}"
     )
 
 
@@ -199,7 +199,7 @@ def build_meta(architecture: Architecture) -> nn.Module:
     """
     model_class, config = architecture
     if model_class is None:
-        raise UnknownLayoutError(f"the code of {config.model_type} is not part of transformers; {BY_HAND}")
+        raise UnknownLayoutError(f"The code of {config.model_type} is not part of transformers; {BY_HAND}")
     config = copy.deepcopy(config)
     # A config that exists takes both under private names only (transformers 5.17 to 5.23).
     config._attn_implementation = "eager"

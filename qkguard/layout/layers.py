@@ -155,7 +155,7 @@ def check_layer_types(types: list[str] | None, attended: set[int | None], ran: s
             agree = all((other in attended) == did for other in ran if named[other] == kind)
         if not agree:
             raise UnknownLayoutError(
-                f"layer {layer} is {kind!r} in the config, but softmax attention was "
+                f"Layer {layer} is {kind!r} in the config, but softmax attention was "
                 f"{'' if did else 'not '}seen there (config: {', '.join(types) if types else 'no layer types'}; "
                 f"seen in layers {', '.join(map(str, sorted(attended, key=str)))}); {BY_HAND}"
             )

@@ -57,7 +57,7 @@ def ask_loading(
                 output_loading_info=True,
             )
     except Exception as error:  # whatever the model's own code does
-        raise QKGuardError(f"from_pretrained cannot load these tensors: {first_line(error)}") from error
+        raise QKGuardError(f"Loading these tensors with from_pretrained fails: {first_line(error)}") from error
     misfits = [f"{name} ({list(found)} for {list(wanted)})" for name, found, wanted in info["mismatched_keys"]]
     missing, unused = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     return Loading(len(model.state_dict()), missing, sorted(misfits), unused)

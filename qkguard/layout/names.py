@@ -56,7 +56,7 @@ def with_live_names(specs: Iterable[AttentionSpec], live: nn.Module) -> list[Att
         for param in spec.params:
             if param.name not in names:
                 raise UnknownLayoutError(
-                    f"the layout names {param.name}, which the model does not have (a {_class_name(live)}); where a "
+                    f"The layout names {param.name}, which the model does not have (a {_class_name(live)}); where a "
                     "wrapper hides or renames its parameters, unwrap it; where the model's structure was changed "
                     f"after it was built, {BY_HAND}"
                 )
@@ -192,7 +192,7 @@ def _single_tensor(
                 f"{WAY_OUT}"
             )
         raise QKGuardError(
-            f"none of the checkpoint's {len(keys)} tensors loads as {name}; is this checkpoint of the same model?"
+            f"None of the checkpoint's {len(keys)} tensors loads as {name}; is this checkpoint of the same model?"
         )
     if len(found) > 1:
         several = ", ".join(tensor.key for tensor in found)

@@ -61,7 +61,7 @@ def prove_layout(
     architecture = find_architecture(model_or_config, trust_remote_code=trust_remote_code)
     if architecture.model_class is None:
         raise UnknownLayoutError(
-            f"the code of {architecture.config.model_type} is not imported, so its layout, which comes from a fixed "
+            f"The code of {architecture.config.model_type} is not imported, so its layout, which comes from a fixed "
             "rule, cannot be proven here"
         )
     left = {bare_name(spec.module): spec for spec in specs}

@@ -125,7 +125,7 @@ def _normal_form(trace: Trace, attention: Attention) -> Operands:
         return q[None], k.mT[None], v[None]
     if columns == 1 and rows > 1:
         return k.mT[None], q[None], v[None]
-    raise UnknownLayoutError(f"a softmax over {tuple(scores.shape)} belongs to {rows} and {columns} tokens at once")
+    raise UnknownLayoutError(f"A softmax over {tuple(scores.shape)} belongs to {rows} and {columns} tokens at once")
 
 
 def _masks(found: list[Operands], params: gradients.Params) -> dict[str, tuple[gradients.Masks, ...]]:

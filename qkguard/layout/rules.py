@@ -62,7 +62,7 @@ def specs_by_rule(config: Mapping[str, Any]) -> list[AttentionSpec]:
     values = {**rule.defaults, **config}
     for size in ("hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers"):
         if size not in values:
-            raise UnknownLayoutError(f"the {name} config has no {size}; save the model's config again")
+            raise UnknownLayoutError(f"The {name} config has no {size}; save the model's config again")
     types, layers = values.get(rule.types), values["num_hidden_layers"]
     if not types:
         types = ["attn"] * layers

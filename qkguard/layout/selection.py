@@ -52,7 +52,7 @@ def _check_layers(specs: Sequence[AttentionSpec], rows: RowSelection) -> None:
     unknown = set(rows.layers or ()) - {spec.layer for spec in specs}
     if unknown:
         known = show_layers(spec.layer for spec in specs)
-        raise QKGuardError(f"layers {sorted(unknown)} have no softmax attention; those that have it: {known}")
+        raise QKGuardError(f"Layers {sorted(unknown)} have no softmax attention; those that have it: {known}")
 
 
 def _refuse_shared(spec: AttentionSpec) -> None:

@@ -66,7 +66,7 @@ def load_specs(path: Path) -> list[AttentionSpec]:
     try:
         return parse_specs(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
-        raise QKGuardError(f"cannot read the layout {path}: {error.strerror}") from None
+        raise QKGuardError(f"Cannot read the layout {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise QKGuardError(f"{path} is not valid YAML: {error}") from None
 

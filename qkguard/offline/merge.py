@@ -90,7 +90,9 @@ def merge_adapter(
     if not 0.0 <= alpha <= 1.0:
         raise QKGuardError(f"Invalid alpha={alpha}: expected 0 (queries and keys merged) to 1 (left out).")
     if keep_qk and alpha != 1.0:
-        raise QKGuardError(f"keep_qk merges queries and keys whole, alpha={alpha} in part: choose one of them.")
+        raise QKGuardError(
+            f"Queries and keys are merged whole by keep_qk, in part by alpha={alpha}: choose one of them."
+        )
     sources = [Path(folder) for folder in (base, adapter) if os.path.isdir(folder)]
     check_target(sources, Path(out), overwrite)
     opened_adapter = open_adapter(adapter)

@@ -83,7 +83,7 @@ def _changed(key: str, tuned: WeightFolder, saved: WeightFolder) -> ParamMap | N
     shape = tuned.shapes()[key]
     if saved.shapes().get(key) != shape:
         raise QKGuardError(
-            f"transformers loads {key} of {tuned.folder} but does not save it again in the shape {list(shape)}. Save "
+            f"{key} of {tuned.folder} is loaded by transformers, but not saved again in the shape {list(shape)}. Save "
             "the tuned model with this version of transformers first."
         )
     whole = ParamMap(key, shape, 0, "weight", (Block(0, shape[0], "qk"),))

@@ -110,7 +110,7 @@ def _verify(path: Path, manifest: Mapping[str, Any], *, raw: bool, full: bool) -
     if full:
         if state != "unchanged":
             raise QKGuardError(f"There is no raw checkpoint at {found} to compare every byte with.")
-        _compare_whole(found, weights, manifest)
+        _compare_whole(found, headers, weights, manifest)
     return {
         "folder": str(path),
         "base": manifest["base"].get("id"),
@@ -164,14 +164,16 @@ def _nbytes(weights: WeightFolder, tensor: Mapping[str, Any]) -> int:
     return _param(tensor).numel * weights.dtype(tensor["name"]).itemsize
 
 
-def _compare_whole(raw: Path, weights: WeightFolder, manifest: Mapping[str, Any]) -> None:
+def _compare_whole(
+    raw: Path, headers: Mapping[str, Header], weights: WeightFolder, manifest: Mapping[str, Any]
+) -> None:
     """Every byte of every weight file, but for the restored rows, is the raw file's."""
     for name, described in manifest["files"].items():
         source, file = described.get("from", name), weights.folder / name
         if source is None:  # a file that the raw checkpoint does not have
             continue
         spans = sorted(span for t in manifest["tensors"] if t["file"] == name for span in _spans(weights, t))
-        header, theirs = weights.files[name], read_header(raw / source)
+        header, theirs = weights.files[name], headers[source]
         size = header.size
         renamed = header.tensors.keys() != theirs.tensors.keys()
         if renamed and _places(header) != _places(theirs):

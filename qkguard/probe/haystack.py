@@ -80,7 +80,7 @@ def load_prose(
     with random_states():
         sentences = tuple(_sentences(texts, without))
     if not sentences:
-        raise QKGuardError(f"haystack {origin or found}: no text found. Give a text file, or rows with text in them.")
+        raise QKGuardError(f"Haystack {origin or found}: no text found. Give a text file, or rows with text in them.")
     return Prose(sentences, origin or found)
 
 
@@ -94,11 +94,11 @@ def _looks_like_path(source: str) -> bool:
 
 def _read(path: Path) -> Iterable[str]:
     if not path.is_file():
-        raise QKGuardError(f"haystack {path}: no such file. Give a .txt, .md, .json or .jsonl file.")
+        raise QKGuardError(f"Haystack {path}: no such file. Give a .txt, .md, .json or .jsonl file.")
     kind = path.suffix.lower()
     if kind not in (".txt", ".md", ".json", ".jsonl"):
         raise QKGuardError(
-            f"haystack {path}: cannot read {kind or 'a file without suffix'}; expected .txt, .md, .json or .jsonl."
+            f"Haystack {path}: cannot read {kind or 'a file without suffix'}; expected .txt, .md, .json or .jsonl."
         )
     try:
         with path.open(encoding="utf-8") as file:
@@ -108,7 +108,7 @@ def _read(path: Path) -> Iterable[str]:
                 return list(_texts([json.load(file)]))
             return list(_texts(json.loads(line) for line in file if line.strip()))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise QKGuardError(f"haystack {path}: not valid UTF-8 {kind}: {error}") from error
+        raise QKGuardError(f"Haystack {path}: not valid UTF-8 {kind}: {error}") from error
 
 
 def _spread(rows: Any) -> Iterator[Any]:

@@ -141,7 +141,7 @@ class _ExactFit:
         least = self._count([])
         if least > self.room:
             raise QKGuardError(
-                f"probe length {self.key.length} is too short for {self.key.task}: its question, needles and answer "
+                f"Probe length {self.key.length} is too short for {self.key.task}: its question, needles and answer "
                 f"take {least + len(self.answer_ids)} tokens; give a longer length or another task"
             )
         units = self._last_words(self._whole_units(source, least))

@@ -90,7 +90,7 @@ def find_task(name: str) -> Task:
     key = _ALIASES.get(key, key)
     if key not in TASKS:
         known = ", ".join([*TASKS, *_ALIASES])
-        raise QKGuardError(f"unknown probe task {name!r}; expected one of: {known}")
+        raise QKGuardError(f"Unknown probe task {name!r}; expected one of: {known}")
     return TASKS[key]
 
 

@@ -70,7 +70,7 @@ def check_device(device: str) -> str:
     except (RuntimeError, TypeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise QKGuardError(
-            f"device {device!r} does no float64 arithmetic here ({reason}); expected cpu or cuda"
+            f"Device {device!r} does no float64 arithmetic here ({reason}); expected cpu or cuda"
         ) from None
     return device
 

@@ -61,7 +61,7 @@ METHODS = {
 def get_method(name: str) -> Method:
     """The method of that name; QKGuardError with the names there are otherwise."""
     if name not in METHODS:
-        raise QKGuardError(f"unknown restore method {name!r}; expected one of: {', '.join(METHODS)}")
+        raise QKGuardError(f"Unknown restore method {name!r}; expected one of: {', '.join(METHODS)}")
     return METHODS[name]
 
 
@@ -104,7 +104,9 @@ def check_per_layer(options: Mapping[str, Any], selection: Selection) -> None:
     unknown = sorted(set(options.get("per_layer") or {}) - set(layers))
     if unknown:
         known = show_layers(layers)
-        raise QKGuardError(f"per_layer names layers {unknown}, which are not restored; those that are: {known}")
+        raise QKGuardError(
+            f"The setting per_layer names layers {unknown}, which are not restored; those that are: {known}"
+        )
 
 
 def layer_options(method: Method, options: Mapping[str, Any], layer: int | None) -> dict[str, Any]:

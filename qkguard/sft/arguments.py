@@ -73,7 +73,7 @@ def parse(arguments: Sequence[str], recipe: Path | None = None) -> Settings:
     settings.data.sources()
     if training.eval_strategy != "no" and data.dataset_test_split is None:
         raise QKGuardError(
-            f"eval_strategy={training.eval_strategy} needs rows to evaluate on; name their split with "
+            f"With eval_strategy={training.eval_strategy} there must be rows to evaluate on; name their split with "
             "dataset_test_split, or set eval_strategy: no"
         )
     return settings

@@ -110,18 +110,20 @@ class DataArguments(Columns):
         """
         if self.datasets is None and not self.dataset_name:
             raise QKGuardError(
-                "dataset_name is missing: what to train on; give a hub id or a local .jsonl or .parquet file, "
-                "or several in `datasets`"
+                "The setting dataset_name is missing: what to train on; give a hub id, a local .jsonl or .parquet "
+                "file, or several in `datasets`"
             )
         if self.datasets is not None and self.dataset_name:
-            raise QKGuardError("dataset_name and datasets are both given; keep one (--datasets null drops the list)")
+            raise QKGuardError(
+                "The settings dataset_name and datasets are both given; keep one (--datasets null drops the list)"
+            )
         one = {"path": self.dataset_name, "config": self.dataset_config, "split": self.dataset_train_split}
         entries = [one] if self.datasets is None else _entries(self.datasets)
         columns = {f.name: getattr(self, f.name) for f in dataclasses.fields(Columns)}
         sources = [_source(entry, columns) for entry in entries]
         weights = [source.weight for source in sources]
         if any(weights) and not all(weights):
-            raise QKGuardError(f"datasets: weights are {weights}; give every entry one, or none of them.")
+            raise QKGuardError(f"Invalid datasets: weights are {weights}; give every entry one, or none of them.")
         return sources
 
 
@@ -132,19 +134,19 @@ def _entries(datasets: list[dict[str, Any]] | str) -> list[dict[str, Any]]:
         try:
             entries = json.loads(datasets)
         except ValueError as error:
-            raise QKGuardError(f"datasets: {datasets!r} is not JSON ({error}); expected {DATASETS}") from None
+            raise QKGuardError(f"Invalid datasets: {datasets!r} is not JSON ({error}); expected {DATASETS}") from None
     if not isinstance(entries, list) or not entries:
-        raise QKGuardError(f"datasets: expected {DATASETS}, found {datasets!r}")
+        raise QKGuardError(f"Invalid datasets: expected {DATASETS}, found {datasets!r}")
     return entries
 
 
 def _source(entry: Any, columns: dict[str, Any]) -> Source:
     if not isinstance(entry, dict) or not entry.get("path"):
-        raise QKGuardError(f"datasets: expected {DATASETS}, found {entry!r} in it")
+        raise QKGuardError(f"Invalid datasets: expected {DATASETS}, found {entry!r} in it")
     try:
         return Source(**columns | entry)
     except ValidationError as error:
-        raise QKGuardError(f"datasets: {refusal(Source, error, entry)}") from None
+        raise QKGuardError(f"In datasets: {refusal(Source, error, entry)}") from None
 
 
 # -- one row -----------------------------------------------------------------------------------------------------
@@ -199,7 +201,7 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
         return dict(message)
     role = SHAREGPT_ROLES.get(message["from"])
     if role is None:
-        raise QKGuardError(f"a message is from {message['from']!r}; known are {', '.join(SHAREGPT_ROLES)}")
+        raise QKGuardError(f"A message is from {message['from']!r}; known are {', '.join(SHAREGPT_ROLES)}")
     return {"role": role, "content": message["value"]}
 
 
@@ -318,7 +320,7 @@ def _open(source: Source, *, streaming: bool) -> Any:
         return load_dataset(source.path, source.config, split=source.split, streaming=streaming)
     except Exception as error:
         raise QKGuardError(
-            f"data set {source.path!r} could not be read ({first_line(error)}); expected a hub id, a folder, or a "
+            f"Data set {source.path!r} could not be read ({first_line(error)}); expected a hub id, a folder, or a "
             ".jsonl, .json, .parquet or .csv file, with its config and split"
         ) from error
 

@@ -102,7 +102,7 @@ def parameters(settings: Settings, found: Preflight) -> tuple[int | None, int | 
             with torch.device("meta"):
                 adapted = get_peft_model(model, adapter)
         except ValueError as error:
-            raise QKGuardError(f"the adapter does not fit {settings.model_name}: {first_line(error)}") from error
+            raise QKGuardError(f"The adapter does not fit {settings.model_name}: {first_line(error)}") from error
         return total, sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 

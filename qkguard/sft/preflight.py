@@ -74,7 +74,7 @@ def preflight(settings: Settings) -> Preflight:
         )
     elif needs_template(sampled) and not has_template(tokenizer):
         raise QKGuardError(
-            f"the rows are chats and the tokenizer of {settings.model_name} has no chat template; set "
+            f"The rows are chats and the tokenizer of {settings.model_name} has no chat template; set "
             "chat_template_path (a .jinja file, or a model that has one), or train on prompt and completion"
         )
     probe_lengths = list(settings.guard.probe_lengths or default_lengths(config, settings.training.max_length))
@@ -99,7 +99,7 @@ def model_config(settings: Settings) -> Any:
         try:
             return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trusted)
         except Exception as error:
-            raise QKGuardError(f"no config of {name} at revision {revision}: {first_line(error)}") from error
+            raise QKGuardError(f"No config of {name} at revision {revision}: {first_line(error)}") from error
     return load_config(name, trust_remote_code=trusted)
 
 
@@ -115,7 +115,7 @@ def training_tokenizer(settings: Settings) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), revision=settings.model.model_revision, **options)
     except Exception as error:
-        raise QKGuardError(f"the tokenizer of {folder} cannot be loaded: {first_line(error)}") from error
+        raise QKGuardError(f"The tokenizer of {folder} cannot be loaded: {first_line(error)}") from error
     template = settings.training.chat_template_path
     if template:
         if Path(template).is_file():

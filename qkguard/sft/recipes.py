@@ -19,7 +19,7 @@ def recipes_folder() -> Path:
     for folder in (PACKAGE / "recipes", PACKAGE.parent / "recipes"):
         if (folder / "accelerate_configs").is_dir():
             return folder
-    raise QKGuardError(f"no recipes beside {PACKAGE}; install qkguard again")
+    raise QKGuardError(f"No recipes beside {PACKAGE}; install qkguard again")
 
 
 def recipe_names() -> dict[str, Path]:

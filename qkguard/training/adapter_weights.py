@@ -100,11 +100,11 @@ class AdapterWeights:
         active = list(self.model.active_adapters)
         if len(active) != 1:
             raise QKGuardError(
-                f"merge_at_end merges one adapter, but {active} are active. Merge them with `qkguard merge`."
+                f"With merge_at_end one adapter is merged, but {active} are active. Merge them with `qkguard merge`."
             )
         base = self.config.base_model or self._loaded_from or self.model.peft_config[active[0]].base_model_name_or_path
         if not base:
-            raise QKGuardError("merge_at_end does not know the base model's folder. Set base_model to it.")
+            raise QKGuardError("Nothing names the base model, which merge_at_end merges onto. Set base_model to it.")
         return str(base)
 
     def describe(self) -> list[str]:
@@ -218,9 +218,9 @@ class AdapterWeights:
 
 def _check_settings(config: QKGuardConfig) -> None:
     if config.method not in ("restore", "interpolate"):
-        raise QKGuardError(f"method={config.method!r} works on full weights, not on adapters. {INSTEAD}")
+        raise QKGuardError(f"Method {config.method!r} works on full weights, not on adapters. {INSTEAD}")
     if config.align or config.per_layer:
-        raise QKGuardError(f"align and per_layer work on full weights, not on adapters. {INSTEAD}")
+        raise QKGuardError(f"The settings align and per_layer work on full weights, not on adapters. {INSTEAD}")
 
 
 def _saved_at(checkpoint: Path, name: str) -> Path:

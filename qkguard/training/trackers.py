@@ -105,7 +105,7 @@ class TensorBoard(Tracker):
         if named:
             return Path(named).expanduser()
         runs = self.output_dir / "runs"
-        events = sorted(runs.glob("*/events.out.tfevents.*"), key=lambda p: p.stat().st_mtime)
+        events = sorted(runs.glob("*/events.out.tfevents.*"), key=os.path.getmtime)
         return events[-1].parent if events else runs / "qkguard"
 
 

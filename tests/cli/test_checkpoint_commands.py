@@ -286,4 +286,4 @@ def test_a_terminated_command_unwinds(tmp_path: Path, run: Run, monkeypatch: pyt
 def test_layers_without_softmax_attention_are_refused(pair: tuple[Path, Path], tmp_path: Path, run: Run) -> None:
     base, tuned = pair
     err = one_line(*run("restore", "-b", base, "-t", tuned, "-o", tmp_path / "out", "--layers", "0-3"))
-    assert "layers [0, 1, 2] have no softmax attention; those that have it: 3" in err
+    assert "Layers [0, 1, 2] have no softmax attention; those that have it: 3" in err

@@ -104,7 +104,7 @@ def test_prompts_from_a_file(run: Run, tmp_path: Path) -> None:
         ([DEMO, "--lengths", "many"], "--lengths 'many'"),
         ([DEMO, "--depths", "deep"], "--depths 'deep'"),
         ([DEMO, "--depths", "0,7"], "expected numbers from 0"),
-        ([DEMO, "--tasks", "vt"], "unknown probe task"),
+        ([DEMO, "--tasks", "vt"], "Unknown probe task"),
         ([DEMO, "--lengths", "20"], "too short"),
         ([DEMO, "--new-tokens", "0"], "'--new-tokens'"),
         ([DEMO, "--samples", "0"], "'--samples'"),

@@ -68,7 +68,7 @@ def test_restore_with_a_method(tmp_path: Path, run: Run) -> None:
     assert differences(load_folder(tmp_path / "mix"), load_folder(tmp_path / "pro")) != []
 
     for wrong, message in (
-        (("--method", "average"), "unknown restore method 'average'"),
+        (("--method", "average"), "Unknown restore method 'average'"),
         (("--alpha", "0.5"), "alpha=0.5 has no effect with method 'restore'"),
         (("--method", "interpolate", "--alpha", "2"), "expected a number from 0 (tuned) to 1"),
         (("--method", "qk-pro", "--projections", "q"), "queries and keys together"),
@@ -150,7 +150,7 @@ def test_mistakes_are_one_line(tuned: Path, tmp_path: Path, run: Run) -> None:
         ((), "no data to measure task quality on: the tuned checkpoint lies in no guarded run"),
         (("--data", tmp_path / "none.jsonl"), "no such file"),
         (("--data", tmp_path / "bad.jsonl"), "Row 1 has the keys question; expected rows with"),
-        ((*rows, "--methods", "best"), "unknown restore method 'best'"),
+        ((*rows, "--methods", "best"), "Unknown restore method 'best'"),
         ((*rows, "--grid", "interpolate:alpha=3"), "from 0 (tuned) to 1"),
         ((*rows, "--controls", "x"), "Unknown control 'x': expected some of q, k, v, o, vo, or all"),
         ((*rows, "--tolerance", "-1"), "tolerance=-1.0"),
@@ -158,7 +158,7 @@ def test_mistakes_are_one_line(tuned: Path, tmp_path: Path, run: Run) -> None:
         ((*rows, "--lengths", "much"), "expected token counts such as 512,4096,32K."),
         ((*rows, "--html", tmp_path / "no" / "a.html"), "there is no folder"),
         ((*rows, "--write", tuned), "is or contains"),
-        ((*rows, "--layers", "0"), "layers [0] have no softmax attention; those that have it: 2, 5"),
+        ((*rows, "--layers", "0"), "Layers [0] have no softmax attention; those that have it: 2, 5"),
     ):
         assert message in one_line(*run(*pair, *args))
     assert "--tuned" in one_line(*run("sweep", "--base", MODEL))

@@ -18,7 +18,7 @@ from tests.support.training import arguments, train
 
 def random_mlp(folder: Path, backend: str, *flags: str) -> None:
     """One MLP weight left random: every rank refuses, by name; the same model as it was loaded is trained."""
-    base = base_model(folder, "qwen3_5_text")
+    base = base_model(folder, "llama")
     options: dict[str, Any] = {"max_steps": 1, "save_strategy": "no"}
     if backend.startswith("zero"):
         options["deepspeed"] = deepspeed_config(int(backend[-1]), "default" not in flags)

@@ -375,7 +375,7 @@ class TestRefusals:
         model = zoo.tiny_model("llama")
         model.config.layer_types = ["full_attention", "linear_attention", "full_attention", "full_attention"]
         with pytest.raises(
-            UnknownLayoutError, match=r"layer 1 is 'linear_attention'.*seen there.*seen in layers 0, 1, 2, 3"
+            UnknownLayoutError, match=r"Layer 1 is 'linear_attention'.*seen there.*seen in layers 0, 1, 2, 3"
         ):
             find_attention(model)
 
@@ -448,7 +448,7 @@ class TestDiskNames:
     def test_uncertain_names_are_refused(self) -> None:
         config = zoo.tiny_config("llama")
         param = find_attention(config)[0].params[0]
-        with pytest.raises(QKGuardError, match="none of the checkpoint's 1 tensors loads as"):
+        with pytest.raises(QKGuardError, match="None of the checkpoint's 1 tensors loads as"):
             disk_names([param], {"model.norm.weight": (64,)}, config)
         with pytest.raises(QKGuardError, match=r"the file has shape \(64, 32\)"):
             disk_names([param], {param.name: (64, 32)}, config)

@@ -83,7 +83,7 @@ def test_select_projections_layers_norms_and_shared_rows():
     assert names(include_norms=True)[0] == (1, ["w", "n"])
     assert names(include_sliding_window=False) == [(1, ["w"])]
     assert names(layers=[3]) == [(3, ["w", "b"])]
-    with pytest.raises(QKGuardError, match=r"layers \[2\] have no softmax attention; those that have it: 1, 3"):
+    with pytest.raises(QKGuardError, match=r"Layers \[2\] have no softmax attention; those that have it: 1, 3"):
         select(_specs(), RowSelection(layers=(2, 3)))
 
     def roles(**options):

@@ -97,5 +97,5 @@ def test_slips_are_named(old: str, new: str, message: str, tmp_path: Path) -> No
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(QKGuardError, match=r"cannot read the layout .*none\.yaml"):
+    with pytest.raises(QKGuardError, match=r"Cannot read the layout .*none\.yaml"):
         load_specs(tmp_path / "none.yaml")

@@ -412,7 +412,7 @@ def test_the_grid_as_written() -> None:
     assert found[2].options == {"alpha": 0.25, "align": True} and found[2].name == "interpolate alpha 0.25 aligned"
     assert len(found) == 4
     for entry, message in (
-        ("average", "unknown restore method"),
+        ("average", "Unknown restore method"),
         ("qk-pro:ridge", "Invalid 'ridge' in"),
         ("qk-pro:strength=3", "Invalid 'strength=3' in"),
         ("restore:alpha=0.5", "no effect with method 'restore'"),

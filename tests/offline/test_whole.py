@@ -196,7 +196,7 @@ def test_adapters_with_missing_weights(tmp_path: Path) -> None:
     config = json.loads((base / "config.json").read_text()) | {"num_hidden_layers": 1}
     (base / "config.json").write_text(json.dumps(config))
     with pytest.raises(QKGuardError, match="expected the base model it was trained on"):
-        verify(out, load=True)
+        verify(out, raw=False, load=True)
 
 
 def test_a_model_too_short_for_every_default_length_is_refused_in_one_line(tmp_path: Path, run) -> None:

@@ -129,7 +129,7 @@ def test_slow_tokenizers_work_too() -> None:
 
 def test_too_short_a_length_is_refused_with_the_least_that_works() -> None:
     with pytest.raises(
-        QKGuardError, match=r"probe length 60 is too short for single_1: .* take (\d+) tokens"
+        QKGuardError, match=r"Probe length 60 is too short for single_1: .* take (\d+) tokens"
     ) as error:
         maker(bpe_tokenizer()).make(SampleKey(60, "single_1", 0.5, 0))
     least = int(str(error.value).split("take ")[1].split(" tokens")[0])

@@ -119,5 +119,5 @@ def test_prose_keeps_to_its_vocabulary() -> None:
 
 def test_task_names() -> None:
     assert find_task("NIAH_single_2") is find_task("S2") is TASKS["single_2"]
-    with pytest.raises(QKGuardError, match="unknown probe task 'vt'"):
+    with pytest.raises(QKGuardError, match="Unknown probe task 'vt'"):
         find_task("vt")

@@ -316,7 +316,8 @@ def test_tied_embeddings_and_bfloat16_files(tmp_path):
 def test_a_compiled_model_is_restored_under_names_that_load(base, tmp_path):
     """Its raw checkpoint has `_orig_mod.` names, which from_pretrained fills at random."""
     model = torch.compile(AutoModelForCausalLM.from_pretrained(base), backend="eager")
-    train(base, arguments(tmp_path, TrainingArguments), QKGuardCallback(strict=True, probe_steps=0), model=model)
+    args = arguments(tmp_path, TrainingArguments, remove_unused_columns=False)
+    train(base, args, QKGuardCallback(strict=True, probe_steps=0), model=model)
     run = tmp_path / "run"
     raw = oracle.load_folder(run / "checkpoint-3")
     assert all(name.startswith("_orig_mod.") for name in raw)
@@ -342,7 +343,7 @@ def test_settings_are_checked_at_once():
 
 
 def test_models_without_the_asked_layers_are_refused(base, tmp_path):
-    with pytest.raises(QKGuardError, match=r"layers \[0\] have no softmax attention; those that have it: "):
+    with pytest.raises(QKGuardError, match=r"Layers \[0\] have no softmax attention; those that have it: "):
         train(base, arguments(tmp_path), QKGuardCallback(layers=[0, 3]))
 
 
