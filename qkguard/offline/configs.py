@@ -28,7 +28,14 @@ HARMLESS = frozenset(
         *("return_dict", "use_return_dict", "output_attentions", "output_hidden_states", "output_router_logits"),
         *("problem_type", "id2label", "label2id", "num_labels", "finetuning_task", "task_specific_params"),
         *("max_length", "min_length", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "num_beams"),
-        *("repetition_penalty", "is_decoder", "chunk_size_feed_forward", "pruned_heads", "prefix"),
+        *(
+            "repetition_penalty",
+            "is_decoder",
+            "chunk_size_feed_forward",
+            "pruned_heads",
+            "prefix",
+            "is_encoder_decoder",
+        ),
         # training alone
         *("gradient_checkpointing", "initializer_range", "initializer_factor", "router_aux_loss_coef"),
         *("router_z_loss_coef", "router_jitter_noise", "input_jitter_noise", "aux_loss_alpha", "seq_aux"),
@@ -79,6 +86,7 @@ def compare_configs(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> list[s
 
 def _differences(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """(key, value in the base, value in the tuned config), `UNSET` for none."""
+    base, tuned = _decoded(base), _decoded(tuned)
     before, after = _flat(base), _flat(tuned)
     if before.keys() != after.keys():
         with_defaults = [_with_defaults(config) for config in (base, tuned)]
@@ -88,6 +96,15 @@ def _differences(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> Iterator[
         values = before.get(key, UNSET), after.get(key, UNSET)
         if values[0] != values[1] and {id(UNSET), id(None)} != {id(value) for value in values}:
             yield key, *values
+
+
+def _decoded(value: Any) -> Any:
+    """Infinity and NaN as floats, which transformers writes as {"__float__": "Infinity"}; the rest as it is."""
+    if isinstance(value, Mapping):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _decoded(inner) for key, inner in value.items()}
+    return [_decoded(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _flat(config: Mapping[str, Any], above: str = "") -> Flat:

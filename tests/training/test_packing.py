@@ -145,7 +145,7 @@ def test_training_warns_once(tmp_path: Path, caplog: pytest.LogCaptureFixture, m
     monkeypatch.setattr(logging.getLogger("qkguard"), "propagate", True)
     for packed in (True, False):
         caplog.clear()
-        options = {"max_steps": 1, "save_strategy": "no", "padding_free": packed, "max_length": 32}
+        options = {"max_steps": 1, "save_strategy": "no", "padding_free": packed, "max_length": None}
         with caplog.at_level(logging.WARNING, logger="qkguard"):
             train(
                 base, arguments(tmp_path / str(packed), **options), QKGuardCallback(probe_steps=0, final_export=False)
