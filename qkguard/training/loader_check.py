@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,13 @@ from qkguard.errors import QKGuardError, WrongReferenceError
 from qkguard.layout import ParamMap
 from qkguard.layout.names import DiskTensor, single_tensors, tensors_of_params
 from qkguard.layout.wrappers import bare_name
+from qkguard.report.numbers import plural
 
 DIFFERING_SHARE = 0.25
 """Of a parameter's sample: a random one differs nearly everywhere, a vocabulary with some rows set anew hardly."""
+FAR = 0.5
+"""Relative distance of a sample from the stored one: of a random parameter it is 1 or more, of one that an adapter was
+merged into a few hundredths."""
 ANOTHER_MODEL = 0.9
 """Share of the parameters from which on the weights are another revision's, not those of a loader that failed."""
 
@@ -78,7 +83,7 @@ def _snapshot_of(model: Any, folders: Sequence[Path], samples: Mapping[str, Para
             found = _compare_with(local, model, None, (), samples)
         except QKGuardError:
             continue
-        if found.equal and not found.wrong:
+        if found.equal and not found.share:
             return str(local)
     return None
 
@@ -93,7 +98,8 @@ class _Comparison:
     """The starting weights beside one checkpoint's.
 
     Attributes:
-        wrong_qk, wrong: names of the parameters that differ.
+        wrong_qk: names of the query and key parameters that differ.
+        random, changed: names of other parameters that are far from the stored ones, and of those that are near them.
         new_head: the output embedding, where it differs: it may have been made anew on purpose.
         equal, unmapped: how many are equal; how many the checkpoint does not hold in their own form.
         unread: why queries and keys were not compared.
@@ -101,7 +107,8 @@ class _Comparison:
 
     folder: Path
     wrong_qk: list[str] = field(default_factory=list)
-    wrong: list[str] = field(default_factory=list)
+    random: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
     new_head: str | None = None
     equal: int = 0
     unmapped: int = 0
@@ -110,7 +117,8 @@ class _Comparison:
     @property
     def share(self) -> float:
         """Of the parameters compared, how many differ."""
-        return len(self.wrong) / max(1, len(self.wrong) + self.equal)
+        differing = len(self.random) + len(self.changed)
+        return differing / max(1, differing + self.equal)
 
 
 def _compare(model: Any, folder: Path, maps: Sequence[ParamMap], samples: Mapping[str, ParamSample]) -> str:
@@ -140,7 +148,7 @@ def _compare(model: Any, folder: Path, maps: Sequence[ParamMap], samples: Mappin
 
 
 def _differing(comparison: _Comparison) -> int:
-    return len(comparison.wrong_qk) + len(comparison.wrong)
+    return len(comparison.wrong_qk) + len(comparison.random) + len(comparison.changed)
 
 
 def local_checkpoints(model: Any) -> tuple[list[Path], bool]:
@@ -190,12 +198,14 @@ def _compare_with(
         keys = _same_tensors(sample, loaded.get(bare_name(name), ()), weights)
         if not keys:
             found.unmapped += 1
-        elif any(_agrees(sample, weights.read_elements(key, sample.spans)) for key in keys):
+            continue
+        distance = min(_distance(sample, weights.read_elements(key, sample.spans)) for key in keys)
+        if not distance:
             found.equal += 1
         elif name == head:
             found.new_head = name
         elif name not in guarded or found.unread is not None:
-            found.wrong.append(name)
+            (found.random if distance > FAR else found.changed).append(name)
     return found
 
 
@@ -214,35 +224,47 @@ def _same_tensors(sample: ParamSample, tensors: Sequence[DiskTensor], weights: W
     return [key for key in keys if weights.entry(key).shape == sample.shape and weights.entry(key).dtype in FLOATS]
 
 
-def _agrees(sample: ParamSample, stored: Tensor) -> bool:
-    """Whether a sample has the stored values, cast to its dtype directly or through half precision."""
+def _distance(sample: ParamSample, stored: Tensor) -> float:
+    """How far a sample is from the stored values, relative to these; 0 where nearly all are equal.
+
+    Equal means: once cast to its dtype, directly or through half precision.
+    """
     for first in (sample.dtype, torch.bfloat16, torch.float16):
         cast = stored.to(first).to(sample.dtype).double()
         differs = (cast != sample.values) & ~(cast.isnan() & sample.values.isnan())
         if differs.double().mean() <= DIFFERING_SHARE:
-            return True
-    return False
+            return 0.0
+    apart = (sample.values - stored.double()).norm() / stored.double().norm()
+    return float(apart) if apart == apart else inf  # NaN where either holds NaN, or both are zero
 
 
 def _refuse_differences(found: _Comparison, guarded: int) -> None:
     what = []
     if found.wrong_qk:
         what.append(f"{len(found.wrong_qk)} of {guarded} query/key parameters")
-    if found.wrong:
-        what.append(f"{len(found.wrong)} of {len(found.wrong) + found.equal} parameters that were sampled")
+    if found.random:
+        sampled = len(found.random) + len(found.changed) + found.equal
+        what.append(f"{len(found.random)} of {sampled} parameters that were sampled")
     if what:
         raise WrongReferenceError(
             f"{' and '.join(what)} differ from their own checkpoint {found.folder}, first "
-            f"{(found.wrong_qk or found.wrong)[0]}: the loader did not fill them, or they were changed after loading. "
-            "Load them correctly. If the change is meant, save the model to a folder and load it from there, or set "
-            'base_model="live".'
+            f"{(found.wrong_qk or found.random)[0]}: the loader did not fill them, or they were changed after "
+            "loading. Load them correctly. If the change is meant, save the model to a folder and load it from there, "
+            'or set base_model="live".'
         )
 
 
 def _what_was_compared(name: str, found: _Comparison, guarded: int) -> str:
-    notes = [f"{found.unmapped} parameters not compared: they are not on disk in that form"] if found.unmapped else []
+    notes = []
+    if found.unmapped:
+        notes.append(
+            f"{plural(found.unmapped, 'parameter')} not compared, being on disk in another form or not at all"
+        )
     if found.unread is not None:
         notes.append(f"queries and keys not compared: {found.unread}")
+    if found.changed:
+        changed = plural(len(found.changed), "parameter")
+        notes.append(f"{changed} changed a little since loading, first {found.changed[0]}")
     if found.new_head is not None:
         notes.append(f"{found.new_head} differs from it, as a head made anew does")
     about = identify(name, found.folder)

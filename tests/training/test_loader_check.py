@@ -103,6 +103,13 @@ def test_what_is_meant_does_not_stop_a_run(bases: dict, tmp_path: Path) -> None:
     assert "equal to" in start(model, tmp_path / "rows")
 
     model = loaded(base)
+    with torch.no_grad():  # an adapter merged into the values, say
+        model.model.layers[1].self_attn.v_proj.weight.mul_(1.01)
+    assert "1 parameter changed a little since loading, first model.layers.1.self_attn.v_proj" in start(
+        model, tmp_path / "merged"
+    )
+
+    model = loaded(base)
     model.value_head = torch.nn.Linear(64, 1)
     assert "10 parameters not compared" in start(model, tmp_path / "value")
 
