@@ -269,7 +269,7 @@ def test_warnings_go_to_stderr_and_into_the_manifest(tmp_path: Path, run: Run) -
     code, out, err = run(
         "restore", "-b", tmp_path / "base", "-t", tmp_path / "tuned", "-o", tmp_path / "out", "--json"
     )
-    assert code == 0 and err.startswith("warning: rope_parameters is")
+    assert code == 0 and err.startswith("warning: rope_parameters.rope_theta is 10000.0 in the base but 500000.0 in")
     assert json.loads(out)["warnings"] == [err.removeprefix("warning: ").strip()]
 
 

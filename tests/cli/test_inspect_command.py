@@ -39,7 +39,7 @@ def test_verify_of_a_wrong_spec(run: Run, hybrid: Path, tmp_path: Path) -> None:
     assert "[0, 16, q, 0]" in text
     spec.write_text(text.replace("[0, 16, q, 0]", "[0, 32, q, 0]"))
     code, _, err = run("inspect", hybrid, "--spec", spec, "--verify")
-    assert code == 2 and err.splitlines()[-1].startswith("error: layers 3: the layout is wrong: ")
+    assert code == 2 and err.splitlines()[-1].startswith("error: Layers 3: the layout is wrong: ")
     assert "q_proj.weight, block" in err and "its last row is idle" in err
 
 
