@@ -40,7 +40,7 @@ def sample_params(model: nn.Module) -> dict[str, ParamSample]:
     """
     params = {name: param for name, param in model.named_parameters() if _readable(param)}
     spans = {name: sample_spans(sharding.full_numel(param)) for name, param in params.items()}
-    found = ranks.all_ranks("sampling the starting weights", partial(_own_elements, params, spans))
+    found = ranks.agree("sampling the starting weights", partial(_own_elements, params, spans))
     values = collectives.all_reduce_sum(found)
     samples, position = {}, 0
     for name, param in params.items():
