@@ -21,7 +21,7 @@ def probe(
     lengths: Annotated[str, typer.Option(help="Context lengths in tokens, e.g. 512,4096,32K.")] = "512,1K,2K,4K",
     depths: opt.Depths = "5",
     samples: opt.Samples = 2,
-    tasks: opt.Tasks = "single_1,single_2,single_3",
+    tasks: opt.Tasks = "single_2,multikey_1,multikey_2",
     haystack: opt.Haystack = None,
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
     mode: opt.Mode = "auto",

@@ -56,7 +56,7 @@ def sweep(
     ] = None,
     depths: opt.Depths = "5",
     samples: opt.Samples = 2,
-    tasks: opt.Tasks = "single_1,single_2,single_3",
+    tasks: opt.Tasks = "single_2,multikey_1,multikey_2",
     haystack: opt.Haystack = None,
     mode: opt.Mode = "auto",
     rows: Annotated[int, typer.Option(min=1, help="At most so many rows of the data.")] = 256,

@@ -22,12 +22,13 @@ class LastLogits:
     """Calls a causal language model for the logits of its last positions.
 
     `chunk` bounds the memory of activations for long contexts: the prompt then goes through the model's own cache in
-    pieces of that many tokens (the cache itself remains). Without it there is no cache.
+    pieces of that many tokens (the cache itself remains). Without it there is no cache. `calls` counts the calls.
     """
 
     def __init__(self, model: nn.Module, chunk: int | None = None) -> None:
         self.model = model
         self.chunk = chunk
+        self.calls = 0
         self._takes_logits_to_keep = _takes_logits_to_keep(model)
 
     def __call__(self, ids: Tensor, keep: int, before_piece: Callable[[int], None] | None = None) -> Tensor:
@@ -35,6 +36,7 @@ class LastLogits:
 
         `before_piece(n)` is called before every forward pass; n is the number of tokens read when that pass ends.
         """
+        self.calls += 1
         length = ids.shape[1]
         if self.chunk is None or length <= max(self.chunk, keep):
             ends = [length]

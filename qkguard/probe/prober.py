@@ -32,14 +32,17 @@ class Prober:
     Args:
         tokenizer: the model's tokenizer, or a processor holding it; it is not changed.
         settings: which samples, and how they are run. `attention`, `batch_tokens` and `chunk` are attributes too, and
-            may be changed between runs.
+            may be changed between runs; so may `sample_keys`, to ask fewer of the samples.
 
     Raises:
         QKGuardError: settings that make no samples.
 
     Ranks of a sharded or replicated model make the same `Prober` and call the same methods: samples are divided
-    over them. `prepare` does the work that can fail on one rank alone; where there are several, call it (and agree on
-    its success) before `find_formats` and again, for the formats found, before `run`.
+    over them. `prepare_formats` and `prepare` do the work that can fail on one rank alone; where there are several,
+    call them (and agree on their success) before `find_formats` and `run`.
+
+    Attributes:
+        timed_batch: (tokens of a sample, seconds per sample) of the last batch of `find_formats`; None before.
     """
 
     def __init__(self, tokenizer: Any, settings: ProbeSettings | None = None) -> None:
@@ -50,17 +53,23 @@ class Prober:
         self.batch_tokens = settings.batch_tokens
         self.chunk = settings.chunk
         self.formats_seen: dict[str, str] = {}
+        self.timed_batch: tuple[int, float] | None = None
         encoder = Encoder(tokenizer, make_template(tokenizer, settings.mode))
         prose = settings.haystack
         if not isinstance(prose, Prose):
             prose = load_prose(prose, without=encoder.special_strings(), decode=encoder.decode)
         self.maker = SampleMaker(encoder, prose, settings.seed)
 
+    def prepare_formats(self, rank: int = 0, world: int = 1) -> None:
+        """Make this rank's samples of `find_formats`."""
+        for task in self._tasks():
+            self._make(divide(self._format_keys(task), rank, world, _UNBOUNDED))
+
     def prepare(self, rank: int = 0, world: int = 1) -> None:
         """Make this rank's samples in the formats known so far; what is made already costs nothing."""
-        batches = divide(self.sample_keys, rank, world, self.batch_tokens)
-        for task in self._tasks():
-            batches += divide(self._format_keys(task), rank, world, _UNBOUNDED)
+        self._make(divide(self.sample_keys, rank, world, self.batch_tokens))
+
+    def _make(self, batches: Sequence[Sequence[Assignment]]) -> None:
         for batch in batches:
             for assignment in batch:
                 self.maker.make(assignment.key)
@@ -178,7 +187,10 @@ class Prober:
         encoder = self.maker.encoder
         samples = [self.maker.make(assignment.key) for assignment in batch]
         said = torch.zeros(len(keys), FORMAT_TOKENS, dtype=torch.float64)  # token + 1; 0 for none
+        began, passes = time.perf_counter(), forward.calls
         continued = Continuations(encoder, samples, all_reduce).run(forward)
+        seconds = (time.perf_counter() - began) / (forward.calls - passes)
+        self.timed_batch = samples[0].key.length, seconds / len(samples)
         for assignment, ids in zip(batch, continued, strict=True):
             if assignment.place is not None:
                 row = torch.tensor(ids[:FORMAT_TOKENS], dtype=torch.float64)

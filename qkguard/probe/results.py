@@ -140,7 +140,7 @@ class ProbeResult:
         Raises:
             QKGuardError: the two probed different samples.
         """
-        chosen = [pair for pair in self._pairs(earlier) if all(getattr(pair[0], k) == v for k, v in only.items())]
+        chosen = [pair for pair in self.pairs_with(earlier) if all(getattr(pair[0], k) == v for k, v in only.items())]
         if not chosen:
             raise QKGuardError(f"The probe has no samples with {only}.")
         return _drop([before for _, before, _ in chosen], [now for _, _, now in chosen])
@@ -170,10 +170,13 @@ class ProbeResult:
             generated={},
         )
 
-    def _pairs(self, earlier: ProbeResult) -> list[tuple[SampleKey, bool, bool]]:
+    def pairs_with(self, earlier: ProbeResult) -> list[tuple[SampleKey, bool, bool]]:
         """(sample, right earlier, right now) of the samples that both have.
 
         Equal keys are equal samples where what makes them (`origin`) is equal, or everything (`digest`).
+
+        Raises:
+            QKGuardError: the two probed different samples.
         """
         mine, other = self.settings, earlier.settings
         same_maker = mine.get("origin") is not None and mine["origin"] == other.get("origin")
@@ -234,23 +237,6 @@ class ProbeResult:
         return Group(
             len(chosen), sum(self.correct[i] for i in chosen), sum(self.logprob[i] for i in chosen) / len(chosen)
         )
-
-
-def alarm(now: ProbeResult, before: ProbeResult, threshold: float) -> tuple[str, Drop] | None:
-    """The fall of recall to warn of, over all samples or at one length, and where; None where noise may explain it.
-
-    A collapse at the longest contexts alone would drown in the mean, so every length is looked at too, at a level of
-    significance divided by their number (Bonferroni).
-    """
-    drop = now.drop_since(before)
-    if drop.is_alarming(threshold):
-        return "", drop
-    lengths = sorted({key.length for key in now.sample_keys})
-    for length in reversed(lengths):
-        drop = now.drop_since(before, length=length)
-        if drop.is_alarming(threshold) and drop.p_value < 0.05 / len(lengths):
-            return f" at {length} tokens", drop
-    return None
 
 
 def _drop(before: Sequence[bool], now: Sequence[bool]) -> Drop:

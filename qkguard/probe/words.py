@@ -24,6 +24,7 @@ def is_no_difference(change: Mapping[str, float]) -> bool:
 
 
 def no_difference(count: int) -> str:
+    """What is said of two probes that found the same."""
     return f"no difference measured ({count:,} sample{'' if count == 1 else 's'})"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import nan
 from operator import itemgetter
@@ -57,6 +57,8 @@ class ProbeRow:
     attention on the needle by layer and head; `change`: {"value", "low", "high", "before", "count"}, the paired
     difference of recall with its 95% interval: raw weights against the probe before training, restored ones against
     the raw ones of that step; `before` is the recall that is compared with, on the `count` samples that both have.
+    `before`: groups of the probe before training on these samples, where it asked more. `falls`: where recall has
+    fallen beyond noise, {"where", "before", "now", "low", "high", "count"}, the largest first.
     """
 
     step: int
@@ -65,6 +67,8 @@ class ProbeRow:
     groups: Sequence[Mapping[str, Any]]
     needle_mass: Sequence[Mapping[str, Any]]
     change: Mapping[str, float] | None
+    before: Sequence[Mapping[str, Any]] = ()
+    falls: Sequence[Mapping[str, Any]] = ()
 
     def by(self, name: str) -> dict[Any, Proportion]:
         """Recall by "task", "length" or "depth", in their order."""
@@ -83,6 +87,11 @@ class ProbeRow:
         for group in self.groups:
             members.setdefault(key_of(group), []).append(group)
         return {key: _pooled(members[key]) for key in sorted(members)}
+
+
+def _on(groups: Sequence[Mapping[str, Any]], probe: ProbeRow) -> ProbeRow:
+    """A probe as it is on fewer samples."""
+    return replace(probe, groups=groups, recall=_pooled(groups).recall)
 
 
 def _pooled(groups: Sequence[Mapping[str, Any]]) -> Proportion:
@@ -105,7 +114,12 @@ class Run:
 
     @cached_property
     def probes(self) -> list[ProbeRow]:
-        return [probe for row in self.rows for probe in probes_in(row)]
+        """All probes, in the order of the run; the one before training on the samples that the last ones asked."""
+        found = [probe for row in self.rows for probe in probes_in(row)]
+        fewer = next((probe.before for probe in reversed(found) if probe.before), None)
+        if fewer:
+            return [_on(fewer, probe) if probe.step == 0 and probe.weights == "raw" else probe for probe in found]
+        return found
 
     def probe_of(self, weights: str) -> ProbeRow | None:
         """The probe "before" training, or the last one of the "raw" or "restored" weights after the first step."""
@@ -167,6 +181,8 @@ def probes_in(row: Mapping[str, Any]) -> Iterable[ProbeRow]:
                 groups=row.get(f"niah{suffix}_grid", ()),
                 needle_mass=row.get(f"niah{suffix}_needle_mass", ()),
                 change=row.get(f"niah{suffix}_change"),
+                before=row.get(f"niah{suffix}_before_grid", ()),
+                falls=row.get(f"niah{suffix}_falls", ()),
             )
 
 

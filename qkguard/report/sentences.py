@@ -9,7 +9,7 @@ from qkguard.report.run import DRIFT, ProbeRow, Run
 
 def describe(run: Run) -> list[str]:
     """Sentences for people, each true of the files it was made from."""
-    return [*_recall(run), *_restored(run), *_drift(run)]
+    return [*_recall(run), *_alerts(run), *_restored(run), *_drift(run)]
 
 
 def _recall(run: Run) -> list[str]:
@@ -47,6 +47,18 @@ def _first_low(run: Run, before: ProbeRow) -> list[str]:
         if probe.weights == "raw" and probe.step > 0 and probe.recall < before.recall - 0.1:
             return [f"It was first seen more than 10 points below at step {probe.step}."]
     return []
+
+
+def _alerts(run: Run) -> list[str]:
+    """The first alert: where recall fell beyond noise, also where the mean hides it."""
+    alerting = next((probe for probe in run.probes if probe.falls), None)
+    if alerting is None:
+        return []
+    told = [
+        f"{fall['where'] or 'overall'} from {fall['before']:.2f} to {fall['now']:.2f} ({fall['count']} samples)"
+        for fall in alerting.falls
+    ]
+    return [f"Alert at step {alerting.step}: recall fell beyond noise {', '.join(told)}."]
 
 
 def _worst_length(before: ProbeRow, raw: ProbeRow) -> list[str]:

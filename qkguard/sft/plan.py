@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,19 @@ from qkguard.errors import QKGuardError, first_line
 from qkguard.layout.architecture import build_meta, find_architecture, plain_torch
 from qkguard.layout.layers import layer_types
 from qkguard.layout.selection import show_layers
+from qkguard.probe.samples import SampleKey
+from qkguard.probe.samples import plan as samples_of
 from qkguard.probe.settings import lengths_left_out
+from qkguard.probe.thinning import thin
 from qkguard.report.numbers import human_bytes, number
 from qkguard.report.run import METRICS
 from qkguard.sft.arguments import Settings
 from qkguard.sft.preflight import Preflight
+from qkguard.training.config import QKGuardConfig
+from qkguard.training.probe_plan import CHECKPOINTED_SHARE, FORWARD_SHARE, make_plan
 from qkguard.training.run_folder import RESTORED, run_folder
 from qkguard.training.schedules import interval, pace
 
-CHECKPOINTED_SHARE, FORWARD_SHARE = (
-    1 / 4,
-    1 / 3,
-)  # of a step's arithmetic per token, with gradient checkpointing or not
 SHARED = {  # what the processes of an arrangement divide among them; each holds all of the rest
     "zero1": {"optimizer"},
     "zero2": {"gradients", "optimizer"},
@@ -158,7 +160,7 @@ def _probes(settings: Settings, found: Preflight, steps: int | None, batch: int)
     per_length = len(guard.probe_tasks) * guard.probe_depths * guard.probe_samples
     tokens = sum(lengths) * per_length
     every = interval(guard.probe_steps, training.eval_strategy != "no", steps) if steps else None
-    share = within = None
+    share = within = asked = None
     per_row = tokens_per_row(settings, found)
     if steps and per_row:
         if training.packing and training.max_length:
@@ -167,6 +169,7 @@ def _probes(settings: Settings, found: Preflight, steps: int | None, batch: int)
         share = tokens * forward / (steps * batch * per_row)
         ends = 3 if guard.probe_restored else 2  # before the first step, and at the end raw (and restored)
         within = max(0, int(guard.probe_budget / share) - ends) if guard.probe_budget else None
+        asked = _asked(guard, lengths, ends, steps * batch * per_row / forward)
     return {
         "off": None,
         "tasks": list(guard.probe_tasks),
@@ -179,8 +182,26 @@ def _probes(settings: Settings, found: Preflight, steps: int | None, batch: int)
         "share_of_training": share,
         "budget": guard.probe_budget,
         "within_budget": within,
+        "asked": asked,
         "restored_too": guard.probe_restored,
     }
+
+
+def _asked(guard: QKGuardConfig, lengths: list[int], passes: int, trained: float) -> int | None:
+    """How many samples of the probes before and after training fit their budget; `trained` is the training's
+    arithmetic, in tokens of a forward pass.
+    """
+    keys = samples_of(guard.probe_tasks, lengths, guard.probe_depths, guard.probe_samples)
+    if guard.probe_budget is None:
+        return len(keys)
+
+    def tokens(keys: Sequence[SampleKey]) -> float:
+        return float(sum(key.length for key in keys))
+
+    found = make_plan(
+        keys, tokens, passes=passes, at_least=passes, training=trained, share=guard.probe_budget, spent=0.0
+    )
+    return len(thin(keys, found.size))
 
 
 def _files(settings: Settings) -> dict[str, str | None]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from qkguard.distributed import collectives, ranks
 from qkguard.probe.prober import Prober
 from qkguard.probe.results import ProbeResult
+from qkguard.probe.settings import Progress
 
+T = TypeVar("T")
 TIMEOUT = 1800.0  # seconds; a rank posts no heartbeat while it scores, so this covers the passes between agreements
 
 
@@ -25,17 +27,26 @@ class AgreedProbe:
     def __init__(self, what: str, prober: Prober, model: nn.Module) -> None:
         self.what, self.prober, self.model = what, prober, model
         self.rank, self.world = ranks.rank(), ranks.world_size()
+        self.where: dict[str, Any] = {"rank": self.rank, "world": self.world, "all_reduce": self._all_reduce}
         self.failed_together = False
 
-    def run(self, find_formats: bool) -> ProbeResult:
+    def find_formats(self) -> None:
+        """Find the answer formats, on samples that are made already; ALL ranks must call this."""
+        self._together(partial(self.prober.find_formats, self.model, **self.where))
+
+    def run(self, progress: Progress | None = None) -> ProbeResult:
         """Score this rank's samples, and sum over the ranks; ALL ranks must call this."""
-        where: dict[str, Any] = {"rank": self.rank, "world": self.world, "all_reduce": self._all_reduce}
+        return self._together(partial(self._probe, progress))
+
+    def _probe(self, progress: Progress | None) -> ProbeResult:
+        # Making samples can fail on one rank alone, so it stays outside forward passes
+        self._agree(partial(self.prober.prepare, self.rank, self.world))
+        return self.prober.run(self.model, progress=progress, **self.where)
+
+    def _together(self, work: Callable[[], T]) -> T:
+        """ALL ranks must call this."""
         try:
-            if find_formats:
-                self.prober.find_formats(self.model, **where)
-            # In the formats now known; making samples can fail on one rank alone, so it stays outside forward passes
-            self._agree(partial(self.prober.prepare, self.rank, self.world))
-            return self.prober.run(self.model, **where)
+            return work()
         except Exception as error:
             if not self.failed_together:
                 self._agree(partial(_raise, error))

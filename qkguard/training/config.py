@@ -146,7 +146,7 @@ class QKGuardConfig:
     """Probe samples for every task, length and depth."""
 
     probe_tasks: Annotated[list[Annotated[str, AfterValidator(_task)]], AnySequence, Field(min_length=1)] = Field(
-        default=["single_1", "single_2", "single_3"]
+        default=["single_2", "multikey_1", "multikey_2"]
     )
     """RULER's needle-in-a-haystack tasks to probe with."""
 
@@ -155,14 +155,17 @@ class QKGuardConfig:
     else generated prose."""
 
     probe_budget: Share | None = 0.02
-    """Largest share of training time that probes may take; scheduled probes beyond it are skipped. The first and the
-    last probe always run and count too. None sets no limit."""
+    """Largest share of training time that probes may take. The first, the last and those at saves are planned at the
+    start: fewer samples are asked, then fewer lengths, until all fit. The first and the last always run, on at least
+    30 samples. Scheduled ones share what is left. None sets no limit."""
 
     probe_restored: bool = True
     """At saves and at the end, probe the restored weights as well as the raw ones."""
 
     recall_alert: Share = 0.10
-    """Warn when recall falls this far below the probe before training, beyond what noise explains."""
+    """Warn when recall, over all samples, at one length or in one task, falls this far below the probe before
+    training, beyond what noise explains: without a change, in at most 5% of trainings. Takes 8 samples of a length or
+    task."""
 
     on_alert: Literal["warn", "save", "stop"] = "warn"
     """What such a fall in recall does: warn, save (a checkpoint at once as well) or stop."""

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from qkguard.distributed import sharding
+from torch import nn
+
+from qkguard.distributed import ranks, sharding
 from qkguard.errors import QKGuardError
 from qkguard.offline.task_rows import sampled
 from qkguard.probe.haystack import Prose, load_prose
-from qkguard.probe.settings import lengths_left_out
+from qkguard.probe.prober import Prober
+from qkguard.probe.settings import ProbeSettings, check_lengths, lengths_left_out
+from qkguard.training.agreed_probe import TIMEOUT
 
 if TYPE_CHECKING:  # pydantic doubles the time that `from qkguard import QKGuardCallback` takes
     from qkguard.training.config import QKGuardConfig
+
+logger = logging.getLogger(__name__)
 
 TEXT_ROWS = 400  # training examples that a haystack is made of, at most
 
@@ -38,6 +46,24 @@ def _splits_sequences(args: Any) -> bool:
     if deepspeed is not None:
         sizes.append(deepspeed.get_value("sequence_parallel_size") or 1)
     return any(size > 1 for size in sizes)
+
+
+def make_prober(config: QKGuardConfig, model: nn.Module, tokenizer: Any, lengths: list[int], dataset: Any) -> Prober:
+    """A prober with its first samples made; ALL ranks must call this."""
+    haystack: Any = config.haystack
+    if haystack is None:  # rank 0's rows: data sets may differ from rank to rank, the samples must not
+        haystack = ranks.on_rank_zero("reading the training text", partial(training_prose, dataset, tokenizer))
+    settings = ProbeSettings(lengths, config.probe_depths, config.probe_samples, config.probe_tasks, haystack=haystack)
+
+    def make() -> Prober:
+        for warning in check_lengths(model, lengths):
+            if ranks.rank() == 0:
+                logger.warning("%s", warning)
+        prober = Prober(tokenizer, settings)
+        prober.prepare_formats(ranks.rank(), ranks.world_size())
+        return prober
+
+    return ranks.agree("making the probe's samples", make, timeout=TIMEOUT)
 
 
 def training_prose(dataset: Any, tokenizer: Any) -> Prose:

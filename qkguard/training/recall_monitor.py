@@ -10,25 +10,32 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import IntervalStrategy, TrainerControl, TrainerState, TrainingArguments
 
 from qkguard.checkpoint.files import write_json
 from qkguard.distributed import ranks, sharding
+from qkguard.probe.alerts import Fall
 from qkguard.probe.prober import Prober
-from qkguard.probe.results import ProbeResult, alarm
-from qkguard.probe.settings import ProbeSettings, check_lengths, default_lengths, lengths_left_out
-from qkguard.training.agreed_probe import TIMEOUT, AgreedProbe
+from qkguard.probe.results import ProbeResult
+from qkguard.probe.settings import default_lengths, lengths_left_out
+from qkguard.probe.statistics import at_floor
+from qkguard.probe.words import floor_clause
+from qkguard.training.agreed_probe import AgreedProbe
 from qkguard.training.attempt import attempt
-from qkguard.training.probe_setup import training_prose, why_not
-from qkguard.training.schedules import Budget, interval
+from qkguard.training.probe_costs import ProbeCosts
+from qkguard.training.probe_rows import RAW, RESTORED, details_of, line_of, metrics_of, summary_of
+from qkguard.training.probe_setup import make_prober, why_not
+from qkguard.training.recall_alert import RecallAlert, say_where_impossible
+from qkguard.training.schedules import interval
 
 if TYPE_CHECKING:  # pydantic doubles the time that `from qkguard import QKGuardCallback` takes
     from qkguard.training.config import QKGuardConfig
@@ -37,38 +44,26 @@ logger = logging.getLogger(__name__)
 
 STATE = "probe.json"
 ADVICE = "Change the probe_* settings or set probe_steps=0; `qkguard probe` measures finished checkpoints."
+BAR_AFTER = 1.0  # seconds of a probe before a progress bar is drawn
 T = TypeVar("T")
 Swap = Callable[[], AbstractContextManager[None]]
 Publish = Callable[[dict[str, float], int, dict[str, Any]], None]
-RAW, RESTORED = "", "_restored"
-"""Which weights a probe measured, as a suffix of its metrics' names."""
 
 
 @dataclass
 class _Training:
-    """What begins anew with each `train()`: its schedule and budget, what it has probed, and what it has told."""
+    """What begins anew with each `train()`: its schedule, what it has probed, and what it has told."""
 
-    first_step: int
-    max_steps: int
     every: int | None
     """Steps between scheduled probes; None where evaluations set the pace."""
-    budget: Budget
     running: bool
-    began: float = field(default_factory=time.perf_counter)
-    probed: dict[str, int] = field(default_factory=dict)
-    """The last step at which raw and restored weights were probed."""
-    last_raw: ProbeResult | None = None
+    state: TrainerState
+    """The trainer's, which goes on with the training."""
+    alert: RecallAlert
+    results: dict[int, dict[str, ProbeResult]] = field(default_factory=dict)
+    """By step, the probes of raw and restored weights: the last step's, and those of the best weights so far."""
     summary: dict[str, Any] = field(default_factory=dict)
-    alarmed: bool = False
     thinned: bool = False
-
-    def seconds(self) -> float:
-        """Of training alone, without probes."""
-        return time.perf_counter() - self.began - self.budget.spent
-
-    def progress(self, step: int) -> float:
-        """From 0 at this training's first step to 1 at its last."""
-        return (step - self.first_step) / max(1, self.max_steps - self.first_step)
 
 
 class RecallMonitor:
@@ -85,9 +80,10 @@ class RecallMonitor:
         args, tokenizer, dataset: as the trainer has them.
 
     Attributes:
-        prober: scores the samples; None where probes are off.
+        prober: scores the samples; None where probes are off. Its `sample_keys` are those of the next probe.
         baseline: the probe before the first step of all; None if there was none.
         training: the state of this `train()`.
+        costs: what probes of this `train()` cost, and how many samples it can afford.
     """
 
     def __init__(
@@ -105,43 +101,42 @@ class RecallMonitor:
         self.swap = swap if config.probe_restored else None
         self.baseline: ProbeResult | None = None
         self.training: _Training
+        self.costs = ProbeCosts(config, model, dataset, restored=self.swap is not None)
         self._may_measure_baseline = True  # until the first train() begins to move the weights
-        self._cost = 0.0  # seconds of one probe: a pass over the samples, and the trackers' pictures of it
+        self._bars = not args.disable_tqdm
         self.prober: Prober | None = None
         lengths = list(config.probe_lengths or default_lengths(model, getattr(args, "max_length", None)))
         why = why_not(config, args, model, tokenizer, lengths)
         if why is None:
-            self.prober = self._attempt("making the probe's samples", partial(self._make, tokenizer, lengths, dataset))
+            make = partial(make_prober, config, model, tokenizer, lengths, dataset)
+            self.prober = self._attempt("making the probe's samples", make)
         elif config.probe_steps != 0:
             _tell(logging.WARNING, "Recall probes are off: %s.", why)
         lost = None if config.probe_lengths else lengths_left_out(model, getattr(args, "max_length", None))
         if why is None and lost:
             _tell(logging.INFO, "Recall is probed at up to %d tokens: %s.", lengths[-1], lost)
 
-    def _make(self, tokenizer: Any, lengths: list[int], dataset: Any) -> Prober:
-        """A prober with its samples made; ALL ranks must call this."""
-        config = self.config
-        haystack: Any = config.haystack
-        if haystack is None:  # rank 0's rows: data sets may differ from rank to rank, the samples must not
-            haystack = ranks.on_rank_zero("reading the training text", partial(training_prose, dataset, tokenizer))
-        settings = ProbeSettings(
-            lengths, config.probe_depths, config.probe_samples, config.probe_tasks, haystack=haystack
-        )
-
-        def make() -> Prober:
-            for warning in check_lengths(self.model, lengths):
-                _tell(logging.WARNING, "%s", warning)
-            prober = Prober(tokenizer, settings)
-            prober.prepare(ranks.rank(), ranks.world_size())
-            return prober
-
-        return ranks.agree("making the probe's samples", make, timeout=TIMEOUT)
-
     @property
     def summary(self) -> dict[str, Any]:
         """For manifests: the probe "before" SFT, and this training's last ones of the "raw" and "restored" weights."""
-        before = {} if self.baseline is None else {"before": _summary(self.baseline)}
-        return before | self.training.summary
+        if self.baseline is None:
+            return self.training.summary
+        asked = self.baseline.sample_keys if self.prober is None else self.prober.sample_keys
+        return {"before": summary_of(self.baseline.only(asked))} | self.training.summary
+
+    @property
+    def at_floor(self) -> bool:
+        """Whether the model before SFT finds so few needles that no loss can be seen; probing ends there."""
+        return self.baseline is not None and at_floor(self.baseline.total.hits, self.baseline.total.count)
+
+    @property
+    def expected_seconds(self) -> float:
+        """What the next probe will take, as far as is known."""
+        return self.costs.seconds_of(self.prober.sample_keys) if self.prober is not None else 0.0
+
+    def result_at(self, step: int, which: str) -> ProbeResult | None:
+        """The probe of raw or restored weights (`RAW`, `RESTORED`) of this step of this training, if it is kept."""
+        return self.training.results.get(step, {}).get(which)
 
     # -- events ------------------------------------------------------------------------------------------------------
 
@@ -151,37 +146,44 @@ class RecallMonitor:
         The baseline is measured before the first step of all. A resumed run takes it from its file: it is never
         measured on weights that have moved.
         """
-        evaluates = IntervalStrategy(args.eval_strategy) != "no"
-        self.training = _Training(
-            state.global_step,
-            state.max_steps,
-            interval(self.config.probe_steps, evaluates, state.max_steps),
-            Budget(self.config.probe_budget),
-            running=self.prober is not None,
-        )
-        self._expect(self._cost)
+        self._evaluates = IntervalStrategy(args.eval_strategy) != "no"
+        every = interval(self.config.probe_steps, self._evaluates, state.max_steps)
+        alert = RecallAlert(self.config, state.global_step / max(1, state.max_steps))
+        self.training = _Training(every, self.prober is not None, state, alert)
+        self.costs.begin(args, state)
         untrained, self._may_measure_baseline = self._may_measure_baseline and state.global_step == 0, False
-        if self.prober is None or self.baseline is not None:
+        if self.prober is None:
             return
-        if untrained:
+        if self.baseline is None and untrained:
             self._start_from_baseline()
-        else:
+        elif self.baseline is None:
             self._attempt("reading the probe's baseline", self._load_baseline)
-        self.training.began = time.perf_counter()
+        if self.baseline is not None:
+            self.prober.sample_keys = self.baseline.sample_keys
+        if self.baseline is not None and self.at_floor:
+            self.training.running = False
+            clause = floor_clause(self.baseline.total.hits, self.baseline.total.count, "Before training the model")
+            _tell(logging.WARNING, "%s. Recall probes end here; restored checkpoints are written as asked.", clause)
+        elif self.baseline is not None:
+            say_where_impossible(self.baseline)
+        self.costs.start_clock()
 
     def _start_from_baseline(self) -> None:
-        """Measure and report the baseline, and set its cost aside; ALL ranks must call this."""
+        """Measure and report the baseline; ALL ranks must call this."""
         began = time.perf_counter()
         self.baseline = self._attempt("the probe before the first step", self._measure_baseline)
         if self.baseline is not None:
             reporting = time.perf_counter()
             self._report(self.baseline, 0, RAW, None)
-            self._expect(self.baseline.seconds + time.perf_counter() - reporting)
-            self.training.probed[RAW] = 0
-        self.training.budget.first = time.perf_counter() - began
+            self.costs.measured(self.baseline.sample_keys, self.baseline.seconds + time.perf_counter() - reporting)
+            self.training.results[0] = {RAW: self.baseline}
+        self.costs.budget.first = time.perf_counter() - began
 
     def at_step(self, state: TrainerState, control: TrainerControl) -> None:
         """Raw weights, every so many steps."""
+        if self.costs.max_steps != state.max_steps:  # a callback has changed it
+            self.costs.max_steps = state.max_steps
+            self.training.every = interval(self.config.probe_steps, self._evaluates, state.max_steps)
         if self.training.every and state.global_step % self.training.every == 0:
             self._scheduled(state, control)
 
@@ -192,86 +194,148 @@ class RecallMonitor:
 
     def at_save(self, state: TrainerState, control: TrainerControl) -> None:
         """Raw and restored weights, before the restored checkpoint is written."""
-        if self.swap is None or not self.training.running:
-            return
         due = self._due(state.global_step)
-        if state.global_step >= self.training.max_steps or self._affords(state, len(due) * self._cost):
+        if self.swap is None or not due:
+            return
+        last = state.global_step >= state.max_steps  # these are the probes of `at_end`
+        if self._makes_room(state, len(due), planned=True, last=last):
             for which in due:
-                self._probe(state.global_step, control, which)
+                self._probe(state, control, which, planned=True, last=last)
 
     def at_end(self, step: int, control: TrainerControl) -> None:
         """Once more, whatever the budget says; raw and restored. `step` is the one that the weights are from."""
-        training = self.training
+        training, state = self.training, self.training.state
+        for which, result in training.results.get(step, {}).items():  # probed before, perhaps not last
+            self._summarise(result, step, which)
+        due = self._due(step)
+        if due and self._makes_room(state, len(due), planned=True, last=True):
+            for which in due:
+                self._probe(state, control, which, planned=True, last=True, step=step)
         if training.running:
-            for which in self._due(step):
-                self._probe(step, control, which)
+            _tell(logging.INFO, "%s", self.costs.account(state.global_step))
         training.running = False  # an evaluation or a save after the end is no part of the training
 
     def _scheduled(self, state: TrainerState, control: TrainerControl) -> None:
         """Raw weights, where the budget allows it; those of the last step are `at_end`'s."""
         step = state.global_step
-        due = self.training.running and step < self.training.max_steps and RAW in self._due(step)
-        if due and self._affords(state, self._cost):
-            self._probe(step, control, RAW)
+        on_the_way = self.costs.first_step < step < state.max_steps
+        if on_the_way and RAW in self._due(step) and self._makes_room(state, 1):
+            self._probe(state, control, RAW)
 
     def _due(self, step: int) -> list[str]:
-        """Which weights have not been probed at this step."""
+        """Which weights have not been probed at this step; none where no probes are run."""
         both = [RAW] if self.swap is None else [RAW, RESTORED]
-        return [which for which in both if self.training.probed.get(which) != step]
+        return [which for which in both if self.training.running and self.result_at(step, which) is None]
 
-    def _affords(self, state: TrainerState, cost: float) -> bool:
-        """Whether the budget allows a probe now, decided on rank 0 from its clock. ALL ranks must call this."""
-        training, step = self.training, state.global_step
-        seconds = training.seconds()
-        decide = partial(training.budget.allows, cost, seconds, training.progress(step))
-        allowed = ranks.on_rank_zero("budgeting a probe", decide)
-        if not allowed and not training.thinned:
-            training.thinned = True
+    def _makes_room(self, state: TrainerState, passes: int, *, planned: bool = False, last: bool = False) -> bool:
+        """Whether to probe now, and on how many samples from now on. ALL ranks must call this.
+
+        Args:
+            passes: how many probes are due.
+            planned: whether they were planned at the start, as those at saves and at the end are.
+            last: whether training has ended: these are run whatever the budget says.
+        """
+        assert self.prober is not None
+        pool, step = self.prober.sample_keys, state.global_step
+        decide = partial(self.costs.decide, pool, state, passes, planned=planned, last=last)
+        room = ranks.on_rank_zero("budgeting a probe", decide)
+        allowed = room.allowed or last
+        if allowed and room.size is not None:
+            self.prober.sample_keys = self.costs.fewer(pool, room.size)
             _tell(
                 logging.INFO,
-                "probe_budget=%g leaves out the probe at step %d, and later ones as needed: a probe takes %.1f s, "
-                "training has taken %.1f s so far, and the first probe took %.1f s. For cheaper probes, lower "
-                "probe_samples, probe_depths or probe_lengths.",
-                *(self.config.probe_budget, step, self._cost, seconds, training.budget.first),
+                "Probes ask %d of the %d samples from step %d on, to stay within probe_budget=%g; changes are "
+                "measured on the samples that both probes have.",
+                *(len(self.prober.sample_keys), len(pool), step, self.config.probe_budget),
             )
+        if not allowed and not self.training.thinned:
+            self.training.thinned = True
+            _tell(logging.INFO, "%s", self.costs.why_left_out(pool, step))
         return allowed
-
-    def _expect(self, seconds: float) -> None:
-        """What the next probe, and those at the end, will cost."""
-        self._cost, self.training.budget.last = seconds, seconds * (1 if self.swap is None else 2)
 
     # -- one probe ---------------------------------------------------------------------------------------------------
 
-    def _probe(self, step: int, control: TrainerControl, which: str) -> None:
-        """Probe raw or restored weights, and act on the result; ALL ranks must call this."""
-        training, began = self.training, time.perf_counter()
-        what = f"the probe{' of the restored weights' if which == RESTORED else ''} at step {step}"
-        result = self._attempt(what, partial(self._run, what, swap=self.swap if which == RESTORED else None))
-        if result is not None:
-            training.probed[which] = step
-            self._report(result, step, which, self.baseline if which == RAW else training.last_raw)
-            if which == RAW:
-                training.last_raw = result
-                self._watch(result, step, control)
-            self._cost = time.perf_counter() - began
-        training.budget.spent += time.perf_counter() - began
+    def _probe(
+        self,
+        state: TrainerState,
+        control: TrainerControl,
+        which: str,
+        *,
+        planned: bool = False,
+        last: bool = False,
+        step: int = -1,
+    ) -> None:
+        """Probe raw or restored weights, and act on the result; ALL ranks must call this.
 
-    def _run(self, what: str, *, swap: Swap | None = None, find_formats: bool = False) -> ProbeResult:
+        Args:
+            planned: whether the budget has set time aside for it.
+            last: whether training has ended.
+            step: that the weights are from; -1 is this one.
+        """
+        began, step = time.perf_counter(), state.global_step if step < 0 else step
+        what = f"the probe{' of the restored weights' if which == RESTORED else ''} at step {step}"
+
+        def measure() -> tuple[ProbeResult, list[Fall]]:
+            result = self._run(what, swap=self.swap if which == RESTORED else None)
+            falls = self._falls(result, state, last) if which == RAW else []
+            self._report(result, step, which, self.baseline if which == RAW else self.result_at(step, RAW), falls)
+            return result, falls
+
+        measured = self._attempt(what, measure)
+        seconds = time.perf_counter() - began
+        self.costs.spend(seconds, planned=planned)
+        if measured is None:
+            return
+        result, falls = measured
+        self.costs.measured(result.sample_keys, seconds)
+        kept = {s: found for s, found in self.training.results.items() if s in (step, state.best_global_step)}
+        self.training.results = kept | {step: kept.get(step, {}) | {which: result}}
+        if which == RAW:
+            self.training.alert.act(falls, step, control)
+
+    def _run(self, what: str, *, swap: Swap | None = None) -> ProbeResult:
         """One pass over the samples, on ALL ranks; the weights are as before whatever happens."""
         assert self.prober is not None
+        drawn = self._bars and ranks.rank() == 0
         try:
-            with swap() if swap is not None else nullcontext():
-                return AgreedProbe(what, self.prober, self.model).run(find_formats)
+            with (
+                swap() if swap is not None else nullcontext(),
+                tqdm(desc=what, delay=BAR_AFTER, leave=False, disable=not drawn, file=sys.stderr) as bar,
+            ):
+
+                def progress(done: int, total: int) -> None:
+                    bar.total = total
+                    bar.update(done - bar.n)
+
+                return AgreedProbe(what, self.prober, self.model).run(progress)
         finally:
             sharding.settle(self.model)
 
     def _measure_baseline(self) -> ProbeResult:
         """Probe the model before SFT and keep the result for resumed runs; ALL ranks must call this."""
         assert self.prober is not None
-        result = self._run("the probe before the first step", find_formats=True)
+        self._find_formats()
+        result = self._run("the probe before the first step")
         data = {"state": self.prober.state(), "baseline": result.to_json()}
         ranks.on_rank_zero("keeping the probe's baseline", partial(write_json, self.folder / STATE, data))
         return result
+
+    def _find_formats(self) -> None:
+        """Find the answer formats, and plan by the time of a batch how many samples are asked. ALL ranks."""
+        assert self.prober is not None
+        what = "finding the answer formats"
+        try:
+            AgreedProbe(what, self.prober, self.model).find_formats()
+        finally:
+            sharding.settle(self.model)
+        pool = self.prober.sample_keys
+        make_plan = partial(self.costs.first_plan, pool, self.prober.timed_batch)
+        plan = ranks.on_rank_zero("planning the probes", make_plan)
+        if plan is not None:
+            self.prober.sample_keys = self.costs.fewer(pool, plan.size)
+            line = plan.tell(pool)
+            if line:
+                _tell(logging.INFO if plan.fits else logging.WARNING, "%s", line)
 
     def _load_baseline(self) -> None:
         """The baseline from its file, or the answer formats found anew without one; ALL ranks must call this."""
@@ -279,7 +343,7 @@ class RecallMonitor:
         file = self.folder / STATE
         data = ranks.on_rank_zero("reading the probe's baseline", partial(_read_json, file))
         if data is None:
-            self._expect(self._run("finding the answer formats", find_formats=True).seconds)
+            self._find_formats()
             _tell(
                 logging.WARNING,
                 "There is no %s from before training. Recall is probed, but there is nothing to compare it with, so "
@@ -287,9 +351,14 @@ class RecallMonitor:
                 file,
             )
             return
+        baseline = ProbeResult.from_json(data["baseline"])
+        if set(baseline.sample_keys) < set(self.prober.sample_keys):  # it was cut to the budget
+            self.prober.sample_keys = baseline.sample_keys
         self.prober.load_state(data["state"])
-        self.baseline = ProbeResult.from_json(data["baseline"])
-        self._expect(self.baseline.seconds)
+        # files of earlier versions do not name the origin of their samples; the digest has just been compared
+        same = baseline.settings | {"origin": self.prober.state()["origin"]}
+        self.baseline = replace(baseline, settings=same)
+        self.costs.measured(baseline.sample_keys, baseline.seconds)
 
     def _attempt(self, what: str, work: Callable[[], T]) -> T | None:
         with attempt(what, strict=self.config.strict, advice=ADVICE):
@@ -298,75 +367,28 @@ class RecallMonitor:
 
     # -- what follows ------------------------------------------------------------------------------------------------
 
-    def _report(self, result: ProbeResult, step: int, which: str, earlier: ProbeResult | None) -> None:
-        """To log, trackers and manifests; `earlier` is what recall is compared with, on the same samples."""
-        low, high = result.total.interval
-        lengths = ", ".join(f"{n}: {group.recall:.2f}" for (n,), group in result.by("length").items())
-        _tell(
-            logging.INFO,
-            "Recall%s at step %d: %.3f (95%% interval %.3f to %.3f; by length %s), in %.1f s.",
-            " of the restored weights" if which == RESTORED else "",
-            *(step, result.recall, low, high, lengths, result.seconds),
-        )
-        change = result.change_since(earlier) if earlier else None
-        self.publish(metrics_of(result, which), step, _details(result, which, change))
-        if step or which == RESTORED:
-            name = "raw" if which == RAW else "restored"
-            self.training.summary[name] = _summary(result) | {"step": step, "change": change}
-
-    def _watch(self, result: ProbeResult, step: int, control: TrainerControl) -> None:
-        """Warn once of a fall of recall, and save or stop where `on_alert` says so."""
+    def _falls(self, result: ProbeResult, state: TrainerState, last: bool) -> list[Fall]:
+        """Where recall has fallen since the baseline; all ranks find the same."""
         if self.baseline is None:
-            return
-        found = alarm(result, self.baseline, self.config.recall_alert)
-        was_alarmed, self.training.alarmed = self.training.alarmed, found is not None
-        if found is None or was_alarmed:
-            return
-        where, drop = found
-        text = (
-            f"Recall{where} fell from {drop.before:.2f} to {drop.now:.2f} by step {step} (95% interval of the drop: "
-            f"{drop.low:.2f} to {drop.high:.2f}). Restored checkpoints keep the queries and keys from before SFT."
-        )
-        _tell(logging.WARNING, "%s", text)
-        _wandb_alert(text)
-        if self.config.on_alert == "save":
-            control.should_save = True
-        elif self.config.on_alert == "stop":
-            control.should_training_stop = True
+            return []
+        progress = state.global_step / max(1, state.max_steps)
+        return self.training.alert.look(result, self.baseline, progress, last=last)
 
+    def _report(
+        self, result: ProbeResult, step: int, which: str, earlier: ProbeResult | None, falls: Sequence[Fall] = ()
+    ) -> None:
+        """To log, trackers and manifests; `earlier` is what recall is compared with, on the same samples."""
+        _tell(logging.INFO, "%s", line_of(result, step, which))
+        self.publish(metrics_of(result, which), step, details_of(result, which, earlier, falls))
+        if step or which == RESTORED:
+            self._summarise(result, step, which)
 
-def metrics_of(result: ProbeResult, suffix: str = RAW) -> dict[str, float]:
-    """Metric rows of one probe; `suffix` tells the restored weights' from the raw ones'."""
-    name = f"qkguard/niah{suffix}"
-    metrics = {f"{name}/recall": result.recall, f"{name}/answer_logprob": result.answer_logprob}
-    metrics |= {f"{name}/{task}/{n}": group.recall for (task, n), group in result.by("task", "length").items()}
-    if result.attention is not None:
-        for kind in ("needle", "local"):
-            metrics[f"qkguard/attention{suffix}/{kind}_mass"] = result.attention.mean(kind)
-    return metrics | {f"qkguard/overhead/probe{suffix}_seconds": result.seconds}
-
-
-def _details(result: ProbeResult, suffix: str, change: dict[str, float] | None) -> dict[str, Any]:
-    """What `metrics.jsonl` and the page hold beside the metrics."""
-    details: dict[str, Any] = {
-        f"niah{suffix}_grid": [
-            {"task": task, "length": n, "depth": depth, "recall": group.recall, "count": group.count}
-            for (task, n, depth), group in result.by("task", "length", "depth").items()
-        ]
-    }
-    if result.attention is not None:
-        layers = list(result.attention.layers)
-        details[f"niah{suffix}_needle_mass"] = [
-            {"length": n, "layers": layers, "heads": grid} for n, grid in result.attention.needle.items()
-        ]
-    if change is not None:
-        details[f"niah{suffix}_change"] = change
-    return details
-
-
-def _summary(result: ProbeResult) -> dict[str, Any]:
-    """What a manifest keeps of a probe."""
-    return {k: v for k, v in result.to_json().items() if k not in ("samples", "attention", "generated")}
+    def _summarise(self, result: ProbeResult, step: int, which: str) -> None:
+        """For manifests, with the change that `_report` gave."""
+        earlier = self.baseline if which == RAW else self.result_at(step, RAW)
+        change = None if earlier is None else result.change_since(earlier)
+        name = "raw" if which == RAW else "restored"
+        self.training.summary[name] = summary_of(result) | {"step": step, "change": change}
 
 
 def _tell(level: int, text: str, *values: Any) -> None:
@@ -376,14 +398,3 @@ def _tell(level: int, text: str, *values: Any) -> None:
 
 def _read_json(file: Path) -> Any:
     return json.loads(file.read_text()) if file.exists() else None
-
-
-def _wandb_alert(text: str) -> None:
-    """Tell the open W&B run, if there is one; never in the way of training."""
-    wandb = sys.modules.get("wandb")
-    if ranks.rank() != 0 or wandb is None or getattr(wandb, "run", None) is None:
-        return
-    try:
-        wandb.run.alert(title="qkguard: recall fell", text=text, level="WARN")
-    except Exception as error:
-        logger.error("The alert was not sent to W&B (%s).", error)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 
 def is_due(schedule: int | Literal["logging"], step: int, logging_now: bool) -> bool:
@@ -28,17 +29,31 @@ def interval(probe_steps: float | Literal["eval"], evaluates: bool, max_steps: i
     return max(1, round(fraction * max_steps))
 
 
+def saves_between(args: Any, state: Any, first: int, last: int) -> int:
+    """How many checkpoints Trainer will save after step `first` and before step `last`, as far as is known."""
+    strategy = str(getattr(args.save_strategy, "value", args.save_strategy))
+    every = float(state.save_steps or 0)
+    if strategy == "epoch":
+        every = state.max_steps / max(1, state.num_train_epochs)
+    elif strategy == "best":  # at most with every evaluation
+        every = float(state.eval_steps or 0)
+    if strategy == "no" or every <= 0 or last <= first:
+        return 0
+    return max(0, math.ceil(last / every) - 1 - math.floor(first / every))
+
+
 @dataclass
 class Budget:
     """Seconds spent on probes, against a share of training time.
 
-    What the first and the last probe cost (`first`, `last`) is set aside; the rest of the share becomes free in step
-    with training, so that probes left out are spread evenly over the run. A share of None sets no limit.
+    What the `first` probe cost and what is `reserved` for planned ones is set aside; the rest of the share becomes
+    free in step with training, so that probes left out are spread evenly over the run. `spent` is what unplanned ones
+    have taken. A share of None sets no limit.
     """
 
     share: float | None
     first: float = 0.0
-    last: float = 0.0
+    reserved: float = 0.0
     spent: float = 0.0
 
     def allows(self, cost: float, training_seconds: float, progress: float) -> bool:
@@ -50,4 +65,4 @@ class Budget:
         if self.share is None:
             return True
         whole = self.share * training_seconds / progress
-        return self.spent + cost <= (whole - self.first - self.last) * progress
+        return self.spent + cost <= (whole - self.first - self.reserved) * progress

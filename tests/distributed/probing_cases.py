@@ -26,7 +26,7 @@ from tests.distributed.cases import STEPS, base_model, deepspeed_config, rank, r
 from tests.distributed.launch import sharded_at_loading, sharding_of
 from tests.distributed.lora_cases import lora_config
 from tests.support import judge
-from tests.support.probing import bpe_tokenizer
+from tests.support.probing import bpe_tokenizer, no_floor
 from tests.support.training import arguments, make_trainer
 
 PROBES: dict[str, Any] = {"probe_lengths": [192], "probe_depths": 5, "probe_samples": 1, "probe_tasks": ["s1"]}
@@ -65,6 +65,12 @@ class StaysSharded(TrainerCallback):
 
 def run(folder: Path, base: Path, backend: str, guard: Any = None, extra: Any = None, **options: Any) -> Any:
     """A finished training of a tiny untied model; `backend` "loaded_fsdp2" is sharded by transformers at loading."""
+    with pytest.MonkeyPatch.context() as patch:
+        no_floor(patch)
+        return trained(folder, base, backend, guard, extra, **options)
+
+
+def trained(folder: Path, base: Path, backend: str, guard: Any, extra: Any, **options: Any) -> Any:
     reset()
     settings: dict[str, Any] = {"processing_class": bpe_tokenizer(), "peft_config": options.pop("peft_config", None)}
     if backend.startswith("zero"):

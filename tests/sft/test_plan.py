@@ -74,7 +74,16 @@ def test_steps_and_probe_costs(rows: Path) -> None:
     assert probes["share_of_training"] == pytest.approx(probes["tokens"] / 4 / trained)  # checkpointing: a fourth
     assert made_plan["data"]["batch"] == 24
     text = dict(line.split(maxsplit=1) for line in describe(made_plan).splitlines())
+    assert probes["asked"] == 24 and "to fit" not in text["probes"], "fewer than thirty samples are not cut"
     assert "leaves room for about 0 of them" in text["probes"] and "9 steps of 24 sequences" in text["training"]
+
+
+def test_the_samples_that_fit_the_budget_are_foretold(rows: Path) -> None:
+    made = settings(rows, "--max_length", "512", "--qkguard.probe_lengths", "512", "1024")
+    probes = plan(made, preflight(made), accelerate=None, processes=1)["probes"]
+    assert probes["samples"] == 60 and probes["asked"] == 30
+    made = settings(rows, "--max_length", "512", "--qkguard.probe_lengths", "512", "--qkguard.probe_budget", "1.0")
+    assert plan(made, preflight(made), accelerate=None, processes=1)["probes"]["asked"] == 30
 
 
 def test_guard_options_narrow_what_is_kept(rows: Path) -> None:

@@ -18,6 +18,7 @@ from qkguard.probe.prompt import AnswerFormat
 from qkguard.probe.results import ProbeResult
 from qkguard.probe.samples import Sample, SampleKey
 from qkguard.probe.tasks import TASKS, example
+from qkguard.training.recall_monitor import RecallMonitor
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -127,6 +128,11 @@ def pretend(patch: Any, verdict: Callable[[int, SampleKey], bool]) -> list[int]:
 
     patch.setattr(Prober, "run", run)
     return passes
+
+
+def no_floor(patch: Any) -> None:
+    """Let trainings be probed on, although a tiny model of random weights finds no needles before them."""
+    patch.setattr(RecallMonitor, "at_floor", False)
 
 
 def always(number: int, key: SampleKey) -> bool:

@@ -21,7 +21,7 @@ from qkguard.layout import find_attention, select
 from qkguard.offline.merge import merge_adapter
 from tests.support import judge, oracle
 from tests.support.lora import LINEAR, expected_merge, peft_merge, save_adapter
-from tests.support.probing import bpe_tokenizer
+from tests.support.probing import bpe_tokenizer, no_floor
 from tests.support.training import arguments, make_trainer, save_base, train
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -103,7 +103,8 @@ def test_a_run_writes_adapters_and_merges_that_stock_peft_loads(tmp_path, kind):
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_bit_identical_with_and_without_the_guard(tmp_path, dora):
+def test_bit_identical_with_and_without_the_guard(tmp_path, dora, monkeypatch):
+    no_floor(monkeypatch)
     base = save_base(tmp_path / "base", "qwen3_next", vocab_size=1024, max_position_embeddings=256)
     probes = {"probe_steps": 1, "probe_lengths": [192], "probe_depths": 2, "probe_samples": 1, "probe_tasks": ["s1"]}
     outcomes = []

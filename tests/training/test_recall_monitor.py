@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import re
 import time
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,16 +21,19 @@ from transformers import AutoModelForCausalLM
 from qkguard import QKGuardCallback, QKGuardConfig, QKGuardError, restored
 from qkguard.offline.task_rows import find_rows, sampled
 from qkguard.probe.prober import Prober
-from qkguard.probe.results import ProbeResult, alarm
-from qkguard.probe.samples import plan
+from qkguard.probe.results import ProbeResult
+from qkguard.probe.samples import SampleKey
 from qkguard.probe.settings import default_lengths, lengths_left_out
+from qkguard.report.run import load_run
+from qkguard.report.sentences import describe
+from qkguard.training import probe_costs, recall_monitor
 from qkguard.training.metrics_log import MetricsLog
 from qkguard.training.probe_setup import training_prose, why_not
 from qkguard.training.recall_monitor import RecallMonitor
 from qkguard.training.schedules import Budget, interval
 from tests.support import judge
 from tests.support.models import tiny_model
-from tests.support.probing import bpe_tokenizer
+from tests.support.probing import always, bpe_tokenizer, no_floor, pretend
 from tests.support.training import arguments, save_base, train
 
 PROBES: dict[str, Any] = {
@@ -46,6 +49,12 @@ PROBES: dict[str, Any] = {
 def base(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("base") / "llama"
     return save_base(folder, "llama", vocab_size=1024, num_hidden_layers=2, max_position_embeddings=256)
+
+
+@pytest.fixture
+def probed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For trainings of random weights, which find no needles."""
+    no_floor(monkeypatch)
 
 
 def probed(base: Path, folder: Path, guard: QKGuardCallback | None, resume: bool = False, **options: Any) -> Any:
@@ -81,39 +90,13 @@ def simulate(budget: Budget, cost: float, step_seconds: float, every: int, steps
 
 
 def test_budget_thins_evenly_and_is_kept():
-    assert len(simulate(Budget(0.02, first=1, last=1), 1, 10, 100, 1000)) == 9, "2% of 10,000 s is plenty"
-    budget = Budget(0.02, first=6, last=6)  # 20 s in all, 8 of them for probes on the way
+    assert len(simulate(Budget(0.02, first=1, reserved=1), 1, 10, 100, 1000)) == 9, "2% of 10,000 s is plenty"
+    budget = Budget(0.02, first=6, reserved=6)  # 20 s in all, 8 of them for probes on the way
     done = simulate(budget, 2, 1, 50, 1000)
     assert 3 <= len(done) <= 4 and budget.spent + 12 <= 20
     gaps = [b - a for a, b in itertools.pairwise(done)]
     assert max(gaps) - min(gaps) <= 50, f"not spread evenly: {done}"
-    assert simulate(Budget(0.02, first=30, last=6), 2, 1, 50, 1000) == [], "the baseline counts"
-
-
-def result(correct: list[bool], lengths: tuple[int, ...] = (512,)) -> ProbeResult:
-    cells = plan(["s1"], lengths, 5, len(correct) // (5 * len(lengths)))
-    assert len(cells) == len(correct)
-    return ProbeResult(cells, tuple(correct), (-1.0,) * len(cells), {"digest": "same"})
-
-
-def test_alarm_needs_a_fall_beyond_the_threshold_and_beyond_noise():
-    before = result([True] * 30)
-    assert alarm(result([False] * 12 + [True] * 18), before, 0.1)
-    assert alarm(result([False] * 4 + [True] * 26), before, 0.1) is None, "4 of 30 may be noise"
-    assert alarm(result([False] * 12 + [True] * 18), before, 0.5) is None, "below the threshold"
-    assert alarm(before, result([False] * 12 + [True] * 18), 0.1) is None, "a rise"
-    noisy = [i % 3 > 0 for i in range(60)]
-    flipped = [not v if i % 4 == 0 else v for i, v in enumerate(noisy)]
-    assert alarm(result(flipped), result(noisy), 0.1) is None, "as many gained as lost"
-
-
-def test_alarm_sees_a_collapse_at_the_longest_length_that_the_mean_hides():
-    before = result([False] * 20 + [True] * 80 + [True] * 20, (512, 1024, 2048, 4096))
-    now = result([True] * 20 + [True] * 70 + [False] * 30, (512, 1024, 2048, 4096))
-    assert now.recall > before.recall - 0.1
-    found = alarm(now, before, 0.1)
-    assert found and "4096" in found[0] and found[1].now == 0
-    assert alarm(before, before, 0.1) is None
+    assert simulate(Budget(0.02, first=30, reserved=6), 2, 1, 50, 1000) == [], "the baseline counts"
 
 
 @pytest.mark.parametrize(
@@ -151,6 +134,7 @@ def test_haystack_is_the_training_text_decoded():
 # -- trainings -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("probed_on")
 def test_probes_run_by_schedule_at_saves_and_at_both_ends(base, tmp_path):
     guard = QKGuardCallback(strict=True, probe_steps=2, **PROBES)
     probed(base, tmp_path, guard, max_steps=5, save_strategy="steps", save_steps=3)
@@ -168,6 +152,7 @@ def test_probes_run_by_schedule_at_saves_and_at_both_ends(base, tmp_path):
         assert manifest["before"]["answer_logprob"] == raw[0][1]
 
 
+@pytest.mark.usefixtures("probed_on")
 def test_probes_follow_evaluations(base, tmp_path):
     rows = Dataset.from_list([{"input_ids": list(range(3, 15))}] * 4)
     guard = QKGuardCallback(strict=True, probe_restored=False, **PROBES)
@@ -181,15 +166,20 @@ def test_probes_follow_evaluations(base, tmp_path):
     assert find_rows(tmp_path) is None
 
 
+@pytest.mark.usefixtures("probed_on")
 def test_a_budget_that_is_used_up_leaves_out_probes_and_says_so_once(base, tmp_path, caplog):
     logging.getLogger("qkguard").propagate = True
     with caplog.at_level(logging.INFO, logger="qkguard"):
         guard = QKGuardCallback(strict=True, probe_steps=1, **PROBES | {"probe_budget": 0.02})
         probed(base, tmp_path, guard, max_steps=4, save_strategy="steps", save_steps=2)
     assert [step for step, _ in recalls(tmp_path)] == [0, 4], "the first and the last always run"
-    assert len([r for r in caplog.records if "probe_budget" in r.getMessage()]) == 1
+    lines = [r.getMessage() for r in caplog.records if "probe_budget" in r.getMessage()]
+    assert len(lines) == 3 and "leaves out the probe at step 1" in lines[1]
+    assert "do not fit probe_budget=0.02" in lines[0] and "3 passes over 2 of 2 samples (192 tokens)" in lines[0]
+    assert re.search(r"Recall probes took \d+\.\d s, \d+% of this training's \d+\.\d s", lines[2])
 
 
+@pytest.mark.usefixtures("probed_on")
 def test_the_first_probe_costs_its_pictures_too_and_makes_its_samples_in_the_form_found(base, tmp_path, monkeypatch):
     log, prepare, forms = MetricsLog.log, Prober.prepare, []
 
@@ -204,16 +194,16 @@ def test_the_first_probe_costs_its_pictures_too_and_makes_its_samples_in_the_for
     monkeypatch.setattr(MetricsLog, "log", slow)
     monkeypatch.setattr(Prober, "prepare", watched)
     probed(base, tmp_path, guard := QKGuardCallback(strict=True, probe_restored=False, **PROBES), max_steps=1)
-    probing = guard.session.recall_monitor
-    budget = probing.training.budget
-    assert min(budget.first, budget.last) > probing.baseline.seconds + 0.5
-    assert forms[0] == {} and len(forms) == 3 and all(found.keys() == {"single_1"} for found in forms[1:])
+    costs, baseline = guard.session.recall_monitor.costs, guard.session.recall_monitor.baseline
+    assert min(costs.budget.first, costs.seconds_of(baseline.sample_keys)) > baseline.seconds + 0.5
+    assert len(forms) == 2 and all(found.keys() == {"single_1"} for found in forms)
 
 
 class BoomError(Exception):
     pass
 
 
+@pytest.mark.usefixtures("probed_on")
 @pytest.mark.parametrize("fails", [False, True])
 def test_training_is_bit_identical_with_probes_and_with_probes_that_raise(base, tmp_path, monkeypatch, caplog, fails):
     outcomes = []
@@ -247,6 +237,7 @@ def failing(calls: list[int]) -> Any:
     return forward
 
 
+@pytest.mark.usefixtures("probed_on")
 def test_a_failing_probe_is_told_and_strict_stops(base, tmp_path, monkeypatch, caplog):
     def broken(*args: Any, **options: Any) -> Any:
         raise BoomError("no luck")
@@ -261,6 +252,7 @@ def test_a_failing_probe_is_told_and_strict_stops(base, tmp_path, monkeypatch, c
         probed(base, tmp_path / "strict", QKGuardCallback(probe_steps=1, strict=True, **PROBES), max_steps=2)
 
 
+@pytest.mark.usefixtures("probed_on")
 def test_a_resumed_run_takes_its_baseline_from_the_file(base, tmp_path):
     options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     probed(base, tmp_path, QKGuardCallback(strict=True, probe_steps=2, **PROBES), **options)
@@ -276,6 +268,7 @@ def test_a_resumed_run_takes_its_baseline_from_the_file(base, tmp_path):
     assert probing.baseline.answer_logprob != recalls(tmp_path)[-1][1]
 
 
+@pytest.mark.usefixtures("probed_on")
 def test_a_resumed_run_without_its_file_has_no_baseline_and_says_so(base, tmp_path, caplog):
     options = {"save_strategy": "steps", "save_steps": 2}
     probed(base, tmp_path, QKGuardCallback(strict=True, probe_steps=2, **PROBES), max_steps=2, **options)
@@ -289,14 +282,7 @@ def test_a_resumed_run_without_its_file_has_no_baseline_and_says_so(base, tmp_pa
 
 @pytest.mark.parametrize("on_alert", ["warn", "save", "stop"])
 def test_a_fall_of_recall_warns_once_and_acts(base, tmp_path, monkeypatch, caplog, on_alert):
-    original, runs = Prober.run, []
-
-    def pretending(self: Prober, model: Any, **options: Any) -> ProbeResult:
-        runs.append(1)
-        found = original(self, model, **options)
-        return replace(found, correct=(len(runs) == 1,) * len(found.sample_keys))
-
-    monkeypatch.setattr(Prober, "run", pretending)
+    pretend(monkeypatch, only_before)
     logging.getLogger("qkguard").propagate = True
     alerts: list[dict[str, Any]] = []
     monkeypatch.setattr(wandb, "run", SimpleNamespace(url=None, alert=lambda **options: alerts.append(options)))
@@ -312,39 +298,72 @@ def test_a_fall_of_recall_warns_once_and_acts(base, tmp_path, monkeypatch, caplo
     assert (tmp_path / "run/checkpoint-1").exists() == (on_alert == "save")
 
 
+def test_a_collapse_at_one_length_alerts_although_the_mean_rises(base, tmp_path, monkeypatch, caplog):
+    """In log, `metrics.jsonl` and on the page; and where samples are too few, that is said before."""
+    pretend(monkeypatch, lambda number, key: key.length == 224 or key.index < 2 if number == 0 else key.length == 192)
+    monkeypatch.setattr(logging.getLogger("qkguard"), "propagate", True)
+    options = PROBES | {"probe_lengths": [192, 224], "probe_depths": 5, "probe_samples": 2, "probe_restored": False}
+    options |= {"probe_tasks": ["s1", "s2"]}
+    probed(base, tmp_path, QKGuardCallback(strict=True, probe_steps=1, **options), max_steps=2)
+    told = [r.getMessage() for r in caplog.records if "fell" in r.getMessage()]
+    assert len(told) == 1 and "Recall at 224 tokens fell from 1.00 to 0.00 by step 1" in told[0]
+    rows = [row for row in judge.metrics_rows(tmp_path / "run") if "niah_falls" in row]
+    assert [row["step"] for row in rows] == [1, 2] and rows[0]["niah_falls"][0]["value"] == 224
+    text = " ".join(describe(load_run(tmp_path / "run")))
+    assert "Alert at step 1: recall fell beyond noise at 224 tokens from 1.00 to 0.00 (20 samples)" in text
+    assert not any("No alert on recall is possible" in r.getMessage() for r in caplog.records)
+
+
+@pytest.mark.parametrize(
+    ("few", "line"),
+    [
+        ({"probe_samples": 1}, "No alert on recall is possible: there are fewer than 8 samples."),
+        (
+            {"probe_samples": 4, "probe_tasks": ["s1", "mk1"], "probe_depths": 1},
+            "possible in multikey_1, in single_1:",
+        ),
+    ],
+)
+def test_too_few_samples_for_an_alert_are_said_at_the_start(base, tmp_path, monkeypatch, caplog, few, line):
+    pretend(monkeypatch, always)
+    monkeypatch.setattr(logging.getLogger("qkguard"), "propagate", True)
+    probed(base, tmp_path, QKGuardCallback(strict=True, **PROBES | few), max_steps=1)
+    lines = [r.getMessage() for r in caplog.records if "No alert on recall" in r.getMessage()]
+    assert len(lines) == 1 and line in lines[0] and "probe_samples" in lines[0]
+
+
+def only_before(number: int, key: SampleKey) -> bool:
+    """A verdict for `pretend`: needles are found in the first probe alone."""
+    return number == 0
+
+
 def train_twice(base: Path, folder: Path, monkeypatch: Any, caplog: Any) -> tuple[Any, Any]:
     """Two trainings of one trainer, 2 and 4 steps, with a fall of recall and too small a budget in each: their states.
 
     The checks: both warned, both left out a probe and said so, each by its own schedule and on its own account.
     """
-    original, runs = Prober.run, []
-
-    def pretending(self: Prober, model: Any, **options: Any) -> ProbeResult:
-        runs.append(1)
-        found = original(self, model, **options)
-        return replace(found, correct=(len(runs) == 1,) * len(found.sample_keys))
-
-    monkeypatch.setattr(Prober, "run", pretending)
+    pretend(monkeypatch, only_before)
     monkeypatch.setattr(logging.getLogger("qkguard"), "propagate", True)
     options = PROBES | {"probe_samples": 5, "probe_restored": False, "probe_budget": 0.001}
     guard = QKGuardCallback(strict=True, probe_steps=0.5, **options)
     with caplog.at_level(logging.INFO, logger="qkguard"):
         trainer = probed(base, folder, guard, max_steps=2)
         monitor = guard.session.recall_monitor
-        first, baseline = monitor.training, monitor.baseline
+        first, baseline = (monitor.training, monitor.costs.budget), monitor.baseline
+        assert monitor.costs.max_steps == 2 and first[0].alert.told and first[0].thinned and first[1].first > 0
         caplog.clear()
         trainer.args.max_steps = 4
         trainer.train()
     assert guard.session.recall_monitor is monitor and monitor.baseline is baseline and baseline is not None
-    assert first.alarmed and first.thinned and first.budget.first > 0
-    return first, monitor.training
+    assert monitor.costs.max_steps == 4
+    return first, (monitor.training, monitor.costs.budget)
 
 
 def check_fresh(first: Any, second: Any, messages: list[str]) -> None:
     """What one training did leaves no trace in the next one's schedule, budget, flags and messages."""
-    assert (first.every, second.every) == (1, 2) and second.max_steps == 4
-    assert second.budget.first == 0 and 0 < second.budget.spent < first.budget.first + first.budget.spent
-    assert second.alarmed and second.thinned
+    assert (first[0].every, second[0].every) == (1, 2)
+    assert second[1] is not first[1] and second[1].first == 0
+    assert second[0].alert.told and second[0].thinned
     assert sum("Recall fell from 1.00 to 0.00 by step 4" in message for message in messages) == 1
     assert sum("leaves out the probe at step 2" in message for message in messages) == 1
 
@@ -352,17 +371,19 @@ def check_fresh(first: Any, second: Any, messages: list[str]) -> None:
 def test_a_second_training_starts_with_a_fresh_schedule_budget_and_alarm(base, tmp_path, monkeypatch, caplog):
     first, second = train_twice(base, tmp_path, monkeypatch, caplog)
     check_fresh(first, second, [r.getMessage() for r in caplog.records])
-    assert second.summary.keys() == {"raw"} and second.summary["raw"]["step"] == 4
+    assert second[0].summary.keys() == {"raw"} and second[0].summary["raw"]["step"] == 4
 
 
-@pytest.mark.parametrize("survivor", ["every", "budget", "alarmed", "thinned"])
+@pytest.mark.parametrize("survivor", ["every", "budget", "alert", "thinned"])
 def test_state_that_survives_a_training_is_found(base, tmp_path, monkeypatch, caplog, survivor):
     original = RecallMonitor.at_start
 
     def keeping(self: RecallMonitor, args: Any, state: Any) -> None:
-        earlier = getattr(self, "training", None)
+        earlier, budget = getattr(self, "training", None), self.costs.budget
         original(self, args, state)
-        if earlier is not None:
+        if earlier is not None and survivor == "budget":
+            self.costs.budget = budget
+        elif earlier is not None:
             setattr(self.training, survivor, getattr(earlier, survivor))
 
     monkeypatch.setattr(RecallMonitor, "at_start", keeping)
@@ -421,6 +442,99 @@ def test_default_lengths_that_do_not_fit_are_named():
     assert "lengths 1800, 2048, 3600 do not fit the model's 1024 positions" in lengths_left_out(config, 900)
     config.max_position_embeddings = 4096
     assert default_lengths(config) == [512, 1024, 2048] and lengths_left_out(config) is None
+
+
+@pytest.mark.parametrize("found", [False, True])
+def test_a_baseline_that_finds_nothing_ends_probing_with_one_line(base, tmp_path, monkeypatch, caplog, found):
+    """Also in a second training, and in one that is resumed; a model that finds needles is probed on."""
+    if found:
+        pretend(monkeypatch, always)
+    monkeypatch.setattr(logging.getLogger("qkguard"), "propagate", True)
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    trainer = probed(base, tmp_path, QKGuardCallback(strict=True, probe_steps=1, **PROBES), **options)
+    assert [step for step, _ in recalls(tmp_path)] == ([0, 1, 2] if found else [0])
+    manifest = json.loads((tmp_path / "run/checkpoint-2/qk_restored/qkguard.json").read_text())["probe"]
+    assert manifest.keys() == ({"before", "raw", "restored"} if found else {"before"})
+    said = [r.getMessage() for r in caplog.records if "cannot show a loss" in r.getMessage()]
+    assert len(said) == (0 if found else 1)
+    if not found:
+        assert said[0].startswith("Before training the model finds no needles here (0 of 2)")
+        trainer.train()
+        assert not recalls(tmp_path)
+        guard = QKGuardCallback(strict=True, probe_steps=1, **PROBES)
+        probed(base, tmp_path, guard, resume=True, **options | {"max_steps": 4})
+        assert guard.session.recall_monitor.at_floor and not recalls(tmp_path)
+
+
+@pytest.mark.parametrize("reloads", [False, True])
+def test_the_same_weights_are_never_probed_twice(base, tmp_path, monkeypatch, reloads):
+    """The best weights, put back when training ends, were probed at their save; other last weights are not."""
+    passes = pretend(monkeypatch, always)
+    rows = Dataset.from_list([{"input_ids": list(range(3, 15))}] * 4)
+    guard = QKGuardCallback(strict=True, probe_steps=2, **PROBES)
+    schedule = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    best = {"metric_for_best_model": "eval_loss", "greater_is_better": True}  # the loss falls: the first is "best"
+    args = arguments(tmp_path, max_steps=4, load_best_model_at_end=reloads, **schedule, **best)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    trainer = train(base, args, guard, model=model, processing_class=bpe_tokenizer(), eval_dataset=rows)
+    assert trainer.state.best_global_step == 2
+    assert [step for step, _ in recalls(tmp_path)] == [0, 2, 4] and len(passes) == 1 + 2 + 2
+    assert [step for step, _ in recalls(tmp_path, "_restored")] == [2, 4]
+    final = json.loads((tmp_path / "run/_qkguard/final/qk_restored/qkguard.json").read_text())["probe"]
+    step = 2 if reloads else 4
+    assert final["raw"]["step"] == final["restored"]["step"] == step
+    assert final["raw"]["answer_logprob"] == dict(recalls(tmp_path))[step]
+
+
+def test_a_tiny_training_asks_thirty_samples_and_says_so_before(tmp_path, monkeypatch, caplog):
+    """With default settings; a budget that is large enough asks all."""
+    monkeypatch.setattr(logging.getLogger("qkguard"), "propagate", True)
+    base = save_base(tmp_path / "base", "llama", vocab_size=1024, num_hidden_layers=2, max_position_embeddings=1024)
+    passes = pretend(monkeypatch, always)
+    with caplog.at_level(logging.INFO, logger="qkguard"):
+        probed(base, tmp_path, QKGuardCallback(strict=True), max_steps=3)
+    assert passes == [30, 30, 30] and [step for step, _ in recalls(tmp_path)] == [0, 3]
+    lines = [r.getMessage() for r in caplog.records]
+    plan = next(i for i, line in enumerate(lines) if "do not fit probe_budget=0.02" in line)
+    assert "3 passes over 30 of 60 samples (512 tokens) take about" in lines[plan]
+    assert plan < next(i for i, line in enumerate(lines) if line.startswith("Recall at step 0")), (
+        "before the time goes"
+    )
+    passes.clear()
+    probed(base, tmp_path / "all", QKGuardCallback(strict=True, probe_budget=None, probe_restored=False), max_steps=1)
+    assert passes == [60, 60]
+
+
+def test_later_probes_ask_fewer_samples_where_training_is_shorter_than_was_thought(
+    base, tmp_path, monkeypatch, caplog
+):
+    """What is compared, and shown as the recall before, is on the samples that both probes have."""
+    monkeypatch.setattr(logging.getLogger("qkguard"), "propagate", True)
+    monkeypatch.setattr(probe_costs, "work_of_step", enormous)
+    passes = pretend(monkeypatch, lambda number, key: number == 0 and key.index < 4)
+    settings = PROBES | {"probe_depths": 5, "probe_samples": 8, "probe_budget": 0.02, "probe_restored": False}
+    with caplog.at_level(logging.INFO, logger="qkguard"):
+        probed(base, tmp_path, QKGuardCallback(strict=True, **settings), max_steps=2)
+    assert passes == [40, 30]
+    assert any("Probes ask 30 of the 40 samples from step 2 on" in r.getMessage() for r in caplog.records)
+    run = load_run(tmp_path / "run")
+    before, raw = run.probe_of("before"), run.probe_of("raw")
+    assert before.total.count == raw.total.count == raw.change["count"] == 30
+    assert before.recall == raw.change["before"] == pytest.approx(20 / 30)
+    manifest = json.loads((tmp_path / "run/_qkguard/final/qk_restored/qkguard.json").read_text())["probe"]
+    assert manifest["before"]["recall"] == before.recall and len(manifest["raw"]["settings"]["depths"]) == 5
+
+
+def enormous(args: Any, row: int, hidden: int) -> float:
+    return 1e12
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_a_slow_probe_draws_a_bar_where_trainer_draws_its_own(base, tmp_path, monkeypatch, capfd, drawn):
+    monkeypatch.setattr(recall_monitor, "BAR_AFTER", 0)
+    pretend(monkeypatch, always)
+    probed(base, tmp_path, QKGuardCallback(strict=True, **PROBES), max_steps=1, disable_tqdm=not drawn)
+    assert ("the probe before the first step:" in capfd.readouterr().err) == drawn
 
 
 # -- the live swap -------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from qkguard import QKGuardCallback
 from tests.support import judge
-from tests.support.probing import bpe_tokenizer
+from tests.support.probing import bpe_tokenizer, no_floor
 from tests.support.training import arguments, make_trainer, save_base
 
 PROBES: dict[str, Any] = {"probe_lengths": [192], "probe_depths": 2, "probe_samples": 1, "probe_tasks": ["s1"]}
@@ -21,6 +21,11 @@ PROBES: dict[str, Any] = {"probe_lengths": [192], "probe_depths": 2, "probe_samp
 def base(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("base") / "llama"
     return save_base(folder, "llama", vocab_size=1024, num_hidden_layers=2, max_position_embeddings=256)
+
+
+@pytest.fixture(autouse=True)
+def probed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    no_floor(monkeypatch)
 
 
 def probed_steps(run: Path, file: str = "metrics.jsonl") -> list[int]:

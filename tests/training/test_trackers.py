@@ -20,6 +20,7 @@ from qkguard.training.trackers import MLflow, Trackio
 from tests.report.test_report import PICTURES, guarded, probing_guard
 from tests.report.test_report import base as probed_base  # noqa: F401  the fixture
 from tests.support import judge
+from tests.support.probing import no_floor
 from tests.support.training import arguments, save_base, train
 
 
@@ -112,6 +113,7 @@ def test_wandb_pictures_table_summary_and_config(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    no_floor(monkeypatch)
     with wandb_run(tmp_path / "run", monkeypatch) as file:
         guarded(probed_base, tmp_path / "run", probing_guard(), report_to=["wandb"], run_name="r")
     rows = list(records(file()))
@@ -139,9 +141,10 @@ def test_wandb_pictures_table_summary_and_config(
     assert settings["qkguard"]["probe_tasks"] == ["single_1"]
 
 
-def test_tensorboard_pictures(probed_base: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_tensorboard_pictures(probed_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    no_floor(monkeypatch)
     guarded(probed_base, tmp_path, probing_guard(), report_to=["tensorboard"])
     events = EventAccumulator(str(next((tmp_path / "run/runs").iterdir())), size_guidance={"images": 0}).Reload()
     assert {f"qkguard/pictures/{name}" for name in PICTURES} == set(events.Tags()["images"])
