@@ -59,11 +59,34 @@ def write_restored_adapter(
     Raises:
         QKGuardError: empty or cut tensors, DoRA on fused or scaled modules, or nothing left to write.
     """
-    adapter = open_adapter(raw, merging=False)
+    with prepare_adapter(out, staging, overwrite) as made:
+        manifest = assemble_restored_adapter(raw, made, selection, share=share, method=method, extra=extra)
+        with readable_errors(out):
+            made.publish(replace=overwrite)
+    return manifest
+
+
+def prepare_adapter(out: Path, staging: Path | None = None, overwrite: bool = False) -> Staging:
+    """Check the target of a restored adapter and make the temporary folder; one process."""
     check_target([], out, overwrite)
+    with readable_errors(out):
+        return Staging(out, staging)
+
+
+def assemble_restored_adapter(
+    raw: Path,
+    made: Staging,
+    selection: Selection,
+    *,
+    share: float = 0.0,
+    method: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """`write_restored_adapter` between `prepare_adapter` and the rename."""
+    adapter, out = open_adapter(raw, merging=False), made.out
     tensors, config = adapter.tensors(), dict(adapter.config)
     removal = restrict(tensors, config, qk_modules(selection), share)
-    with readable_errors(out), Staging(out, staging) as made:
+    with readable_errors(out):
         file = made.folder / ADAPTER_TENSORS
         _save_tensors({_loadable(key): tensor for key, tensor in tensors.items()}, file)
         write_text(made.folder / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
@@ -87,7 +110,7 @@ def write_restored_adapter(
         }
         write_text(made.folder / "README.md", adapter_card(manifest, read_card(raw)))
         write_text(made.folder / MANIFEST, dump(manifest))
-        made.publish(replace=overwrite)
+        made.sync()
     return json.loads(dump(manifest))
 
 

@@ -78,12 +78,20 @@ class Staging:
 
     def publish(self, *, replace: bool = True) -> None:
         """Make the folder durable and rename it to `out`; with `replace` an older one there gives way."""
+        self.sync()
+        self.rename(replace=replace)
+        sync_folder(self.out.parent)
+
+    def sync(self) -> None:
+        """Make the folder durable under its temporary name; its files are already."""
         for folder, _, _ in os.walk(self.folder):
             sync_folder(Path(folder))
+
+    def rename(self, *, replace: bool = True) -> None:
+        """After `sync`: the rename alone, which waits for no disk. A crash of the machine may undo it."""
         if replace and self.out.exists():
             os.rename(self.out, self.temporary / REPLACED)
         os.rename(self.folder, self.out)
-        sync_folder(self.out.parent)
         self._remove()
 
     def discard(self) -> None:

@@ -2,7 +2,8 @@
 
 A `FolderPlan` says what changes in which file, and `write_folder` carries it out in one process. Ranks that share a
 disk take the same three steps together: `prepare` on rank 0, `write_files` on every rank, `publish` on rank 0. None
-of these is a collective: the caller keeps the ranks in step, and the records of `write_files` are JSON values.
+of these is a collective: the caller keeps the ranks in step (`shares`), and the records of `write_files` are JSON
+values.
 """
 
 from __future__ import annotations
@@ -243,6 +244,7 @@ def _copy_and_patch(
         for patch in file.patches:
             for key, entries in patch(OpenFile(file.target, copy.fileno(), header.tensors, hashing)).items():
                 record[key] += entries
+            written(0)  # whoever follows may end the write here
         if file.renamed:
             rename_tensors(copy.fileno(), file.renamed)
             _name_anew(record["tensors"], file.renamed)
@@ -260,7 +262,17 @@ def _name_anew(tensors: list[dict[str, Any]], renamed: Mapping[str, str]) -> Non
 def publish(
     plan: FolderPlan, staging: Staging, records: Sequence[Record], extra: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Rank 0: add the other files, write the manifest last, rename the folder into place.
+    """Rank 0: `complete` the folder and rename it into place; returns the manifest."""
+    manifest = complete(plan, staging, records, extra)
+    with readable_errors(plan.out):
+        staging.publish(replace=plan.overwrite)
+    return manifest
+
+
+def complete(
+    plan: FolderPlan, staging: Staging, records: Sequence[Record], extra: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Rank 0: add the other files, and the manifest last: all but the rename.
 
     Args:
         plan: what was written.
@@ -293,7 +305,7 @@ def publish(
         cards = [read_card(folder) for folder in (*plan.cards, plan.weights.folder)]
         write_text(staging.folder / "README.md", model_card(manifest, next(filter(None, cards), None)))
         write_text(staging.folder / MANIFEST, dump(manifest))
-        staging.publish(replace=plan.overwrite)
+        staging.sync()
     return json.loads(dump(manifest))
 
 

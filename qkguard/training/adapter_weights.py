@@ -7,7 +7,7 @@ full-parameter training; `session.Session` works with either.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +15,21 @@ from typing import TYPE_CHECKING, Any
 from qkguard.adapters.drift import AdapterDriftMonitor
 from qkguard.adapters.files import ADAPTER_TENSORS
 from qkguard.adapters.live import adapted_weights
-from qkguard.adapters.restored import copy_adapter, export_adapter, no_restored_form, write_restored_adapter
+from qkguard.adapters.restored import (
+    assemble_restored_adapter,
+    copy_adapter,
+    export_adapter,
+    no_restored_form,
+    prepare_adapter,
+)
 from qkguard.adapters.scaled import scaled_adapters
+from qkguard.checkpoint.shares import Heed
+from qkguard.checkpoint.staging import Staging
 from qkguard.distributed import ranks
 from qkguard.errors import QKGuardError
 from qkguard.layout.selection import Selection, show_layers
 from qkguard.offline.merge import merge_adapter, mergeable_weights
+from qkguard.training.background import BackgroundWriter, Save, Write
 from qkguard.training.loader_check import loaded_from
 from qkguard.training.run_folder import RESTORED
 from qkguard.training.start_lines import saving_line
@@ -52,9 +61,16 @@ class AdapterWeights:
     """
 
     def __init__(
-        self, config: QKGuardConfig, model: Any, folder: Path, writers: Writers, selection: Selection
+        self,
+        config: QKGuardConfig,
+        model: Any,
+        folder: Path,
+        writers: Writers,
+        selection: Selection,
+        background: BackgroundWriter,
     ) -> None:
         _check_settings(config)
+        self.background = background
         self.config, self.model, self.folder, self.writers, self.selection = config, model, folder, writers, selection
         self.staging: Path | None = None
         # How much of the adapters' effect on queries and keys stays
@@ -138,36 +154,33 @@ class AdapterWeights:
     def _is_quantised(self) -> bool:
         return any(weight.quantised for weight in self.weights)
 
-    def write_checkpoint(self, checkpoint: Path, record: Mapping[str, Any], processing_class: Any) -> list[Path]:
-        """`qk_restored/<adapter>/` in a checkpoint; ALL ranks must call this. Returns what was written.
+    def write_checkpoint(self, folder: Path, save: Save, processing_class: Any) -> list[Path]:
+        """Begin `qk_restored/<adapter>/` in a folder that Trainer has just written; ALL ranks must call this.
 
         A level deeper than a full model's: a resumed Trainer loads every direct subfolder that holds an adapter.
+        Returns the restored folders, which `background.finish` waits for.
         """
-        written = []
+        pairs: list[tuple[Path, Path]] = []
         for name in self.model.peft_config if self.writable else ():
-            raw, out = _saved_at(checkpoint, name), checkpoint / RESTORED / name
+            raw = _saved_at(folder, name)
             # Trainer leaves no barrier behind a save, so this also waits until every writer has finished
             if not self.writers.all_find("waiting for the checkpoint", (raw / ADAPTER_TENSORS).is_file):
-                raw = checkpoint / "raw" / name
+                raw = folder / "raw" / name
                 export_adapter(self.model, name, raw, processing_class, self.staging)
-            self._write_restored(raw, out, record)
-            written.append(out)
-        return written
+            pairs.append((raw, folder / RESTORED / name))
+        return self._begin_restored(pairs, save)
 
-    def write_final(
-        self, final: Path, checkpoint: Path | None, record: Mapping[str, Any], processing_class: Any
-    ) -> list[Path]:
+    def write_final(self, final: Path, checkpoint: Path | None, save: Save, processing_class: Any) -> list[Path]:
         """`raw/<adapter>` and `qk_restored/<adapter>` in `final`, and with `merge_at_end` merged models; ALL ranks."""
-        written = []
-        for name in self.model.peft_config:
-            raw = final / "raw" / name
-            self._write_raw(name, checkpoint, raw, processing_class)
-            written.append(raw)
-            if self.writable:
-                self._write_restored(raw, final / RESTORED / name, record)
-                written.append(final / RESTORED / name)
+        pairs = [(final / "raw" / name, final / RESTORED / name) for name in self.model.peft_config]
+        for raw, _ in pairs:
+            self._write_raw(raw.name, checkpoint, raw, processing_class)
+        written = [raw for raw, _ in pairs]
+        if self.writable:
+            written += self._begin_restored(pairs, save)
+            self.background.finish(strict=True)
         if self.config.merge_at_end:
-            written += self._merge(final, record)
+            written += self._merge(final, save.record)
         return written
 
     def _write_raw(self, name: str, checkpoint: Path | None, raw: Path, processing_class: Any) -> None:
@@ -183,20 +196,40 @@ class AdapterWeights:
         else:
             export_adapter(self.model, name, raw, processing_class, self.staging)
 
-    def _write_restored(self, raw: Path, out: Path, record: Mapping[str, Any]) -> None:
-        """The adapter without queries and keys, from the files in `raw`; ALL ranks must call this."""
-        write = partial(
-            write_restored_adapter,
-            raw,
-            out,
-            self.selection,
-            share=self.share,
-            staging=self.staging,
-            overwrite=True,
-            method={"name": self.config.method, **self.config.rows.to_json()},
-            extra=record,
-        )
-        self.writers.run(f"writing {out}", write)
+    def _begin_restored(self, pairs: Sequence[tuple[Path, Path]], save: Save) -> list[Path]:
+        """Begin the adapters without queries and keys, given (raw, target) folders; ALL ranks must call this."""
+        outs = [out for _, out in pairs]
+        if not pairs:
+            return outs
+        about = f"writing {', '.join(map(str, outs))}"
+        stagings: list[Staging] = []
+
+        def prepare() -> None:
+            stagings.extend(prepare_adapter(out, self.staging, overwrite=True) for out in outs)
+
+        try:
+            self.writers.run(about, prepare)
+        except BaseException:
+            _discard(stagings)
+            raise
+        files = tuple(raw / ADAPTER_TENSORS for raw, _ in pairs)
+        make = partial(self._assemble, [raw for raw, _ in pairs], stagings, save.record)
+        self.background.begin(about, Write(tuple(outs), files, make, save) if stagings else None)
+        return outs
+
+    def _assemble(
+        self, raws: Sequence[Path], stagings: Sequence[Staging], record: Mapping[str, Any], heed: Heed
+    ) -> Sequence[Staging]:
+        """All but the rename, in a thread."""
+        method = {"name": self.config.method, **self.config.rows.to_json()}
+        try:
+            for raw, made in zip(raws, stagings, strict=True):
+                heed()
+                assemble_restored_adapter(raw, made, self.selection, share=self.share, method=method, extra=record)
+        except BaseException:
+            _discard(stagings)
+            raise
+        return stagings
 
     def _merge(self, final: Path, record: Mapping[str, Any]) -> list[Path]:
         """`merged_raw` and, where adapters move queries and keys, `merged_qk_restored` in `final`; ALL ranks."""
@@ -221,6 +254,11 @@ def _check_settings(config: QKGuardConfig) -> None:
         raise QKGuardError(f"Method {config.method!r} works on full weights, not on adapters. {INSTEAD}")
     if config.align or config.per_layer:
         raise QKGuardError(f"The settings align and per_layer work on full weights, not on adapters. {INSTEAD}")
+
+
+def _discard(stagings: Sequence[Staging]) -> None:
+    for made in stagings:
+        made.discard()
 
 
 def _saved_at(checkpoint: Path, name: str) -> Path:

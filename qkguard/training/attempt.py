@@ -11,6 +11,10 @@ from qkguard.errors import QKGuardError, RankLostError, WrongReferenceError
 
 logger = logging.getLogger(__name__)
 
+LATER = "The raw checkpoint is safe; `qkguard restore` makes the restored model from it."
+ENDS_TRAINING = (WrongReferenceError, RankLostError)
+"""Failures that no setting lets training continue after."""
+
 
 @contextmanager
 def attempt(what: str, *, strict: bool, advice: str) -> Iterator[None]:
@@ -27,13 +31,18 @@ def attempt(what: str, *, strict: bool, advice: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if strict or isinstance(error, WrongReferenceError | RankLostError):
+        if strict or isinstance(error, ENDS_TRAINING):
             raise
         if ranks.rank() == 0:
-            reason = str(error) if isinstance(error, QKGuardError) else f"{type(error).__name__}: {error}"
-            logger.error(
-                "%s failed: %s. Training continues. %s Set strict=True to stop instead.",
-                what[:1].upper() + what[1:],
-                reason.rstrip("."),
-                advice,
-            )
+            say_failed(what, error, advice)
+
+
+def say_failed(what: str, error: BaseException, advice: str) -> None:
+    """The line that tells of a failure which training continues after."""
+    reason = str(error) if isinstance(error, QKGuardError) else f"{type(error).__name__}: {error}"
+    logger.error(
+        "%s failed: %s. Training continues. %s Set strict=True to stop instead.",
+        what[:1].upper() + what[1:],
+        reason.rstrip("."),
+        advice,
+    )

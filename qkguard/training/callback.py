@@ -10,12 +10,17 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qkguard.errors import QKGuardError, current_names
-from qkguard.training.attempt import attempt
+from qkguard.training.attempt import LATER, attempt
+from qkguard.training.resume import set_aside_alone
+from qkguard.training.run_folder import run_folder
 from qkguard.training.schedules import is_due
-from qkguard.training.session import LATER, Session
+from qkguard.training.session import Session
 
 if TYPE_CHECKING:  # pydantic doubles the time that `from qkguard import QKGuardCallback` takes
     from qkguard.training.config import QKGuardConfig
+
+
+logger = logging.getLogger(__name__)
 
 
 class QKGuardCallback(TrainerCallback):
@@ -48,11 +53,22 @@ class QKGuardCallback(TrainerCallback):
         self.session: Session | None = None
         _show_log_lines()
 
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if args.should_save:  # before `train(resume_from_checkpoint=True)` looks for the last checkpoint
+            advice = "A checkpoint folder that holds nothing but qk_restored cannot be resumed from."
+            with attempt("looking through the output folder", strict=False, advice=advice):
+                for moved in set_aside_alone(Path(str(args.output_dir)), run_folder(self.config, args)):
+                    logger.warning("A restored model whose checkpoint is gone was moved to %s.", moved)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model = kwargs["model"]
         # a second train() starts from weights that have moved: the reference from before the first one stays
+        if self.session is not None:  # an earlier train() may have ended in an exception
+            self.session.background.finish(strict=False)
         if self.session is None or not self.session.guards(model, args):
             loader = kwargs.get("train_dataloader")
             dataset, collator = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
@@ -63,12 +79,19 @@ class QKGuardCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.session:
+            self.session.look(state.global_step)
             self.session.measure(
                 state.global_step,
                 drift=is_due(self.config.drift_steps, state.global_step, control.should_log),
                 routing=is_due(self.config.routing_drift_steps, state.global_step, control.should_log),
             )
             self.session.recall_monitor.at_step(state, control)
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.session:
+            self.session.look(state.global_step)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -118,18 +141,25 @@ class QKGuardCallback(TrainerCallback):
         step = self.session.note_end(state)
         self.session.measure(step, drift=bool(self.config.drift_steps), routing=bool(self.config.routing_drift_steps))
         self.session.recall_monitor.at_end(step, control)
+        self.session.background.finish()
         if self.config.final_export and self.config.restore_on != "never":
             with attempt("the final export", strict=self.config.strict, advice=LATER):
                 self.session.final_export(state, processing_class)
         self.session.finish()
 
-    def save(self, trainer: Any, output_dir: str | Path) -> None:
+    def save(self, trainer: Any, output_dir: str | Path, *, wait: bool = True) -> None:
         """`trainer.save_model(output_dir)`, and the restored model in `output_dir/qk_restored`.
 
         For scripts that save by hand, which fires no event. ALL ranks must call this.
 
             trainer.train()
             guard.save(trainer, "my-model")  # my-model, my-model/qk_restored
+
+        Args:
+            trainer: the trainer whose callback this is.
+            output_dir: where to save.
+            wait: return when the restored model is there; else it is made in the background, and a failure is logged.
+                The end of the process waits for it.
 
         Raises:
             QKGuardError: before `train()` has begun, and when the restored model cannot be written.
@@ -138,9 +168,11 @@ class QKGuardCallback(TrainerCallback):
             raise QKGuardError(
                 "Nothing to restore from: the guard takes its reference when train() begins. Call save() after it."
             )
+        self.session.background.finish()  # it may read the files that are about to be replaced
         trainer.save_model(str(output_dir))
         step = self.session.step_of_weights(trainer.state)
-        self.session.restore_checkpoint(Path(output_dir), step, trainer.processing_class)
+        folder = Path(output_dir).absolute()
+        self.session.restore_saved(folder, step, trainer.processing_class, wait=wait)
 
 
 def _show_log_lines() -> None:

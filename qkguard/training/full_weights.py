@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,15 +15,18 @@ from torch import nn
 
 from qkguard.checkpoint.reference_file import REFERENCE, ReferenceFile
 from qkguard.checkpoint.restored import plan_restored
+from qkguard.checkpoint.reuse import link_together, records_of
+from qkguard.checkpoint.shares import Heed, Shares, telling, write_share, write_together
 from qkguard.checkpoint.staging import Staging
 from qkguard.checkpoint.weights import open_weights
-from qkguard.checkpoint.write import FolderPlan, Record, prepare, publish, write_files, write_folder
+from qkguard.checkpoint.write import FolderPlan, Record, prepare
 from qkguard.choice.swap import restored
 from qkguard.distributed import ranks
 from qkguard.distributed.reference import Reference
 from qkguard.layout import disk_names
 from qkguard.layout.selection import unselected_norms
 from qkguard.restore.registry import get_method
+from qkguard.training.background import BackgroundWriter, Save, Write
 from qkguard.training.drift_monitor import DriftMonitor
 from qkguard.training.export import export_model, holds_weights, link_checkpoint
 from qkguard.training.run_folder import RESTORED
@@ -32,6 +35,29 @@ from qkguard.training.writers import Writers, disk_is_shared
 
 if TYPE_CHECKING:
     from qkguard.training.config import QKGuardConfig
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A restored folder about to be made; `records`, if there are any, say that `made` holds the same files."""
+
+    plan: FolderPlan
+    staging: Staging
+    made: Path | None
+    records: list[Record] | None
+
+    @property
+    def copied_files(self) -> int:
+        """How many ranks have something to do."""
+        return sum(file.is_copied for file in self.plan.files) if self.records is None else 1
+
+    def make(self, world: int, record: Mapping[str, Any], heed: Heed) -> list[Staging]:
+        """All but the rename, in a thread."""
+        if self.records is not None and self.made is not None:
+            link_together(self.made, self.plan, self.staging, self.records, record)
+        else:
+            write_together(self.plan, self.staging, world, record, heed)
+        return [self.staging]
 
 
 class FullWeights:
@@ -51,8 +77,10 @@ class FullWeights:
         writers: Writers,
         reference: Reference,
         origin: str,
+        background: BackgroundWriter,
     ) -> None:
         self.config, self.model, self.folder, self.writers = config, model, folder, writers
+        self.background = background
         self.reference, self.origin, self.selection = reference, origin, reference.selection
         self.drift_monitor = DriftMonitor(reference)
         self.swap = partial(restored, model, reference, method=config.method, **config.method_options)
@@ -73,66 +101,82 @@ class FullWeights:
             saving_line("Restored checkpoints", config, f"checkpoint-N/{RESTORED}", self.folder / "final"),
         ]
 
-    def write_checkpoint(self, checkpoint: Path, record: Mapping[str, Any], processing_class: Any) -> list[Path]:
-        """`qk_restored/` in a checkpoint that Trainer has just written, and `raw/` if it holds no weights; ALL ranks.
+    def write_checkpoint(self, folder: Path, save: Save, processing_class: Any) -> list[Path]:
+        """Begin `qk_restored/` in a folder that Trainer has just written, and write `raw/` if it holds no weights.
 
-        `record` is what the manifest says of the training so far. Returns the restored folders.
+        ALL ranks must call this. Returns the restored folders, which `background.finish` waits for.
         """
-        raw = checkpoint
+        raw = folder
         # Trainer leaves no barrier behind a save, so this also waits until every writer has finished
-        if not self.writers.all_find("waiting for the checkpoint", partial(holds_weights, checkpoint)):
-            raw = checkpoint / "raw"
+        if not self.writers.all_find("waiting for the checkpoint", partial(holds_weights, folder)):
+            raw = folder / "raw"
             export_model(self.model, raw, processing_class, self.staging)
-        self._write_restored(raw, checkpoint / RESTORED, record)
-        return [checkpoint / RESTORED]
+        self._begin_restored(raw, folder / RESTORED, save)
+        return [folder / RESTORED]
 
-    def write_final(
-        self, final: Path, checkpoint: Path | None, record: Mapping[str, Any], processing_class: Any
-    ) -> list[Path]:
+    def write_final(self, final: Path, checkpoint: Path | None, save: Save, processing_class: Any) -> list[Path]:
         """`raw` (linked from `checkpoint` if that holds the weights, else live) and `qk_restored` in `final`; ALL."""
         raw = final / "raw"
         link = partial(_link, checkpoint, raw, self.staging)
         if not self.writers.all_find("linking the final checkpoint", link):
             export_model(self.model, raw, processing_class, self.staging)
-        self._write_restored(raw, final / RESTORED, record)
+        self._begin_restored(raw, final / RESTORED, save, made=checkpoint / RESTORED if checkpoint else None)
+        self.background.finish(strict=True)
         return [raw, final / RESTORED]
 
-    def _write_restored(self, raw: Path, out: Path, record: Mapping[str, Any]) -> None:
-        """The restored model of the raw files in `raw`; ALL ranks must call this.
+    def _begin_restored(self, raw: Path, out: Path, save: Save, made: Path | None = None) -> None:
+        """Begin the restored model of the raw files in `raw`, which `made` may hold already; ALL ranks must call this.
 
-        Ranks that share a disk each patch their part of the files; rank 0 publishes the folder when all are done.
+        Ranks that share a disk each patch their part of the files. Where every node has its own disk and its own copy
+        of the raw files, one rank of each node works alone.
         """
-        what = f"writing {out}"
-        if self.writers.each_node:  # every node has its own disk and its own copy of the raw files
-            self.writers.run(what, partial(self._write_alone, raw, out, record))
-            return
+        about = f"writing {out}"
+        prepared: list[_Prepared] = []  # where the files are looked at and the staging folder made
 
-        begun: list[tuple[FolderPlan, Staging]] = []  # on rank 0
+        def prepare_here() -> tuple[Path, int]:
+            prepared.append(self._prepare(raw, out, made))
+            return prepared[0].staging.folder, prepared[0].copied_files
 
-        def begin() -> Path:
+        try:
+            if self.writers.each_node:
+                self.writers.run(about, prepare_here)
+                part = self._part(prepared[0], save, 1) if prepared else None
+            else:
+                folder, copied = ranks.on_rank_zero(about, prepare_here)
+                shared = copied > 1 and self._disk_is_shared(folder.parent)
+                world = min(ranks.world_size(), copied) if shared else 1
+                if prepared:
+                    part = self._part(prepared[0], save, world)
+                else:
+                    part = self._share(raw, out, save, folder, world) if ranks.rank() < world else None
+        except BaseException:
+            for one in prepared:
+                one.staging.discard()
+            raise
+        self.background.begin(about, part)
+
+    def _prepare(self, raw: Path, out: Path, made: Path | None) -> _Prepared:
+        plan = self._plan_restored(raw, out)
+        records = records_of(made, plan) if made else None
+        staging = prepare(plan)
+        Shares(staging.folder).open()
+        return _Prepared(plan, staging, made, records)
+
+    def _part(self, prepared: _Prepared, save: Save, world: int) -> Write:
+        """The part of the rank that prepared the folder, and has it renamed."""
+        plan, temporary = prepared.plan, prepared.staging.temporary
+        make = partial(prepared.make, world, save.record)
+        return Write((plan.out,), _files_of(plan), make, save, shared=world > 1, temporary=temporary)
+
+    def _share(self, raw: Path, out: Path, save: Save, folder: Path, world: int) -> Write:
+        """The part of another rank. The ranks do not meet here, so that what fails is told through the disk."""
+        shares, rank = Shares(folder), ranks.rank()
+        try:
             plan = self._plan_restored(raw, out)
-            begun.append((plan, prepare(plan)))
-            return begun[0][1].folder
-
-        folder = ranks.on_rank_zero(what, begin)
-
-        def write_share() -> list[Record]:
-            if ranks.rank() >= world:
-                return []
-            plan = begun[0][0] if begun else self._plan_restored(raw, out)
-            return write_files(plan, folder, ranks.rank(), world)
-
-        def finish(records: list[Record]) -> None:
-            publish(*begun[0], records, record)
-
-        with begun[0][1] if begun else nullcontext():  # what is not published is removed
-            world = ranks.world_size() if self._disk_is_shared(folder.parent) else 1
-            mine = ranks.agree(what, write_share)
-            shares: list[list[Record]] = [ranks.on_rank(rank, what, partial(list, mine)) for rank in range(world)]
-            ranks.held_by(0, what, partial(finish, [file for share in shares for file in share]))
-
-    def _write_alone(self, raw: Path, out: Path, record: Mapping[str, Any]) -> None:
-        write_folder(self._plan_restored(raw, out), record)
+            files, make = _files_of(plan), partial(_make_share, plan, shares, rank, world)
+        except Exception as error:
+            files, make = (), partial(_fail_share, error, shares, rank)
+        return Write((out,), files, make, save, shared=True)
 
     def _plan_restored(self, raw: Path, out: Path) -> FolderPlan:
         """What restoring changes in the files of `raw`; reads their headers, the same on every rank."""
@@ -163,6 +207,16 @@ class FullWeights:
         return self._shared[place]
 
 
+def _make_share(plan: FolderPlan, shares: Shares, rank: int, world: int, heed: Heed) -> list[Staging]:
+    write_share(plan, shares, rank, world, heed)
+    return []
+
+
+def _fail_share(error: Exception, shares: Shares, rank: int, heed: Heed) -> list[Staging]:
+    with telling(shares, rank):
+        raise error
+
+
 def _link(checkpoint: Path | None, raw: Path, staging: Path | None) -> bool:
     """Link a checkpoint's weights, Trainer's own or those we gathered, to `raw`; False if it has none."""
     for source in (checkpoint, checkpoint / "raw") if checkpoint else ():
@@ -170,6 +224,10 @@ def _link(checkpoint: Path | None, raw: Path, staging: Path | None) -> bool:
             link_checkpoint(source, raw, staging)
             return True
     return False
+
+
+def _files_of(plan: FolderPlan) -> tuple[Path, ...]:
+    return tuple(plan.weights.folder / name for name in plan.weights.files)
 
 
 def _layer_count(model: Any) -> int | None:

@@ -27,7 +27,7 @@ def set_aside_restored(output_dir: Path, folder: Path, step: int) -> list[Path]:
     """Move what an earlier training left into the run folder: its final models, and the restored folders of
     checkpoints later than `step`. Raw checkpoints stay where they are. Returns the new places.
     """
-    moved = []
+    moved = set_aside_alone(output_dir, folder)
     for restored in sorted(output_dir.glob(f"checkpoint-*/{RESTORED}")):
         number = restored.parent.name.removeprefix("checkpoint-")
         if number.isdigit() and int(number) > step:
@@ -35,6 +35,24 @@ def set_aside_restored(output_dir: Path, folder: Path, step: int) -> list[Path]:
     if (folder / FINAL).is_dir():
         moved.append(set_aside(folder / FINAL, folder, FINAL))
     return moved
+
+
+def set_aside_alone(output_dir: Path, folder: Path) -> list[Path]:
+    """Remove checkpoints that hold nothing but a restored model, which is moved into the run folder.
+
+    A rotation that was killed leaves them, and resuming would take one for a checkpoint. Returns the new places.
+    """
+    moved = []
+    for restored in sorted(output_dir.glob(f"checkpoint-*/{RESTORED}")):
+        if holds_only_restored(restored.parent):
+            moved.append(set_aside(restored, folder, restored.parent.name))
+            restored.parent.rmdir()
+    return moved
+
+
+def holds_only_restored(checkpoint: Path) -> bool:
+    """Whether nothing is in a checkpoint's folder but its restored model."""
+    return set(os.listdir(checkpoint)) <= {RESTORED}
 
 
 def set_aside(made: Path, folder: Path, name: str) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,8 @@ from qkguard.layout.spec import AttentionSpec
 from qkguard.offline.task_rows import HELDOUT, keep_rows
 from qkguard.report.run import METRICS
 from qkguard.restore.registry import check_per_layer
-from qkguard.training.attempt import attempt
+from qkguard.training.attempt import LATER, attempt
+from qkguard.training.background import BackgroundWriter, Save, Write
 from qkguard.training.full_weights import FullWeights
 from qkguard.training.metrics_log import MetricsLog
 from qkguard.training.recall_monitor import RecallMonitor
@@ -41,7 +43,6 @@ if TYPE_CHECKING:  # pydantic and PEFT double the time that `from qkguard import
 
 logger = logging.getLogger(__name__)
 
-LATER = "The raw checkpoint is safe; `qkguard restore` makes the restored model from it."
 WITHOUT_DRIFT = "drift_steps=0 trains without measuring it."
 
 
@@ -54,6 +55,7 @@ class Session:
     Attributes:
         reference: the queries and keys from before SFT; None for adapters, which need none.
         origin: a clause that says where the reference comes from.
+        background: makes the restored models of saves beside the training.
         weights: how full weights, or adapters, are measured, swapped and written.
         recall_monitor: probes recall.
         metrics_log: rank 0's log of this `train()`; None on other ranks.
@@ -80,6 +82,7 @@ class Session:
         self.config, self.folder = config, run_folder(config, args)
         self.model: Any = sharding.unwrap(model)
         self.writers = Writers.of(args)
+        self.background = BackgroundWriter(config.strict, self._note_write)
         self.selection = _find_selection(self.model, config)
         self.reference: Reference | None = None
         self.origin = ""
@@ -87,13 +90,17 @@ class Session:
         if hasattr(self.model, "peft_config"):
             from qkguard.training.adapter_weights import AdapterWeights  # imports PEFT
 
-            self.weights = AdapterWeights(config, self.model, self.folder, self.writers, self.selection)
+            self.weights = AdapterWeights(
+                config, self.model, self.folder, self.writers, self.selection, self.background
+            )
         else:
             resumed = state.global_step > 0
             self.reference, self.origin = establish_reference(
                 self.model, self.selection, self.folder, config, resumed=resumed, writers=self.writers.ranks
             )
-            self.weights = FullWeights(config, self.model, self.folder, self.writers, self.reference, self.origin)
+            self.weights = FullWeights(
+                config, self.model, self.folder, self.writers, self.reference, self.origin, self.background
+            )
         self._log_start(args, collator, time.perf_counter() - started)
         swap, publish = self.weights.swap, self.publish
         self.recall_monitor = RecallMonitor(
@@ -128,6 +135,7 @@ class Session:
         self._owed: QKGuardError | None = None
         self.metrics_log = ranks.agree("opening the run folder", partial(self._open_folders, args, state))
         self._heldout_kept = False
+        self._last_step = state.global_step
         self.recall_monitor.at_start(args, state)
 
     def _open_folders(self, args: TrainingArguments, state: TrainerState) -> MetricsLog | None:
@@ -264,10 +272,33 @@ class Session:
         return checkpoint
 
     def restore_checkpoint(self, checkpoint: Path, step: int, processing_class: Any) -> None:
-        """Write the restored model into a checkpoint that Trainer has just written; ALL ranks must call this."""
+        """Begin the restored model of a checkpoint that Trainer has just written; ALL ranks must call this.
+
+        The training waits for an earlier one, and until the raw files are known to be whole.
+        """
         started = time.perf_counter()
-        written = self.weights.write_checkpoint(checkpoint, self._record(step), processing_class)
-        self._report_save(written, step, time.perf_counter() - started)
+        self.background.finish()
+        save = Save(step, self._record(step), checkpoint)
+        written = self.weights.write_checkpoint(checkpoint, save, processing_class)
+        self._report_save(written, save, time.perf_counter() - started)
+
+    def look(self, step: int) -> None:
+        """Put restored models that were made meanwhile in their places; at the trainer's events, nobody waits."""
+        self._last_step = step
+        self.background.look()
+
+    def restore_saved(self, folder: Path, step: int, processing_class: Any, *, wait: bool) -> None:
+        """The restored model of a folder that the user had saved by hand; ALL ranks must call this.
+
+        Raises:
+            QKGuardError: it cannot be written; without `wait` only what fails before the write begins is raised.
+        """
+        started = time.perf_counter()
+        save = Save(step, self._record(step), awaited=wait)
+        written = self.weights.write_checkpoint(folder, save, processing_class)
+        if wait:
+            self.background.finish(strict=True)
+        self._report_save(written, save, time.perf_counter() - started)
 
     def final_export(self, state: TrainerState, processing_class: Any) -> None:
         """Write the final raw and restored models; ALL ranks must call this.
@@ -277,20 +308,31 @@ class Session:
         """
         started, step = time.perf_counter(), self.step_of_weights(state)
         source = self.saved.get(step)
-        written = self.weights.write_final(self.folder / FINAL, source, self._record(step), processing_class)
-        self._report_save(written, step, time.perf_counter() - started)
+        save = Save(step, self._record(step), awaited=True)
+        written = self.weights.write_final(self.folder / FINAL, source, save, processing_class)
+        self._report_save(written, save, time.perf_counter() - started)
 
     def _record(self, step: int) -> dict[str, Any]:
-        """What manifests say of the training so far."""
+        """What manifests say of the training so far; a copy, because the training goes on."""
         record: dict[str, Any] = {"step": step, "drift": self.drift}
-        return record | ({"probe": self.recall_monitor.summary} if self.recall_monitor.summary else {})
+        return deepcopy(record | ({"probe": self.recall_monitor.summary} if self.recall_monitor.summary else {}))
 
-    def _report_save(self, written: list[Path], step: int, seconds: float) -> None:
+    def _report_save(self, written: list[Path], save: Save, seconds: float) -> None:
+        """Of what a save kept the training waiting; ALL ranks must call this."""
         if not written:
             return
-        self.publish({"qkguard/overhead/save_seconds": seconds}, step)
-        if ranks.rank() == 0:
+        self.publish({"qkguard/overhead/save_seconds": seconds}, save.step)
+        if ranks.rank() == 0 and save.awaited:
             logger.info("Wrote %s (%.1f s).", ", ".join(map(str, written)), seconds)
+
+    def _note_write(self, write: Write) -> None:
+        """A write has ended beside the training, of which rank 0's metrics tell; the other ranks are not asked."""
+        if self.metrics_log is None:
+            return
+        metrics = {"qkguard/overhead/save_background_seconds": max(0.0, write.seconds - write.waited)}
+        advice = f"What could be logged is in {self.folder / METRICS}."
+        with attempt("logging metrics of a save", strict=False, advice=advice):
+            self.metrics_log.log(metrics, max(self._last_step, write.save.step), {"saved_step": write.save.step})
 
 
 def _step_loaded(state: TrainerState) -> int:

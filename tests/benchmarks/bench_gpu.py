@@ -4,9 +4,13 @@
 
 Deterministic kernels, and every run a launch of its own (DeepSpeed leaves memory and hooks behind, and each run after
 another in one process is slower): without the guard, with it (drift every step, routing drift every 4), without it
-again as the control, and with it and its default probes. Prints one line of JSON: seconds of each run and of its
-steps, what the guard says it took, GPU memory, and whether losses, gradient norms and saved weights are bit-identical.
-The restored checkpoint is judged by the hand-written oracle.
+again as the control, and with it and its default probes. Every run saves half-way and at its end.
+
+Prints one line of JSON: seconds of each run and of its steps, also of those beside the guard's write; what Trainer
+took to save, what the guard then kept it waiting and what it wrote in the background; what else the guard says it
+took, GPU memory, and whether losses, gradient norms and saved weights are bit-identical. The restored checkpoints are
+judged by the hand-written oracle. Without a GPU it runs on the CPU, to look at that line: `bench_gpu 256 2 8 --length
+64`.
 """
 
 from __future__ import annotations
@@ -42,27 +46,61 @@ from tests.distributed.cases import deepspeed_config
 from tests.support import judge
 from tests.support.training import Recorder
 
+CUDA = torch.cuda.is_available()
 TOKENIZER = Path(qkguard.__file__).parent / "demo" / "model"  # probes need one; its ids are among the model's
 GUARDED = {"routing_drift_steps": 4, "final_export": False, "strict": True}
 RUNS = {"plain": None, "guarded": GUARDED | {"probe_steps": "0"}, "again": None, "probed": GUARDED}
 
 
-class Clock(TrainerCallback):
-    """Wall time at the starts of steps, the accelerator idle."""
+def synchronize() -> None:
+    if CUDA:
+        torch.cuda.synchronize()
 
-    def __init__(self) -> None:
+
+class Clock(TrainerCallback):
+    """Wall time at the starts of steps and around saves, the accelerator idle; comes before the guard."""
+
+    def __init__(self, guard: QKGuardCallback | None) -> None:
+        self.guard = guard
         self.starts: list[float] = []
+        self.beside_write: list[bool] = []
+        self.saved_after: set[int] = set()
+        self.trainer_saves: list[float] = []
+        self.step_over = 0.0
 
     def on_step_begin(self, args, state, control, **kwargs):
-        torch.accelerator.synchronize()
+        synchronize()
         self.starts.append(time.perf_counter())
+        self.beside_write.append(bool(self.guard) and self.guard.session.background.busy)
 
-    def seconds(self, began: float) -> dict[str, float]:
-        """From `began` to the first step, of a step (median and mean), and to now, when training has ended."""
-        torch.accelerator.synchronize()
-        steps = [b - a for a, b in zip(self.starts[2:], self.starts[3:], strict=False)]
-        whole = {"start": self.starts[0] - began, "all": time.perf_counter() - began}
-        return whole | {"step": statistics.median(steps), "mean_step": statistics.mean(steps)}
+    def on_log(self, args, state, control, **kwargs):  # every step, right before Trainer saves
+        synchronize()
+        self.step_over = time.perf_counter()
+
+    def on_save(self, args, state, control, **kwargs):
+        self.trainer_saves.append(time.perf_counter() - self.step_over)
+        self.saved_after.add(state.global_step)
+
+    def seconds(self, began: float) -> dict[str, object]:
+        """From `began` to the first step, of a step (median and mean), and to now, when training has ended.
+
+        The first two steps and those that end in a save are left out; "beside_write" is the median of the steps that
+        began while the guard's thread was at work.
+        """
+        synchronize()
+        steps = {n: b - a for n, (a, b) in enumerate(zip(self.starts, self.starts[1:], strict=False), 1)}
+        steps = {n: step for n, step in steps.items() if n > 2 and n not in self.saved_after}
+        beside = [step for n, step in steps.items() if self.beside_write[n - 1]]
+        alone = [step for n, step in steps.items() if not self.beside_write[n - 1]]
+        return {
+            "start": self.starts[0] - began,
+            "all": time.perf_counter() - began,
+            "step": statistics.median(alone),
+            "mean_step": statistics.mean(steps.values()),
+            "beside_write": statistics.median(beside) if beside else None,
+            "steps_beside_write": len(beside),
+            "trainer_saves": self.trainer_saves,
+        }
 
 
 def probes(guard: QKGuardCallback, run: Path, steps: int) -> dict[str, object]:
@@ -78,23 +116,25 @@ def probes(guard: QKGuardCallback, run: Path, steps: int) -> dict[str, object]:
     }
 
 
-def train(name: str, folder: Path, steps: int) -> dict[str, object]:
+def train(name: str, folder: Path, steps: int, length: int) -> dict[str, object]:
     """One run on the ranks of this launch; what rank 0 saw of it."""
     import deepspeed
 
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed("nccl", verbose=False)
+    if CUDA:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed("nccl" if CUDA else "gloo", verbose=False)
     torch.use_deterministic_algorithms(True)  # to only warn would leave attention's backward pass as it is
-    rows = torch.randint(0, 32000, (steps * 4, 2048), generator=torch.Generator().manual_seed(1)).tolist()
+    rows = torch.randint(0, 32000, (steps * 4, length), generator=torch.Generator().manual_seed(1)).tolist()
     args = TrainingArguments(
         output_dir=str(folder / name),
         max_steps=steps,
-        save_steps=steps,
+        save_steps=steps // 2,
         save_only_model=True,
         logging_steps=1,
         per_device_train_batch_size=2,
         learning_rate=1e-4,
-        bf16=True,
+        bf16=CUDA,
+        use_cpu=not CUDA,
         gradient_checkpointing=True,
         report_to=[],
         disable_tqdm=True,
@@ -102,9 +142,9 @@ def train(name: str, folder: Path, steps: int) -> dict[str, object]:
         optim="adamw_torch",
     )
     model = LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
-    clock, recorder = Clock(), Recorder()
     RecallMonitor.at_floor = False  # type: ignore[assignment, method-assign]  # random weights find no needles
     guard = None if RUNS[name] is None else QKGuardCallback(**RUNS[name])
+    clock, recorder = Clock(guard), Recorder()
     trainer = Trainer(
         model=model,
         args=args,
@@ -114,15 +154,17 @@ def train(name: str, folder: Path, steps: int) -> dict[str, object]:
         data_collator=collate,  # the tokenizer's own would add masks
     )
     trainer.remove_callback(PrinterCallback)
-    torch.cuda.reset_peak_memory_stats()
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     trainer.train()
-    found = {"rows": recorder.rows, "seconds": clock.seconds(began), "gpu_gb": torch.cuda.max_memory_allocated() / 1e9}
+    memory = torch.cuda.max_memory_allocated() / 1e9 if CUDA else None
+    found = {"rows": recorder.rows, "seconds": clock.seconds(began), "gpu_gb": memory}
     if guard:
         found["reference_mb"] = guard.session.reference.nbytes / 1e6
         if guard.session.recall_monitor.prober is not None:
             found["probes"] = probes(guard, folder / name, steps)
-    found |= {"device": torch.cuda.get_device_name(), "ranks": dist.get_world_size()}
+    found |= {"device": torch.cuda.get_device_name() if CUDA else "cpu", "ranks": dist.get_world_size()}
     dist.barrier()
     dist.destroy_process_group()
     return found
@@ -139,38 +181,50 @@ def save_base(folder: Path, hidden: int, layers: int) -> None:
         max_position_embeddings=4096,
     )
     torch.manual_seed(0)
-    with torch.device("cuda"):
+    with torch.device("cuda" if CUDA else "cpu"):
         model = LlamaForCausalLM(config).to(torch.bfloat16)
     print("parameters", model.num_parameters(), flush=True)
     model.save_pretrained(folder / "base")
     del model
-    torch.cuda.empty_cache()
+    if CUDA:
+        torch.cuda.empty_cache()
 
 
-def judged(folder: Path, raw: Path) -> list[dict]:
+def pair(run: Path, step: int) -> tuple[Path, Path]:
+    return run / f"checkpoint-{step}", run / f"checkpoint-{step}/qk_restored"
+
+
+def judged(folder: Path, raw: Path, dtype: torch.dtype) -> list[dict]:
     """The guarded run's rows of metrics, after its restored checkpoint and last drift were recomputed."""
-    judge.judge_restored("llama", folder / "base", raw, raw / "qk_restored", torch.bfloat16)
+    judge.judge_restored("llama", folder / "base", raw, raw / "qk_restored", dtype)
     rows = judge.metrics_rows(folder / "guarded")
     last = [r for r in rows if "qkguard/drift/q_rel" in r][-1]
     for part in "qk":
-        drift = judge.drift_by_layer("llama", part, folder / "base", raw, torch.bfloat16, floor=0)
+        drift = judge.drift_by_layer("llama", part, folder / "base", raw, dtype, floor=0)
         for layer, want in drift.items():
             got = last[f"qkguard/drift/layer_{layer}/{part}_rel"]
             assert abs(got / want - 1) < 1e-6, (layer, part, got, want)
     return rows
 
 
-def main(hidden: int, layers: int, steps: int, ranks: int) -> None:
+def overhead(rows: list[dict], kind: str) -> list[float]:
+    return [row[key] for key in [f"qkguard/overhead/{kind}_seconds"] for row in rows if key in row]
+
+
+def main(hidden: int, layers: int, steps: int, ranks: int, length: int) -> None:
     with tempfile.TemporaryDirectory(prefix="qkguard-bench-gpu-") as name:
         folder = Path(name)
         save_base(folder, hidden, layers)
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         launch += ["-m", "tests.benchmarks.bench_gpu", *map(str, (hidden, layers, steps)), "--folder", name]
+        launch += ["--length", str(length)]
         for run in RUNS:
             subprocess.run([*launch, "--only", run], check=True, timeout=900)
         found = {run: json.loads((folder / f"{run}.json").read_text()) for run in RUNS}
         bits = {run: judge.weights_in_bits(folder / run / f"checkpoint-{steps}") for run in RUNS}
-        rows = judged(folder, folder / "guarded" / f"checkpoint-{steps}")
+        dtype = torch.bfloat16 if CUDA else torch.float32
+        judge.judge_restored("llama", folder / "base", *pair(folder / "guarded", steps // 2), dtype)
+        rows = judged(folder, folder / "guarded" / f"checkpoint-{steps}", dtype)
     took: dict[bool, list[float]] = {False: [], True: []}
     for row in [r for r in rows if "qkguard/drift/q_rel" in r][1:-1]:
         took["qkguard/drift/routing_rel" in row].append(row["qkguard/overhead/drift_seconds"])
@@ -184,7 +238,9 @@ def main(hidden: int, layers: int, steps: int, ranks: int) -> None:
         **{key: {run: one[key] for run, one in found.items()} for key in ("seconds", "gpu_gb")},
         "drift_s": statistics.median(took[False]),
         "drift_and_routing_s": statistics.median(took[True]),
-        "save_s": next(r["qkguard/overhead/save_seconds"] for r in rows if "qkguard/overhead/save_seconds" in r),
+        "save_s": overhead(rows, "save"),
+        "save_background_s": overhead(rows, "save_background"),
+        "trainer_save_s": found["guarded"]["seconds"]["trainer_saves"],
         "probes": found["probed"]["probes"],
         "bit_identical_to_plain": same,
     }
@@ -199,13 +255,14 @@ if __name__ == "__main__":
     parser.add_argument("layers", type=int, nargs="?", default=16)
     parser.add_argument("steps", type=int, nargs="?", default=60)
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a training sample")
     parser.add_argument("--only", choices=RUNS, help="one of the launches that this script makes")
     parser.add_argument("--folder", type=Path)
     given = vars(parser.parse_args())
     run, folder = given.pop("only"), given.pop("folder")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS may differ from run to run
     if run:
-        result = train(run, folder, given["steps"])
+        result = train(run, folder, given["steps"], given["length"])
         if os.environ["RANK"] == "0":
             (folder / f"{run}.json").write_text(json.dumps(result))
     else:

@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,16 +16,18 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 from trl import SFTConfig
 
-from qkguard import QKGuardCallback, QKGuardError
+from qkguard import QKGuardCallback, QKGuardError, restore_checkpoint
+from qkguard.checkpoint import shares
 from qkguard.checkpoint.reference_file import write_reference
+from qkguard.checkpoint.write import write_files
 from qkguard.distributed import sharding
 from tests.distributed.launch import sharded_at_loading, sharding_of
 from tests.support import judge
 from tests.support.models import noised
-from tests.support.training import arguments, make_trainer, save_base, train
+from tests.support.training import OnlySaves, arguments, make_trainer, save_base, saved_in_shards, train
 
 STEPS = 3
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -277,25 +280,71 @@ def wrong_start(folder: Path) -> None:
 
 def failing_write(folder: Path) -> None:
     """A write that fails on one rank: training goes on everywhere, and with `strict` it ends on all ranks alike."""
-    from qkguard.training import full_weights
-
     base = base_model(folder)
-    original = full_weights.write_files
+    last = dist.get_world_size() - 1
 
     def broken(*args, **kwargs):
-        if rank() == dist.get_world_size() - 1:
+        if rank() == last:
             raise OSError(28, "No space left on device")
-        return original(*args, **kwargs)
+        return write_files(*args, **kwargs)
 
-    full_weights.write_files = broken
+    shares.write_files = broken
     try:
-        train(base, arguments(folder), QKGuardCallback())
-        dist.barrier()  # rank 0 clears up after the others have heard of the failure
-        assert not (folder / f"run/checkpoint-{STEPS}/qk_restored").exists()
-        assert not list((folder / "run").rglob("_qkguard-tmp-*")), "a temporary folder was left"
-        stops_if_strict(base, folder, f"failed on rank {dist.get_world_size() - 1}: ")
+        with saved_in_shards():
+            train(base, arguments(folder, save_steps=1), QKGuardCallback())
+            assert not list((folder / "run").glob("checkpoint-*/qk_restored"))
+            dist.barrier()  # rank 0 clears up after the others have heard of the failure
+            assert not list((folder / "run").rglob("_qkguard-tmp-*")), "a temporary folder was left"
+            stops_if_strict(base, folder, f"failed on rank {last}: ")
     finally:
-        full_weights.write_files = original
+        shares.write_files = write_files
+
+
+def beside_training(folder: Path) -> None:
+    """A rank that is slow to write its share holds nobody up, and what comes out is what `qkguard restore` writes."""
+    base = base_model(folder, "llama")
+    last, gate, seen = dist.get_world_size() - 1, folder / "open", {}
+
+    def slow(plan, place, number=0, world=1, progress=None):
+        seen.setdefault("ranks", world)
+        while rank() == last and not gate.exists():
+            progress(0, 1)
+            time.sleep(0.01)
+        return write_files(plan, place, number, world, progress)
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            out = folder / "run/checkpoint-1/qk_restored"
+            seen[state.global_step] = out.exists()
+            dist.barrier()
+            if state.global_step == 3 and rank() == 0:
+                gate.touch()
+
+    shares.write_files = slow
+    try:
+        with saved_in_shards():
+            guard = QKGuardCallback(strict=True)
+            trainer = make_trainer(base, arguments(folder, save_steps=1, max_steps=4, save_strategy="steps"), guard)
+            trainer.add_callback(Watch())
+            trainer.add_callback(OnlySaves(1))
+            trainer.train()
+    finally:
+        shares.write_files = write_files
+    assert seen["ranks"] == last + 1 and not any(seen[step] for step in (1, 2, 3)), seen
+    if rank() == 0:
+        reset()
+        raw = folder / "run/checkpoint-1"
+        judge.judge_restored("llama", base, raw, raw / "qk_restored", torch.float32)
+        restore_checkpoint(base, raw, folder / "by_hand")
+        made, wanted = (judge.weight_hashes(place) for place in (raw / "qk_restored", folder / "by_hand"))
+        assert made == wanted and len(made) > last and made != judge.weight_hashes(raw)
+        waited = [
+            row["qkguard/overhead/save_seconds"]
+            for row in judge.metrics_rows(folder / "run")
+            if "qkguard/overhead/save_seconds" in row
+        ]
+        assert len(waited) == 2, "one save, and the end"
+    dist.barrier()
 
 
 def failing_page(folder: Path) -> None:

@@ -103,4 +103,4 @@ def agreements(folder: Path) -> None:
     assert steps == [0, 1, 0, 1], steps  # the last with routing drift
     (start,) = [count for event, count in seen[0] if event == "begin"]
     (save,) = [count for event, count in seen[0] if event == "save"]
-    assert (start, save) == (8, 10)
+    assert (start, save) == (9, 3)

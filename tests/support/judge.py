@@ -17,6 +17,11 @@ def file_sha256(path: Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
+def weight_hashes(folder: Path) -> dict[str, str]:
+    """Weight file -> sha256."""
+    return {path.name: file_sha256(path) for path in sorted(Path(folder).glob("*.safetensors"))}
+
+
 def metrics_rows(run: Path) -> list[dict]:
     return [json.loads(line) for line in (Path(run) / "_qkguard" / "metrics.jsonl").read_text().splitlines()]
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from tests.support.models import tiny_model
@@ -46,6 +48,31 @@ def arguments(folder: Path, cls: type = SFTConfig, **options: Any) -> Any:
     return cls(**settings | options)
 
 
+@contextmanager
+def saved_in_shards(size: str = "20KB") -> Iterator[None]:
+    """Inside the block models are saved in files of this size, so that several ranks have something to write."""
+    original = PreTrainedModel.save_pretrained
+
+    def save(self: Any, *args: Any, **options: Any) -> Any:
+        return original(self, *args, **{"max_shard_size": size} | options)
+
+    PreTrainedModel.save_pretrained = save
+    try:
+        yield
+    finally:
+        PreTrainedModel.save_pretrained = original
+
+
+class OnlySaves(TrainerCallback):
+    """Saves at these steps alone; the arguments say save_steps=1, and the guard's callback comes before."""
+
+    def __init__(self, *steps: int) -> None:
+        self.steps = steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save = control.should_save and state.global_step in self.steps
+
+
 class Recorder(TrainerCallback):
     """Losses and gradient norms as logged."""
 
@@ -79,4 +106,14 @@ def train(base: Path, args: Any, guard: Any = None, resume: bool = False, **opti
     return trainer
 
 
-__all__ = ["Recorder", "TrainingArguments", "arguments", "make_trainer", "save_base", "token_rows", "train"]
+__all__ = [
+    "OnlySaves",
+    "Recorder",
+    "TrainingArguments",
+    "arguments",
+    "make_trainer",
+    "save_base",
+    "saved_in_shards",
+    "token_rows",
+    "train",
+]

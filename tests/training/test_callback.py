@@ -54,7 +54,9 @@ def test_sft_run_writes_reference_metrics_and_both_checkpoints(base, tmp_path):
         now, before = (a.double()[16 * h : 16 * h + 16].T @ b.double()[16 * (h // 2) : 16 * (h // 2) + 16]
                        for a, b in ((q, k), (q0, k0)))  # fmt: skip
         assert got == pytest.approx(float((now - before).norm() / before.norm()), rel=1e-6)
-    assert all("qkguard/overhead/save_seconds" in r or "qkguard/overhead/drift_seconds" in r for r in rows)
+    kinds = [f"qkguard/overhead/{kind}_seconds" for kind in ("save", "save_background", "drift")]
+    assert all(sum(kind in row for kind in kinds) == 1 for row in rows)
+    assert [[row["step"] for row in rows if kind in row] for kind in kinds[:2]] == [[2, 3, 3], [3, 3]]
     manifest = json.loads((run / "checkpoint-3/qk_restored/qkguard.json").read_text())
     assert manifest["step"] == 3 and manifest["drift"]["qkguard/drift/q_rel"] == drift[2]["qkguard/drift/q_rel"]
     assert not [p for p in (run / "_qkguard").iterdir() if p.name.startswith("_")]
@@ -274,7 +276,7 @@ def test_a_failed_write_lets_training_go_on_unless_strict(base, tmp_path, monkey
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("qkguard.training.full_weights.write_files", full)
+    monkeypatch.setattr("qkguard.checkpoint.shares.write_files", full)
     logging.getLogger("qkguard").propagate = True
     with caplog.at_level(logging.ERROR, logger="qkguard"):
         trainer = train(base, arguments(tmp_path), QKGuardCallback())
