@@ -432,7 +432,7 @@ def test_training_without_room_for_any_length_has_no_probes(base, tmp_path, capl
         probed(base, tmp_path, QKGuardCallback(strict=True), max_steps=1)
     assert not recalls(tmp_path)
     lines = [r.getMessage() for r in caplog.records if "Recall probes are off" in r.getMessage()]
-    assert len(lines) == 1 and "512, 1024, 2048 do not fit the model's 256 positions (max_position" in lines[0]
+    assert len(lines) == 1 and "512, 1024, 2048, 4096 do not fit the model's 256 positions (max_position" in lines[0]
     assert [r.levelno for r in caplog.records if "Recall probes are off" in r.getMessage()] == [logging.WARNING]
 
 
