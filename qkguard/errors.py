@@ -15,7 +15,12 @@ class QKGuardError(Exception):
 
     The CLI prints it without a traceback and exits with code 2. Inside training it stops the run on all ranks
     where the reference is wrong, and is logged where only a probe, tracker or restored write failed.
+
+    Attributes:
+        complete: whether the sentence says by itself what failed and where, so that ranks add nothing to it.
     """
+
+    complete = False
 
 
 class UnknownLayoutError(QKGuardError):

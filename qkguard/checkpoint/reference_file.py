@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from qkguard.checkpoint.files import write_json
 from qkguard.checkpoint.safetensors_io import SafetensorsWriter, same_bits, sha256_of
 from qkguard.checkpoint.weights import BaseRows
 from qkguard.distributed import ranks
+from qkguard.distributed.collectives import Exchange
 from qkguard.distributed.reference import Reference
 from qkguard.errors import WrongReferenceError
 from qkguard.layout.spec import ParamMap
@@ -26,23 +28,37 @@ WAYS_OUT = "Put the file back from a copy, or name the pre-SFT checkpoint with Q
 
 
 def write_reference(
-    reference: Reference, folder: Path, about: Mapping[str, Any], writers: Sequence[int] = (0,)
+    reference: Reference,
+    folder: Path,
+    about: Mapping[str, Any],
+    writers: Sequence[int] = (0,),
+    group: ProcessGroup | None = None,
 ) -> None:
     """Write one file with the rows of all ranks, and its manifest, on every writer; ALL ranks must call this.
 
-    The file does not depend on the number of ranks. A writer holds one parameter in memory at a time.
+    The file does not depend on the number of ranks. A writer holds one parameter in memory at a time. A rank whose
+    part fails takes part in the rest and raises at the end; the others do not hear of it here.
 
     Args:
         about: what the manifest says beside the tensors.
         writers: the ranks that write, each into its own `folder`.
+        group: a gloo group of all ranks for nothing else, so that a thread may call this.
     """
+    exchange, deferred = reference.exchange(group), ranks.Deferred("writing the reference")
     for writer in writers:
-        _write_on(writer, reference, folder, about)
+        _write_on(writer, reference, folder, about, exchange, deferred)
+    if deferred.failure is not None:
+        raise deferred.failure
 
 
-def _write_on(writer: int, reference: Reference, folder: Path, about: Mapping[str, Any]) -> None:
-    exchange = ranks.agree("reserving memory for the reference", reference.exchange)
-    deferred = ranks.Deferred("writing the reference")
+def _write_on(
+    writer: int,
+    reference: Reference,
+    folder: Path,
+    about: Mapping[str, Any],
+    exchange: Exchange,
+    deferred: ranks.Deferred,
+) -> None:
     file = deferred.run(partial(_ReferenceWriter, reference, folder)) if ranks.rank() == writer else None
     for name in reference.maps:
         rows = reference.gather_kept(name, exchange, deferred, writer)
@@ -50,7 +66,6 @@ def _write_on(writer: int, reference: Reference, folder: Path, about: Mapping[st
             deferred.run(partial(file.write, name, rows))
     if file is not None:
         deferred.run(partial(file.finish, about))
-    deferred.agree()
 
 
 class _ReferenceWriter:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -70,17 +71,20 @@ class Exchange:
 
     Args:
         nbytes: of the longest slice to come.
+        group: a gloo group of all ranks; the default one if None.
     """
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, group: Any = None) -> None:
+        self.group = group
         if ranks.world_size() > 1:
-            self.slice = torch.zeros(nbytes, dtype=torch.uint8, device=comm_device())
-            self.slices = torch.zeros(ranks.world_size(), nbytes, dtype=torch.uint8, device=comm_device())
+            device = comm_device() if group is None else torch.device("cpu")
+            self.slice = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+            self.slices = torch.zeros(ranks.world_size(), nbytes, dtype=torch.uint8, device=device)
 
     @classmethod
-    def of(cls, tensors: Iterable[tuple[list[Span], torch.dtype]]) -> Exchange:
+    def of(cls, tensors: Iterable[tuple[list[Span], torch.dtype]], group: Any = None) -> Exchange:
         """One for slices of these spans and dtypes."""
-        return cls(max((_longest(spans) * dtype.itemsize for spans, dtype in tensors), default=0))
+        return cls(max((_longest(spans) * dtype.itemsize for spans, dtype in tensors), default=0), group)
 
     def gather(
         self, local: Tensor | None, spans: list[Span], dtype: torch.dtype, deferred: Deferred, dst: int = 0
@@ -95,7 +99,7 @@ class Exchange:
         if local is not None:
             deferred.run(partial(_fill, self.slice, local))
         received = [row[:length] for row in self.slices] if ranks.rank() == dst else None
-        dist.gather(self.slice[:length], received, dst=dst)
+        dist.gather(self.slice[:length], received, dst=dst, group=self.group)
         return None if received is None else deferred.run(partial(_joined, received, spans, dtype))
 
     def all_gather(self, local: Tensor, spans: list[Span]) -> list[Tensor]:
@@ -106,7 +110,7 @@ class Exchange:
         length = _longest(spans) * size
         _fill(self.slice, local)
         received = [row[:length] for row in self.slices]
-        dist.all_gather(received, self.slice[:length])
+        dist.all_gather(received, self.slice[:length], group=self.group)
         return [row[: (b - a) * size].view(local.dtype) for row, (a, b) in zip(received, spans, strict=True)]
 
     def scatter(self, full: Tensor | None, spans: list[Span], dtype: torch.dtype, deferred: Deferred) -> Tensor | None:
@@ -121,7 +125,7 @@ class Exchange:
         sent = [row[:length] for row in self.slices] if ranks.rank() == 0 else None
         if full is not None and sent is not None:
             deferred.run(partial(_fill_all, sent, full, spans))
-        dist.scatter(self.slice[:length], sent, src=0)
+        dist.scatter(self.slice[:length], sent, src=0, group=self.group)
         mine = self.slice[: (stop - start) * dtype.itemsize]
         return deferred.run(partial(_copied, mine, dtype))
 

@@ -227,8 +227,8 @@ class _Meetings:
             raise QKGuardError(self._crossed(what))
         if failing:
             first = self.size - failing
-            kind, text = json.loads(self.store.get(self._key("failure", first)))
-            raise getattr(errors, kind)(f"{what} failed on rank {first}: {text}")
+            kind, text, complete = json.loads(self.store.get(self._key("failure", first)))
+            raise getattr(errors, kind)(text if complete else f"{what} failed on rank {first}: {text}")
 
     def _crossed(self, what: str) -> str:
         """A sentence on ranks that met for different things."""
@@ -375,8 +375,8 @@ def _ranks(numbers: Iterable[int]) -> str:
     return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
 
 
-def _described(failure: Exception) -> tuple[str, str]:
-    """The name of an error in `qkguard.errors`, and its message."""
+def _described(failure: Exception) -> tuple[str, str, bool]:
+    """The name of an error in `qkguard.errors`, its message, and whether that is complete."""
     if isinstance(failure, QKGuardError):
-        return type(failure).__name__, str(failure)
-    return QKGuardError.__name__, f"{type(failure).__name__}: {failure}"
+        return type(failure).__name__, str(failure), failure.complete
+    return QKGuardError.__name__, f"{type(failure).__name__}: {failure}", False

@@ -110,9 +110,9 @@ class Reference:
         counts = collectives.all_reduce_sum(differs).tolist()
         return [name for name, ranks_that_differ in zip(self.maps, counts, strict=True) if ranks_that_differ]
 
-    def exchange(self) -> Exchange:
+    def exchange(self, group: Any = None) -> Exchange:
         """Memory for gathering and scattering these rows; ALL ranks must make one, and should agree on it."""
-        return Exchange.of((self.slice_spans[name], kept.dtype) for name, kept in self.slices.items())
+        return Exchange.of(((self.slice_spans[name], kept.dtype) for name, kept in self.slices.items()), group)
 
     def gather(
         self, model: nn.Module, name: str, exchange: Exchange, deferred: ranks.Deferred, dst: int = 0

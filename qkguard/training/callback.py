@@ -85,6 +85,8 @@ class QKGuardCallback(TrainerCallback):
                 drift=is_due(self.config.drift_steps, state.global_step, control.should_log),
                 routing=is_due(self.config.routing_drift_steps, state.global_step, control.should_log),
             )
+            if control.should_save:  # a checkpoint without a reference could not be resumed
+                self.session.reference_written()
             self.session.recall_monitor.at_step(state, control)
 
     def on_prediction_step(
@@ -103,6 +105,8 @@ class QKGuardCallback(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self.session and control.should_save:
+            self.session.reference_written()
         if self.session and control.should_log:  # logging_strategy="epoch"; what a step logged has reset the flag
             self.session.measure(
                 state.global_step,

@@ -38,27 +38,23 @@ ANOTHER_MODEL = 0.9
 """Share of the parameters from which on the weights are another revision's, not those of a loader that failed."""
 
 
-def compare_with_own_checkpoint(model: Any, folder: Path, maps: Sequence[ParamMap], *, live: bool) -> str:
-    """Compare the starting weights with the checkpoint they came from, if it is local; ALL ranks must call this.
+def plan_comparison(model: Any, maps: Sequence[ParamMap], *, live: bool) -> Comparison | str | None:
+    """What to compare the starting weights with: the checkpoint they came from, if it is local; ALL ranks.
 
-    A loader that silently leaves weights random (seen with hybrids under ZeRO-3) must stop the run here.
+    A loader that silently leaves weights random (seen with hybrids under ZeRO-3) must not go unnoticed. Everything
+    that needs the model happens here; `Comparison.run` reads files alone, and may do so while the model trains.
 
     Args:
-        folder: holds the reference, the starting queries and keys.
-        maps: which rows these are.
+        maps: which rows are queries and keys.
         live: the user does not want the comparison.
 
     Returns:
-        A clause that says what was compared.
-
-    Raises:
-        WrongReferenceError: on all ranks, when weights differ.
+        On rank 0 the comparison, or a clause that says why there is none; None on the others.
     """
     if live:
         return "not compared with any checkpoint (base_model: live)"
     samples = sample_params(model)
-    compare = partial(_compare, model, folder, maps, samples)
-    return ranks.on_rank_zero("comparing the starting weights with the base checkpoint", compare)
+    return ranks.held_by(0, "opening the base checkpoint", partial(_plan, model, maps, samples))
 
 
 def loaded_from(model: Any) -> str | None:
@@ -80,7 +76,7 @@ def loaded_from(model: Any) -> str | None:
 def _snapshot_of(model: Any, folders: Sequence[Path], samples: Mapping[str, ParamSample]) -> str | None:
     for local in folders:
         try:
-            found = _compare_with(local, model, None, (), samples)
+            found = _differences(_open(local, model, ()), None, samples, _output_embedding(model))
         except QKGuardError:
             continue
         if found.equal and not found.share:
@@ -94,7 +90,7 @@ def model_name(model: Any) -> str | None:
 
 
 @dataclass
-class _Comparison:
+class _Differences:
     """The starting weights beside one checkpoint's.
 
     Attributes:
@@ -121,34 +117,85 @@ class _Comparison:
         return differing / max(1, differing + self.equal)
 
 
-def _compare(model: Any, folder: Path, maps: Sequence[ParamMap], samples: Mapping[str, ParamSample]) -> str:
-    """`compare_with_own_checkpoint` in one process."""
-    name = model_name(model)
+@dataclass(frozen=True)
+class _Candidate:
+    """A checkpoint that the weights may have come from, its headers read.
+
+    Attributes:
+        folder, weights: where it is.
+        loaded: bare parameter name -> the tensors it is loaded from.
+        source: its query and key rows; None where it has none in their own form.
+        unread: why it has none.
+        maps: which rows these are.
+    """
+
+    folder: Path
+    weights: WeightFolder
+    loaded: Mapping[str, Sequence[DiskTensor]]
+    source: BaseFolder | None
+    unread: str | None
+    maps: Sequence[ParamMap]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The starting weights, and the checkpoints that they may have come from (one process).
+
+    Attributes:
+        name: what the model was loaded from.
+        certain: whether they came from the only candidate.
+        candidates: those whose files can be read.
+        samples: of every parameter, by name.
+        head: the name of the output embedding, which may have been made anew on purpose.
+    """
+
+    name: str
+    certain: bool
+    candidates: Sequence[_Candidate]
+    samples: Mapping[str, ParamSample]
+    head: str | None
+
+    def run(self, reference: Path) -> str:
+        """Compare; `reference` is the folder with the starting queries and keys. Reads files, and nothing else.
+
+        Returns:
+            A clause that says what was compared.
+
+        Raises:
+            WrongReferenceError: weights differ.
+        """
+        found = [_differences(one, reference, self.samples, self.head) for one in self.candidates]
+        best = min(found, key=_differing)
+        if not self.certain and best.share >= ANOTHER_MODEL:
+            return (
+                f"not compared with a checkpoint (transformers does not tell which revision of {self.name} was "
+                f"loaded, and {'it is not the one' if len(found) == 1 else 'it is none of those'} in the cache)"
+            )
+        guarded = len(self.candidates[0].maps)
+        _refuse_differences(best, guarded)
+        return _what_was_compared(self.name, best, guarded)
+
+
+def _plan(model: Any, maps: Sequence[ParamMap], samples: Mapping[str, ParamSample]) -> Comparison | str:
+    """`plan_comparison` in one process."""
     folders, certain = local_checkpoints(model)
     if not folders:
         return "not compared with a checkpoint (none on this machine)"
     if getattr(model.config, "quantization_config", None) is not None or any(folders[0].glob("*.gguf")):
         return "not compared with the base checkpoint (it is quantised)"
-    comparisons: list[_Comparison] = []
+    candidates = []
     for local in folders:
         try:
-            comparisons.append(_compare_with(local, model, folder, maps, samples))
+            candidates.append(_open(local, model, maps))
         except QKGuardError as error:
             unreadable = str(error).rstrip(".")
-    if not comparisons:
+    if not candidates:
         return f"not compared with the base checkpoint ({unreadable})"
-    best = min(comparisons, key=_differing)
-    if not certain and best.share >= ANOTHER_MODEL:
-        return (
-            f"not compared with a checkpoint (transformers does not tell which revision of {name} was loaded, and "
-            f"{'it is not the one' if len(comparisons) == 1 else 'it is none of those'} in the cache)"
-        )
-    _refuse_differences(best, len(maps))
-    return _what_was_compared(str(name), best, len(maps))
+    return Comparison(str(model_name(model)), certain, candidates, samples, _output_embedding(model))
 
 
-def _differing(comparison: _Comparison) -> int:
-    return len(comparison.wrong_qk) + len(comparison.random) + len(comparison.changed)
+def _differing(found: _Differences) -> int:
+    return len(found.wrong_qk) + len(found.random) + len(found.changed)
 
 
 def local_checkpoints(model: Any) -> tuple[list[Path], bool]:
@@ -173,29 +220,34 @@ def local_checkpoints(model: Any) -> tuple[list[Path], bool]:
         return [], True
 
 
-def _compare_with(
-    local: Path, model: Any, folder: Path | None, maps: Sequence[ParamMap], samples: Mapping[str, ParamSample]
-) -> _Comparison:
-    """Compare with one folder; QKGuardError where it holds no weights that can be read.
-
-    Queries and keys are compared by their samples alone where there is no `folder` with the reference.
-    """
+def _open(local: Path, model: Any, maps: Sequence[ParamMap]) -> _Candidate:
+    """Read one folder's headers; QKGuardError where it holds no weights that can be read."""
     weights = open_weights(local)
     shapes = weights.shapes()
     loaded = tensors_of_params(model, shapes)
-    found = _Comparison(local)
     try:
         source = BaseFolder(weights, single_tensors(maps, loaded, shapes), model_id=str(local))
         source.check(maps)
-        if folder is not None:
-            found.wrong_qk = differing_from_base(ReferenceFile(folder), source, maps)
-    except WrongReferenceError:
-        raise
     except QKGuardError as error:
-        found.unread = str(error).rstrip(".")
-    head, guarded = _output_embedding(model), {pmap.name for pmap in maps}
+        return _Candidate(local, weights, loaded, None, str(error).rstrip("."), maps)
+    return _Candidate(local, weights, loaded, source, None, maps)
+
+
+def _differences(
+    candidate: _Candidate, reference: Path | None, samples: Mapping[str, ParamSample], head: str | None
+) -> _Differences:
+    """Compare with one folder; queries and keys by their samples alone where there is no `reference` to read."""
+    found = _Differences(candidate.folder, unread=candidate.unread)
+    if candidate.source is not None and reference is not None:
+        try:
+            found.wrong_qk = differing_from_base(ReferenceFile(reference), candidate.source, candidate.maps)
+        except WrongReferenceError:
+            raise
+        except QKGuardError as error:
+            found.unread = str(error).rstrip(".")
+    weights, guarded = candidate.weights, {pmap.name for pmap in candidate.maps}
     for name, sample in samples.items():
-        keys = _same_tensors(sample, loaded.get(bare_name(name), ()), weights)
+        keys = _same_tensors(sample, candidate.loaded.get(bare_name(name), ()), weights)
         if not keys:
             found.unmapped += 1
             continue
@@ -238,7 +290,7 @@ def _distance(sample: ParamSample, stored: Tensor) -> float:
     return float(apart) if apart == apart else inf  # NaN where either holds NaN, or both are zero
 
 
-def _refuse_differences(found: _Comparison, guarded: int) -> None:
+def _refuse_differences(found: _Differences, guarded: int) -> None:
     what = []
     if found.wrong_qk:
         what.append(f"{len(found.wrong_qk)} of {guarded} query/key parameters")
@@ -254,7 +306,7 @@ def _refuse_differences(found: _Comparison, guarded: int) -> None:
         )
 
 
-def _what_was_compared(name: str, found: _Comparison, guarded: int) -> str:
+def _what_was_compared(name: str, found: _Differences, guarded: int) -> str:
     notes = []
     if found.unmapped:
         notes.append(

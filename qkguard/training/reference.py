@@ -1,10 +1,16 @@
-"""The reference of a run: its queries and keys from before SFT, established before the first step."""
+"""The reference of a run: its queries and keys from before SFT, established before the first step.
+
+Before the first step only the rows must be copied. The rest takes seconds for large models and goes on in a thread
+(`PendingReference`): the ranks send their rows to those that write, over a gloo group that nothing else uses, and rank
+0 reads the base's files.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +25,7 @@ from qkguard.layout import ParamMap, disk_names
 from qkguard.layout.selection import Selection
 from qkguard.offline.configs import compare_configs, read_config
 from qkguard.report.run import RUN_FOLDER
-from qkguard.training.loader_check import compare_with_own_checkpoint, model_name
+from qkguard.training.loader_check import Comparison, model_name, plan_comparison
 
 if TYPE_CHECKING:
     from qkguard.training.config import QKGuardConfig
@@ -35,8 +41,8 @@ def establish_reference(
     *,
     resumed: bool,
     writers: Sequence[int],
-) -> tuple[Reference, str]:
-    """The pre-SFT rows of this run, and a clause that says where they come from; ALL ranks must call this.
+) -> tuple[Reference, PendingReference]:
+    """The pre-SFT rows of this run, and what is still to be done about their file; ALL ranks must call this.
 
     A named `base_model` always wins. A resumed run reads its reference from the run folder, because its live weights
     have moved. At step 0 the reference is taken from the live weights; one that is already there must be bit-equal.
@@ -53,30 +59,109 @@ def establish_reference(
         base = str(config.base_model)
         source = ranks.held_by(0, f"opening base_model {base}", partial(open_base, base, maps, model))
         reference = Reference.scatter(model, selection, source)
-        write_reference(reference, folder, _about(model, {"id": base, "checked": "read from base_model"}), writers)
-        return reference, f"read from base_model {base}"
+        about = _about(model, {"id": base, "checked": "read from base_model"})
+        return reference, PendingReference(reference, folder, f"read from base_model {base}", writers, about=about)
 
     if resumed:
         file = ranks.held_by(0, "reloading the reference", partial(ReferenceFile, folder))
-        return Reference.scatter(model, selection, file), "verified and reloaded, because the run is resumed"
+        reference = Reference.scatter(model, selection, file)
+        return reference, PendingReference(
+            reference, folder, "verified and reloaded, because the run is resumed", writers
+        )
 
-    ranks.on_rank_zero("checking the starting weights", partial(refuse_guarded_checkpoint, model))
+    ranks.held_by(0, "checking the starting weights", partial(refuse_guarded_checkpoint, model))
+    comparison = plan_comparison(model, maps, live=config.base_model == "live")
     if ranks.on_rank_zero("looking for the reference", partial(ReferenceFile.exists, folder)):
         file = ranks.held_by(0, "opening the reference", partial(ReferenceFile, folder))
         reference = Reference.scatter(model, selection, file)
         refuse_other_start(reference, model, folder)
         origin = "found from an earlier start, bit-equal to the live weights"
+        return reference, PendingReference(reference, folder, origin, writers, comparison=comparison)
+    reference = Reference.take(model, selection)
+    about = _about(model, {"id": model_name(model) or "live weights"})
+    origin = "taken from the live weights"
+    return reference, PendingReference(reference, folder, origin, writers, about=about, comparison=comparison)
+
+
+class PendingReference:
+    """A reference whose file is written and compared with the base beside the first steps; ALL ranks must make one.
+
+    Nothing is restored before that is done (`wait`). A failure stops the run on all ranks when they meet next.
+
+    Args:
+        reference: the rows, each rank's part in its memory.
+        folder: where their file is, or will be.
+        origin: a clause that says where they come from.
+        writers: the ranks that write, each into its own `folder`.
+        about: what the file's manifest says beside the tensors; None where the file is there.
+        comparison: rank 0's, with the base checkpoint; a clause where none is made.
+
+    Attributes:
+        compared: on rank 0 a clause on what the rows were compared with; None before that is done.
+    """
+
+    def __init__(
+        self,
+        reference: Reference,
+        folder: Path,
+        origin: str,
+        writers: Sequence[int],
+        *,
+        about: Mapping[str, Any] | None = None,
+        comparison: Comparison | str | None = None,
+    ) -> None:
+        self.reference, self.folder, self.writers, self.about = reference, folder, writers, about
+        self.comparison, self.origin = comparison, origin
+        self.compared = comparison if isinstance(comparison, str) else None
+        self.failure: WrongReferenceError | None = None
+        self.whole = False
+        self._group = ranks.side_group() if about is not None and ranks.world_size() > 1 else None
+        self._rank = ranks.rank()
+        self._thread = threading.Thread(target=self._run, name="qkguard-reference", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            if self.about is not None:
+                write_reference(self.reference, self.folder, self.about, self.writers, self._group)
+            if isinstance(self.comparison, Comparison):
+                self.compared = self.comparison.run(self.folder)
+                logger.info("The reference is %s.", self.compared)
+        except Exception as error:
+            if self.comparison is not None:  # rank 0's; the file would stand in the way of the next start
+                ReferenceFile.discard(self.folder)
+            self.failure = _failure(error, self._rank)
+
+    def check(self) -> None:
+        """Raise what has failed on this rank so far; to be called where the ranks agree."""
+        if self.failure is not None:
+            raise self.failure
+
+    def wait(self) -> None:
+        """Until the file is whole and compared; ALL ranks must call this.
+
+        Raises:
+            WrongReferenceError: on all ranks, when the file could not be written, or the weights are not those of
+                their own checkpoint.
+        """
+        if not self.whole:
+            ranks.agree("waiting for the reference", self._wait)
+            self.whole = True
+
+    def _wait(self) -> None:
+        self._thread.join()
+        self.check()
+
+
+def _failure(error: Exception, rank: int) -> WrongReferenceError:
+    """The error that ends the run, in a complete sentence."""
+    if isinstance(error, WrongReferenceError):
+        failure = error
     else:
-        reference = Reference.take(model, selection)
-        write_reference(reference, folder, _about(model, {"id": model_name(model) or "live weights"}), writers)
-        origin = "taken from the live weights"
-    try:
-        compared = compare_with_own_checkpoint(model, folder, maps, live=config.base_model == "live")
-    except WrongReferenceError:
-        if ranks.rank() in writers:  # else it would stand in the way of the next start, with the right weights
-            ReferenceFile.discard(folder)
-        raise
-    return reference, f"{origin}, {compared}"
+        reason = str(error) if isinstance(error, QKGuardError) else f"{type(error).__name__}: {error}"
+        failure = WrongReferenceError(f"Writing the reference failed on rank {rank}: {reason}")
+    failure.complete = True
+    return failure
 
 
 def open_base(base: str, maps: Sequence[ParamMap], model: Any) -> BaseFolder:

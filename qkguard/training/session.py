@@ -30,7 +30,7 @@ from qkguard.training.background import BackgroundWriter, Save, Write
 from qkguard.training.full_weights import FullWeights
 from qkguard.training.metrics_log import MetricsLog
 from qkguard.training.recall_monitor import RecallMonitor
-from qkguard.training.reference import establish_reference
+from qkguard.training.reference import PendingReference, establish_reference
 from qkguard.training.resume import remove_leftovers, saved_folder, set_aside, set_aside_restored
 from qkguard.training.run_folder import FINAL, RESTORED, run_folder
 from qkguard.training.start_checks import warnings_at_start
@@ -54,7 +54,7 @@ class Session:
 
     Attributes:
         reference: the queries and keys from before SFT; None for adapters, which need none.
-        origin: a clause that says where the reference comes from.
+        pending: its file, which is written and compared with the base beside the first steps; None for adapters.
         background: makes the restored models of saves beside the training.
         weights: how full weights, or adapters, are measured, swapped and written.
         recall_monitor: probes recall.
@@ -85,7 +85,7 @@ class Session:
         self.background = BackgroundWriter(config.strict, self._note_write)
         self.selection = _find_selection(self.model, config)
         self.reference: Reference | None = None
-        self.origin = ""
+        self.pending: PendingReference | None = None
         self.weights: FullWeights | AdapterWeights
         if hasattr(self.model, "peft_config"):
             from qkguard.training.adapter_weights import AdapterWeights  # imports PEFT
@@ -95,11 +95,12 @@ class Session:
             )
         else:
             resumed = state.global_step > 0
-            self.reference, self.origin = establish_reference(
+            self.reference, self.pending = establish_reference(
                 self.model, self.selection, self.folder, config, resumed=resumed, writers=self.writers.ranks
             )
+            origin = ", ".join(filter(None, (self.pending.origin, self.pending.compared)))
             self.weights = FullWeights(
-                config, self.model, self.folder, self.writers, self.reference, self.origin, self.background
+                config, self.model, self.folder, self.writers, self.reference, origin, self.background
             )
         self._log_start(args, collator, time.perf_counter() - started)
         swap, publish = self.weights.swap, self.publish
@@ -201,6 +202,7 @@ class Session:
         self._show("writing the run's page", write_page, f"`qkguard report {self.folder}` writes it later.")
         self._show("sending the final numbers to the trackers", send_summary, "They are on the run's page.")
         ranks.agree("ending the guard", self.raise_owed)
+        self.reference_written()
 
     def _summary(self) -> dict[str, float]:
         """The final numbers: recall before and after, and drift over all layers."""
@@ -226,12 +228,20 @@ class Session:
         if self._owed is None:
             reason = str(error) if isinstance(error, QKGuardError) else f"{type(error).__name__}: {error}"
             kind = type(error) if isinstance(error, QKGuardError) else QKGuardError
-            self._owed = kind(f"{what} failed: {reason}")
+            self._owed = kind(f"{what} failed on rank {ranks.rank()}: {reason}")
+            self._owed.complete = True
 
     def raise_owed(self) -> None:
         """Raise what this rank owes; to be called where all ranks agree."""
+        if self.pending is not None:
+            self.pending.check()
         if self._owed is not None:
             raise self._owed
+
+    def reference_written(self) -> None:
+        """Wait until the reference is on disk and compared with the base: before anything is saved; ALL ranks."""
+        if self.pending is not None:
+            self.pending.wait()
 
     def note_end(self, state: TrainerState) -> int:
         """Training is over: find out which step the live weights are from; ALL ranks must call this."""
@@ -251,6 +261,7 @@ class Session:
 
         If it is not restored, what an earlier training left in it does not stay beside the new weights.
         """
+        self.reference_written()
         # Trainer writes below a relative output_dir from wherever the script is by now
         places = (self.output_dir, Path(str(args.output_dir)).absolute())
 
@@ -277,6 +288,7 @@ class Session:
         The training waits for an earlier one, and until the raw files are known to be whole.
         """
         started = time.perf_counter()
+        self.reference_written()
         self.background.finish()
         save = Save(step, self._record(step), checkpoint)
         written = self.weights.write_checkpoint(checkpoint, save, processing_class)
@@ -294,6 +306,7 @@ class Session:
             QKGuardError: it cannot be written; without `wait` only what fails before the write begins is raised.
         """
         started = time.perf_counter()
+        self.reference_written()
         save = Save(step, self._record(step), awaited=wait)
         written = self.weights.write_checkpoint(folder, save, processing_class)
         if wait:
@@ -306,6 +319,7 @@ class Session:
         They are linked from the checkpoint of the final weights if this `train()` saved one, else taken from the live
         weights: a folder of that name may be another run's.
         """
+        self.reference_written()
         started, step = time.perf_counter(), self.step_of_weights(state)
         source = self.saved.get(step)
         save = Save(step, self._record(step), awaited=True)

@@ -208,7 +208,7 @@ def resumed(folder: Path, backend: str, *flags: str) -> None:
     guard = QKGuardCallback(strict=True)
     with sharding_of(backend):
         train(base, arguments(folder, **options | {"max_steps": 4}), guard, resume=True)
-    assert "resumed" in guard.session.origin
+    assert "resumed" in guard.session.weights.origin
     check_backend(guard, backend)
     if rank() == 0:
         assert judge.file_sha256(folder / "run/_qkguard/reference.safetensors") == digest
@@ -266,7 +266,7 @@ def wrong_start(folder: Path) -> None:
     reset()
     again = QKGuardCallback(strict=True)
     train(base, arguments(folder), again)
-    assert "bit-equal" in again.session.origin
+    assert "bit-equal" in again.session.weights.origin
     reset()
     moved = noised(AutoModelForCausalLM.from_pretrained(base), seed=5)
     moved.config._name_or_path = ""
@@ -360,7 +360,7 @@ def failing_page(folder: Path) -> None:
     MetricsLog.write_page = broken
     try:
         train(base, arguments(folder), QKGuardCallback())
-        stops_if_strict(base, folder, "ending the guard failed on rank 0: writing the run's page failed: ")
+        stops_if_strict(base, folder, "writing the run's page failed on rank 0: ")
     finally:
         MetricsLog.write_page = original
 

@@ -174,7 +174,7 @@ def test_resume_keeps_the_first_reference_and_sets_a_left_branch_aside(base, tmp
     guard.on_train_begin = begin
     trainer.train(resume_from_checkpoint=str(run / "checkpoint-1"))
     assert seen["aside"] == ["checkpoint-2", "checkpoint-3", "final"] and seen["mtime"] == before
-    assert "resumed" in guard.session.origin
+    assert "resumed" in guard.session.weights.origin
     check_pair(base, run / "checkpoint-3", run / "checkpoint-3/qk_restored")
     steps = [r["step"] for r in judge.metrics_rows(run) if "qkguard/drift/q_rel" in r]
     assert steps == [1, 2, 3, 3], "rows of the branch that was left are gone"
@@ -217,7 +217,7 @@ def test_two_trainings_in_one_process_with_one_callback(base, tmp_path):
 def test_a_restart_reuses_an_equal_reference_and_refuses_another(base, tmp_path):
     train(base, arguments(tmp_path), QKGuardCallback(strict=True))
     train(base, arguments(tmp_path), again := QKGuardCallback(strict=True))
-    assert "bit-equal" in again.session.origin
+    assert "bit-equal" in again.session.weights.origin
     other = noised(AutoModelForCausalLM.from_pretrained(base), seed=5)
     other.config._name_or_path = ""
     with pytest.raises(QKGuardError, match="reference of another run"):

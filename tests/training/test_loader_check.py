@@ -25,7 +25,9 @@ def start(model: Any, folder: Path, **settings: Any) -> str:
     """Where the reference of a training that starts with this model comes from, in words."""
     selection = select(find_attention(model))
     config = QKGuardConfig(**settings)
-    return establish_reference(model, selection, folder, config, resumed=False, writers=(0,))[1]
+    pending = establish_reference(model, selection, folder, config, resumed=False, writers=(0,))[1]
+    pending.wait()
+    return f"{pending.origin}, {pending.compared}"
 
 
 def loaded(base: Path, **options: Any) -> Any:
