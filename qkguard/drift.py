@@ -1,4 +1,4 @@
-"""How far queries and keys have moved from before SFT: pure functions of tensors.
+"""How far queries and keys have moved from before SFT: pure functions of numpy arrays or torch tensors.
 
 Top to bottom: sums over elements (relative drift, cosine), then per block and per projection of a layer; routing drift
 and singular values of a layer; and the names under which all of it is logged.
@@ -9,13 +9,13 @@ W0 is before SFT, W now. Everything is computed from differences W - W0 with flo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import isfinite, sqrt
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from qkguard.arrays import Array, along, double, library, like, single, zeros
 from qkguard.layout.heads import find_heads
 from qkguard.layout.selection import Selection
 from qkguard.layout.spec import AttentionSpec, Block, ParamMap
@@ -50,24 +50,39 @@ class Sums(NamedTuple):
         return max(0.0, self.moved - longer**2) / (2 * norm * norm0)
 
 
-def difference_sums(live: Tensor, pre: Tensor) -> Tensor:
-    """[|W - W0|^2, <W0, W - W0>] of two 1-D tensors of equal length and any float dtype.
+def difference_sums(live: Array, pre: Array) -> Array:
+    """[|W - W0|^2, <W0, W - W0>] of two 1-D arrays of equal length and any float dtype.
 
-    Returns float64 on `live`'s device. Differences are taken in float32; chunks are summed in float32 by torch.sum,
-    whose cascade keeps 1e-7 where torch.dot loses 1e-5, and added in float64.
+    Returns float64 on `live`'s device. Differences are taken in float32; chunks are summed in float32 by `sum`, whose
+    cascade (numpy's and torch's) keeps 1e-7 where a dot product loses 1e-5, and added in float64.
     """
-    out = torch.zeros(2, dtype=torch.float64, device=live.device)
-    chunk = CPU_CHUNK if live.device.type == "cpu" else ACCELERATOR_CHUNK
-    for start in range(0, live.numel(), chunk):
-        w0 = pre[start : start + chunk].to(live.device, non_blocking=True).float()  # converted where live is
-        delta = live[start : start + chunk].float() - w0
-        out += torch.stack(((delta * delta).sum(), (w0 * delta).sum()))
+    out = zeros(2, live)
+    for w0, delta in _chunks(live, pre):
+        out += library(live).stack([(delta * delta).sum(), (w0 * delta).sum()])
     return out
 
 
-def square_sum(tensor: Tensor) -> float:
-    """|W|^2 of a 1-D tensor with the accumulation of `difference_sums`."""
-    return float(difference_sums(tensor, torch.zeros((), dtype=tensor.dtype).expand(tensor.numel()))[0])
+def square_sum(array: Array) -> float:
+    """|W|^2 of a 1-D array with the accumulation of `difference_sums`."""
+    total = zeros((), array)
+    for w, _ in _chunks(array, array):
+        total += (w * w).sum()
+    return float(total)
+
+
+def _chunks(live: Array, pre: Array) -> Iterator[tuple[Array, Array]]:
+    """(W0, W - W0) of two 1-D arrays in float32, some elements at a time, where `live` is."""
+    chunk = CPU_CHUNK if _on_cpu(live) else ACCELERATOR_CHUNK
+    for start in range(0, len(live), chunk):
+        before = pre[start : start + chunk]
+        if not isinstance(before, np.ndarray):
+            before = before.to(live.device, non_blocking=True)  # and converted there
+        w0 = single(before)
+        yield w0, single(live[start : start + chunk]) - w0
+
+
+def _on_cpu(array: Array) -> bool:
+    return isinstance(array, np.ndarray) or array.device.type == "cpu"
 
 
 def add(sums: Sequence[Sums]) -> Sums:
@@ -75,24 +90,24 @@ def add(sums: Sequence[Sums]) -> Sums:
     return Sums(*(sum(column) for column in zip(*sums, strict=True)))
 
 
-def rows_drift(post: Tensor, pre: Tensor) -> Sums:
-    """The sums of drift over two tensors of one shape, `pre` before SFT."""
-    flat, before = post.reshape(-1), pre.reshape(-1)
-    moved, cross = difference_sums(flat, before).tolist()
-    return Sums(moved, cross, square_sum(before))
+def rows_drift(post: Array, pre: Array) -> Sums:
+    """The sums of drift over two arrays of one shape, `pre` before SFT."""
+    out = zeros(3, post)
+    for w0, delta in _chunks(post.reshape(-1), pre.reshape(-1)):
+        out += library(post).stack([(delta * delta).sum(), (w0 * delta).sum(), (w0 * w0).sum()])
+    return Sums(*out.tolist())
 
 
-def block_drift(param: ParamMap, pre: Tensor, post: Tensor) -> list[tuple[Block, Sums]]:
-    """Sums for every block (rows of one role and head) of one parameter's compact tensors."""
+def block_drift(param: ParamMap, pre: Array, post: Array) -> list[tuple[Block, Sums]]:
+    """Sums for every block (rows of one role and head) of one parameter's compact arrays."""
     out = []
     for block, lo, hi in param.compact_blocks():
-        rows, before = post.narrow(param.dim, lo, hi - lo), pre.narrow(param.dim, lo, hi - lo)
-        out.append((block, rows_drift(rows, before)))
+        out.append((block, rows_drift(along(post, param.dim, lo, hi), along(pre, param.dim, lo, hi))))
     return out
 
 
 def projection_drift(
-    params: Sequence[ParamMap], pre: Mapping[str, Tensor], post: Mapping[str, Tensor]
+    params: Sequence[ParamMap], pre: Mapping[str, Array], post: Mapping[str, Array]
 ) -> dict[str, float]:
     """{q,k}_rel and {q,k}_1mcos of one layer's W_Q and W_K, from compact tensors by parameter name.
 
@@ -118,8 +133,8 @@ def _role_drift(role: str, sums: Sequence[Sums]) -> dict[str, float]:
 
 
 def head_weights(
-    spec: AttentionSpec, maps: Sequence[ParamMap], compact: Mapping[str, Tensor]
-) -> tuple[Tensor, Tensor] | None:
+    spec: AttentionSpec, maps: Sequence[ParamMap], compact: Mapping[str, Array]
+) -> tuple[Array, Array] | None:
     """Query (heads, d_k, d) and key (kv_heads, d_k, d) weights in float64 from compact tensors by parameter name.
 
     None where the routing matrix is not defined: it is where one weight makes the queries and one the keys, both from
@@ -134,12 +149,12 @@ def head_weights(
 class Grams(NamedTuple):
     """Products of one projection's rows per head, (heads, d_k, d_k): W0 W0^T, dW W0^T and dW dW^T, dW = W - W0."""
 
-    base: Tensor
-    cross: Tensor
-    moved: Tensor
+    base: Array
+    cross: Array
+    moved: Array
 
 
-def routing_drift(q: Tensor, q0: Tensor, k: Tensor, k0: Tensor) -> Tensor:
+def routing_drift(q: Array, q0: Array, k: Array, k0: Array) -> Array:
     """|R - R0|_F / |R0|_F per query head, where R = W_Q^T W_K is the routing matrix (arXiv 2606.11052).
 
     Args:
@@ -149,47 +164,48 @@ def routing_drift(q: Tensor, q0: Tensor, k: Tensor, k0: Tensor) -> Tensor:
     Returns:
         float64, (heads,). R itself (d x d) is never formed.
     """
-    return routing_from_grams(_grams(q.double(), q0.double()), _grams(k.double(), k0.double()))
+    return routing_from_grams(_grams(double(q), double(q0)), _grams(double(k), double(k0)))
 
 
-def _grams(now: Tensor, before: Tensor) -> Grams:
+def _grams(now: Array, before: Array) -> Grams:
     delta = now - before
     return Grams(before @ before.mT, delta @ before.mT, delta @ delta.mT)
 
 
-def routing_from_grams(q: Grams, k: Grams) -> Tensor:
+def routing_from_grams(q: Grams, k: Grams) -> Array:
     """`routing_drift` from the products of its weights, float64.
 
     With dQ = Q - Q0 and dK = K - K0,
     |R - R0|^2 = tr(dQ dQ^T K K^T) + tr(Q0 Q0^T dK dK^T) + 2 tr(dQ Q0^T dK K^T).
     """
-    group = q.base.shape[0] // k.base.shape[0]
+    heads, kv_heads, size = len(q.base), len(k.base), k.base.shape[-1]
 
-    def trace(queries: Tensor, keys: Tensor) -> Tensor:
-        """tr(A B^T) per query head."""
-        return (queries * keys.repeat_interleave(group, 0).mT).sum((-1, -2))
+    def trace(queries: Array, keys: Array) -> Array:
+        """tr(A B) per query head."""
+        grouped = queries.reshape(kv_heads, heads // kv_heads, size, size)
+        return (grouped * keys.mT[:, None]).sum((-1, -2)).reshape(heads)
 
     now = k.base + k.cross + k.cross.mT + k.moved
     moved = trace(q.moved, now) + trace(q.base, k.moved) + 2 * trace(q.cross, k.cross + k.moved)
     # Rounding can leave a head that did not move a little below zero.
-    return (moved.clamp_min(0) / trace(q.base, k.base)).sqrt()
+    return library(moved).sqrt(moved.clip(0) / trace(q.base, k.base))
 
 
-def top_singular_value(delta: Tensor, iterations: int = 12) -> float:
+def top_singular_value(delta: Array, iterations: int = 12) -> float:
     """Largest singular value of a matrix (n, d) by block power iteration in float64, from a fixed start.
 
     A block of 8 vectors also finds it where the next ones lie close, as they do for a drift that is mostly noise
     (`tests/test_drift.py`: to 0.5% there, to 1e-6 where one value stands out).
     """
-    delta = delta.double()
-    if not delta.isfinite().all():  # reported as such; the factorisations below would raise
+    delta, linalg = double(delta), library(delta).linalg
+    if not library(delta).isfinite(delta).all():  # reported as such; the factorisations below would raise
         return float("nan")
-    start = torch.Generator().manual_seed(0)  # our own generator: training's RNG is left alone
     width = min(8, *delta.shape)
-    block = torch.randn(delta.shape[1], width, generator=start, dtype=torch.float64).to(delta.device)
+    # A generator of our own: training's is left alone, and numpy and torch start alike
+    block = like(np.random.default_rng(0).standard_normal((delta.shape[1], width)), delta)
     for _ in range(iterations):
-        block = torch.linalg.qr(delta.mT @ (delta @ torch.linalg.qr(block).Q)).Q
-    return float(torch.linalg.matrix_norm(delta @ block, 2))
+        block = linalg.qr(delta.mT @ (delta @ linalg.qr(block).Q)).Q
+    return float(linalg.matrix_norm(delta @ block, ord=2))
 
 
 class LayerRouting(NamedTuple):
@@ -204,7 +220,7 @@ class LayerRouting(NamedTuple):
 
 
 def layer_routing(
-    spec: AttentionSpec, maps: Sequence[ParamMap], pre: Mapping[str, Tensor], live: Mapping[str, Tensor]
+    spec: AttentionSpec, maps: Sequence[ParamMap], pre: Mapping[str, Array], live: Mapping[str, Array]
 ) -> LayerRouting:
     """What one layer's compact weights, before SFT and now, say of its routing."""
     now, before = head_weights(spec, maps, live), head_weights(spec, maps, pre)
@@ -212,24 +228,24 @@ def layer_routing(
     return LayerRouting(routing, _top_sv(maps, pre, live, "q"), _top_sv(maps, pre, live, "k"))
 
 
-def routing_table(selection: Selection, layers: Mapping[str, LayerRouting]) -> Tensor:
+def routing_table(selection: Selection, layers: Mapping[str, LayerRouting]) -> np.ndarray:
     """`layers`, by label, as float64 numbers, zeros for layers that are not in it: tables of several ranks add up.
 
     A row per selected layer: how many heads, routing drift per head, then for queries and keys each whether there is a
     singular value, and the value.
     """
-    table = torch.zeros(len(selection), _most_heads(selection) + 5, dtype=torch.float64)
+    table = np.zeros((len(selection), _most_heads(selection) + 5))
     for i, row in enumerate(table):
         layer = layers.get(layer_label(i, selection))
         if layer is not None:
             tops = [[float(top is not None), top or 0.0] for top in (layer.q_top_sv, layer.k_top_sv)]
             row[0] = len(layer.per_head)
-            row[1 : 1 + len(layer.per_head)] = torch.tensor(layer.per_head, dtype=torch.float64)
-            row[-4:] = torch.tensor(tops, dtype=torch.float64).flatten()
+            row[1 : 1 + len(layer.per_head)] = layer.per_head
+            row[-4:] = [*tops[0], *tops[1]]
     return table
 
 
-def routing_from_table(selection: Selection, table: Tensor) -> dict[str, LayerRouting]:
+def routing_from_table(selection: Selection, table: Array) -> dict[str, LayerRouting]:
     """The inverse of `routing_table`."""
     layers = {}
     for i, row in enumerate(table.tolist()):
@@ -242,24 +258,23 @@ def _most_heads(selection: Selection) -> int:
     return max(spec.num_heads for spec, _ in selection)
 
 
-def sole_weight(maps: Sequence[ParamMap], role: str) -> tuple[ParamMap, Tensor] | None:
+def sole_weight(maps: Sequence[ParamMap], role: str) -> tuple[ParamMap, np.ndarray] | None:
     """The weight that makes the queries or keys of a layer, and its rows of them in compact form; None unless one."""
     owners = [p for p in maps if p.kind == "weight" and any(role in block.role for block in p.blocks)]
     if len(owners) != 1:
         return None
-    ranges = [torch.arange(lo, hi) for block, lo, hi in owners[0].compact_blocks() if role in block.role]
-    return owners[0], torch.cat(ranges)
+    ranges = [np.arange(lo, hi) for block, lo, hi in owners[0].compact_blocks() if role in block.role]
+    return owners[0], np.concat(ranges)
 
 
-def _top_sv(
-    maps: Sequence[ParamMap], pre: Mapping[str, Tensor], live: Mapping[str, Tensor], role: str
-) -> float | None:
+def _top_sv(maps: Sequence[ParamMap], pre: Mapping[str, Array], live: Mapping[str, Array], role: str) -> float | None:
     found = sole_weight(maps, role)
     if found is None:
         return None
     param, rows = found
-    delta = live[param.name].double() - pre[param.name].double().to(live[param.name].device)
-    return top_singular_value(delta.index_select(param.dim, rows.to(delta.device)))
+    now, before = live[param.name], pre[param.name]
+    delta = double(now) - double(before if _on_cpu(now) else before.to(now.device))
+    return top_singular_value(delta[(slice(None),) * param.dim + (like(rows, delta),)])
 
 
 def layer_label(index: int, selection: Selection) -> str:

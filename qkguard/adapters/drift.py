@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qkguard.adapters.live import AdaptedWeight, Factors, replicate
+from qkguard.arrays import as_tensor
 from qkguard.distributed import collectives, ranks, sharding
 from qkguard.drift import (
     Grams,
@@ -132,7 +133,7 @@ class AdapterDriftMonitor:
         if exchange is None:
             return metrics, {}
         layers = self._layers(model, state, exchange, deferred)
-        total = collectives.agreed_sums({"routing": routing_table(self.selection, layers)}, deferred)
+        total = collectives.agreed_sums({"routing": as_tensor(routing_table(self.selection, layers))}, deferred)
         self._gathered = True
         found, heads = routing_metrics(self.selection, routing_from_table(self.selection, total["routing"]))
         return metrics | found, heads
@@ -204,7 +205,7 @@ class AdapterDriftMonitor:
         found = sole_weight(maps, role)
         if found is None:
             return None
-        pmap, selected = found
+        pmap, selected = found[0], torch.from_numpy(found[1])
         now = state[pmap.name]
         if not len(now.a):
             return 0.0

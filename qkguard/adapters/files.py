@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from torch import Tensor
+import numpy as np
 
-from qkguard.checkpoint.safetensors_io import Header, read_header
+from qkguard.arrays import cast, double, single
+from qkguard.checkpoint.safetensors_io import Header, opened, read_header, read_tensor
 from qkguard.checkpoint.weights import refuse_temporary, resolve_folder
 from qkguard.errors import QKGuardError
 
 ADAPTER_CONFIG, ADAPTER_TENSORS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+"""How the names of an adapter's tensors begin, before the name that the base model has for the module."""
 
 # Settings of LoraConfig that change what the adapter means in a way that is not reproduced here. The methods of
 # initialisation subtract from the base weights at start, so the adapter belongs to a base that is on no disk.
@@ -45,10 +47,10 @@ class Adapter:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: entry.shape for name, entry in self.header.tensors.items()}
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All tensors, on the CPU."""
-        with safe_open(self.folder / ADAPTER_TENSORS, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in self.header.tensors}
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All tensors, as numpy arrays."""
+        with opened(self.folder / ADAPTER_TENSORS) as fd:
+            return {name: read_tensor(fd, entry) for name, entry in self.header.tensors.items()}
 
 
 def open_adapter(name: str | os.PathLike[str], *, merging: bool = True) -> Adapter:
@@ -122,3 +124,18 @@ def check_tensors(shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
             f"{list(shapes[broken[0]])}: the parameters were not gathered before saving (ZeRO-3, FSDP). Save the "
             "adapter again from gathered parameters."
         )
+
+
+def loadable_name(key: str) -> str:
+    """A name that transformers' `load_adapter` reads like PEFT; under PEFT's own it loses DoRA's magnitudes."""
+    return f"{key}.weight" if key.endswith(".lora_magnitude_vector") else key
+
+
+def scale_rows(rows: np.ndarray, ranges: Iterable[Sequence[int]], factor: float) -> np.ndarray:
+    """A copy with ranges of its rows multiplied, rounded once as torch does it; 0 also clears NaN and -0."""
+    scaled = rows.copy()
+    wide = double if rows.dtype == np.float64 else single
+    for lo, hi in ranges:
+        some = wide(rows[lo:hi])
+        scaled[lo:hi] = cast(some * some.dtype.type(factor), rows.dtype) if factor else 0
+    return scaled

@@ -23,6 +23,7 @@ from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
 from qkguard.adapters.files import Adapter
+from qkguard.arrays import as_tensor
 from qkguard.errors import QKGuardError, first_line
 from qkguard.layout.architecture import build_meta, find_architecture, plain_torch
 
@@ -155,7 +156,7 @@ class MetaPeftModel:
 
     def _load(self, adapter: Adapter, base: Path) -> None:
         """Fill the adapter's parameters from its file."""
-        state = adapter.tensors()
+        state = {name: as_tensor(rows) for name, rows in adapter.arrays().items()}
         self._take_copies(state, base)
         double = any(t.dtype == torch.float64 for t in state.values())
         for step in (s for c in self.adapted for s in _all_steps(c)):

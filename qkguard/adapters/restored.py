@@ -10,29 +10,36 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from peft import get_peft_model_state_dict
 from peft.utils.other import get_pattern_key
-from torch import Tensor
 
-from qkguard.adapters.files import ADAPTER_CONFIG, ADAPTER_TENSORS, check_tensors, open_adapter
+from qkguard.adapters.files import (
+    ADAPTER_CONFIG,
+    ADAPTER_TENSORS,
+    PREFIX,
+    check_tensors,
+    loadable_name,
+    open_adapter,
+    scale_rows,
+)
 from qkguard.adapters.meta_model import quiet
+from qkguard.arrays import Array
 from qkguard.checkpoint.card import adapter_card, read_card
 from qkguard.checkpoint.files import copy_auxiliary, copy_named, link_or_copy, write_text
 from qkguard.checkpoint.manifest import FORMAT, MANIFEST, describe_file, dump, versions
-from qkguard.checkpoint.safetensors_io import SafetensorsWriter, read_header, same_bits
+from qkguard.checkpoint.safetensors_io import SafetensorsWriter, read_header
 from qkguard.checkpoint.staging import Staging
 from qkguard.checkpoint.write import check_target, readable_errors
 from qkguard.distributed import ranks, sharding
 from qkguard.errors import QKGuardError
 from qkguard.layout.selection import Selection
 from qkguard.layout.spec import ParamMap
-
-PREFIX = "base_model.model."
 
 
 def write_restored_adapter(
@@ -84,11 +91,11 @@ def assemble_restored_adapter(
 ) -> dict[str, Any]:
     """`write_restored_adapter` between `prepare_adapter` and the rename."""
     adapter, out = open_adapter(raw, merging=False), made.out
-    tensors, config = adapter.tensors(), dict(adapter.config)
-    removal = restrict(tensors, config, qk_modules(selection), share)
+    arrays, config = adapter.arrays(), dict(adapter.config)
+    removal = restrict(arrays, config, qk_modules(selection), share)
     with readable_errors(out):
         file = made.folder / ADAPTER_TENSORS
-        _save_tensors({_loadable(key): tensor for key, tensor in tensors.items()}, file)
+        _save_tensors({loadable_name(key): found for key, found in arrays.items()}, file)
         write_text(made.folder / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
         auxiliary = copy_auxiliary(raw, made.folder)
         manifest = {
@@ -126,14 +133,14 @@ def qk_modules(selection: Selection) -> dict[str, ParamMap]:
 
 
 def restrict(
-    tensors: dict[str, Tensor], config: dict[str, Any], modules: Mapping[str, ParamMap], share: float
+    arrays: dict[str, np.ndarray], config: dict[str, Any], modules: Mapping[str, ParamMap], share: float
 ) -> dict[str, Any]:
     """Take queries and keys out of an adapter's tensors and config, in place; says what was removed and changed."""
     removed: list[str] = []
     rows: list[dict[str, Any]] = []
     scaled: dict[str, float] = {}
     for module, pmap in modules.items():
-        keys = [key for key in tensors if key.startswith(f"{PREFIX}{module}.lora_")]
+        keys = [key for key in arrays if key.startswith(f"{PREFIX}{module}.lora_")]
         if not keys:
             continue
         if any("lora_magnitude_vector" in key for key in keys) and (share or not pmap.whole):
@@ -141,7 +148,7 @@ def restrict(
         if pmap.whole and not share:
             removed.append(module)
             for key in keys:
-                del tensors[key]
+                del arrays[key]
         elif pmap.whole:
             # Undocumented (read in PEFT 0.21), but PEFT's own rule for which entry of alpha_pattern holds for a module
             held: dict[str, float] = config.get("alpha_pattern") or {}
@@ -149,9 +156,9 @@ def restrict(
             scaled[re.escape(module)] = share * alpha
         else:
             for key in (k for k in keys if ".lora_B." in k):
-                tensors[key] = _scale_rows(tensors[key], pmap.ranges, share)
+                arrays[key] = scale_rows(arrays[key], pmap.ranges, share)
                 rows.append({"tensor": key, "ranges": [list(r) for r in pmap.ranges], "factor": share})
-    if not any(".lora_" in key for key in tensors):
+    if not any(".lora_" in key for key in arrays):
         raise QKGuardError(
             "The adapter is on queries and keys alone. Without them nothing is left: the restored model is the base."
         )
@@ -160,14 +167,6 @@ def restrict(
     if scaled:
         config["alpha_pattern"] = scaled | (config.get("alpha_pattern") or {})  # PEFT takes the first that matches
     return {"removed": removed, "rows": rows, "scaled": {re.sub(r"\\(.)", r"\1", k): v for k, v in scaled.items()}}
-
-
-def _scale_rows(tensor: Tensor, ranges: Iterable[Sequence[int]], factor: float) -> Tensor:
-    """A copy of a tensor with ranges of its rows multiplied; a factor of 0 also clears NaN and -0."""
-    scaled = tensor.clone()
-    for lo, hi in ranges:
-        scaled[lo:hi] = scaled[lo:hi] * factor if factor else 0
-    return scaled
 
 
 def no_restored_form(module: str, share: float) -> str:
@@ -180,59 +179,6 @@ def _excluding(held: Any, modules: list[str]) -> Any:
     if isinstance(held, str):
         return "|".join([f"(?:{held})", *map(re.escape, modules)])
     return [*(held or []), *modules]
-
-
-def _loadable(key: str) -> str:
-    """A name that transformers' `load_adapter` reads like PEFT; under PEFT's own it loses DoRA's magnitudes."""
-    return f"{key}.weight" if key.endswith(".lora_magnitude_vector") else key
-
-
-def verify_adapter(folder: Path, manifest: Mapping[str, Any], *, raw: bool = True) -> dict[str, Any]:
-    """Check a restored adapter against its manifest and, where it still exists, the adapter it was made from."""
-    for name in manifest["companions"]:
-        if not (folder / name).is_file():
-            raise QKGuardError(f"{folder} lacks {name}, which it was written with. Restore it again.")
-    adapter = open_adapter(folder, merging=False)
-    if describe_file(folder / ADAPTER_TENSORS, adapter.header) != manifest["files"][ADAPTER_TENSORS]:
-        raise QKGuardError(f"{folder / ADAPTER_TENSORS} differs from what its manifest records. Restore it again.")
-    found, state = folder / manifest["raw"]["path"], "not found" if raw else "not checked"
-    if raw and (found / ADAPTER_TENSORS).is_file():
-        trained = open_adapter(found, merging=False)
-        if describe_file(found / ADAPTER_TENSORS, trained.header) != manifest["raw"]["files"][ADAPTER_TENSORS]:
-            raise QKGuardError(
-                f"{found / ADAPTER_TENSORS}: the raw adapter has changed since. Restore it again, or leave it out "
-                "(--no-raw) if it may."
-            )
-        _compare(adapter.tensors(), trained.tensors(), manifest, folder)
-        state = "unchanged"
-    return {
-        "folder": str(folder),
-        "base": manifest["base"].get("id"),
-        "method": manifest["method"]["name"],
-        "layers": len(manifest["removed"]) + len(manifest["rows"]) + len(manifest["scaled"]),
-        "tensors": len(adapter.shapes),
-        "restored_bytes": manifest["files"][ADAPTER_TENSORS]["size"],
-        "files": 1,
-        "raw": state,
-        "compared": "every tensor",
-        "partial": [],
-        "warnings": manifest["warnings"],
-    }
-
-
-def _compare(ours: dict[str, Tensor], raw: dict[str, Tensor], manifest: Mapping[str, Any], folder: Path) -> None:
-    gone = tuple(f"{PREFIX}{module}.lora_" for module in manifest["removed"])
-    rows = {entry["tensor"]: entry for entry in manifest["rows"]}
-    for key, tensor in raw.items():
-        found = ours.get(_loadable(key))
-        if key.startswith(gone):
-            as_recorded = found is None
-        else:
-            entry = rows.get(key)
-            wanted = _scale_rows(tensor, entry["ranges"], entry["factor"]) if entry else tensor
-            as_recorded = found is not None and same_bits(found, wanted)
-        if not as_recorded:
-            raise QKGuardError(f"{folder}: {key} is not what its manifest says it is. Restore it again.")
 
 
 def copy_adapter(raw: Path, out: Path, staging: Path | None = None) -> None:
@@ -274,7 +220,7 @@ def export_adapter(
     deferred.agree()
 
 
-def _save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+def _save_tensors(tensors: Mapping[str, Array], file: Path) -> None:
     """In the order of `safetensors.torch.save_file`, which makes its files the owner's alone and not durable."""
     ordered = sorted(tensors.items(), key=_widest_first)
     writer = SafetensorsWriter(file, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in ordered})
@@ -283,8 +229,8 @@ def _save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
     writer.close()
 
 
-def _widest_first(entry: tuple[str, Tensor]) -> tuple[int, str]:
-    return -entry[1].element_size(), entry[0]
+def _widest_first(entry: tuple[str, Array]) -> tuple[int, str]:
+    return -entry[1].dtype.itemsize, entry[0]
 
 
 def _save_config(model: Any, name: str, folder: Path) -> None:

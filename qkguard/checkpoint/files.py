@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
-import tempfile
-from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from qkguard.errors import QKGuardError
-
-FICLONE = 0x40049409  # ioctl: share all extents with another file (btrfs, xfs, bcachefs, overlay on them)
-COPY_BYTES = 64 << 20
-CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL
+from qkguard.checkpoint.copying import CREATE, copy_bytes
 
 TRAINING = [
     "optimizer*",
@@ -81,57 +74,6 @@ def copy_named(source: Path, target: Path) -> None:
     """`copy_file` into a folder that may not exist yet."""
     target.parent.mkdir(parents=True, exist_ok=True)
     copy_file(source, target)
-
-
-def can_clone(source: Path, folder: Path) -> bool:
-    """Whether copies of a file in a folder share its extents, and so take no space until they change."""
-    with open(source, "rb") as src, tempfile.TemporaryFile(dir=folder) as dst:
-        try:
-            fcntl.ioctl(dst.fileno(), FICLONE, src.fileno())
-        except OSError:
-            return False
-    return True
-
-
-def _nobody(count: int) -> None:
-    """Where nobody follows a copy."""
-
-
-def copy_bytes(src: int, dst: int, copied: Callable[[int], None] | None = None) -> None:
-    """Copy all bytes between two open files: shared extents, else inside the kernel, else through a buffer.
-
-    `copied` is called with the number of bytes copied since the last call.
-    """
-    tell = copied or _nobody
-    size, done = os.fstat(src).st_size, 0
-    try:
-        fcntl.ioctl(dst, FICLONE, src)
-        tell(size)
-        return
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise
-    try:
-        while done < size:
-            count = os.copy_file_range(src, dst, min(COPY_BYTES, size - done), done, done)
-            if count == 0:
-                break
-            done += count
-            tell(count)
-    except AttributeError:  # macOS
-        pass
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-    # Across file systems and on some network ones the kernel declines, at once or half-way.
-    while done < size:
-        view = memoryview(os.pread(src, min(COPY_BYTES >> 3, size - done), done))
-        if not view:
-            raise QKGuardError("A file became shorter while it was copied. Let its writer finish and try again.")
-        while view:
-            count = os.pwrite(dst, view, done)
-            view, done = view[count:], done + count
-            tell(count)
 
 
 def link_or_copy(source: Path, target: Path) -> bool:

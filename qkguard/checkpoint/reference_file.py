@@ -9,18 +9,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+import numpy as np
 from torch.distributed import ProcessGroup
 
+from qkguard.arrays import BFLOAT16, Array, cast, dtype_name, same_bits, sha256_of
 from qkguard.checkpoint.files import write_json
-from qkguard.checkpoint.safetensors_io import SafetensorsWriter, same_bits, sha256_of
+from qkguard.checkpoint.safetensors_io import SafetensorsWriter, opened, read_header, read_tensor
 from qkguard.checkpoint.weights import BaseRows
 from qkguard.distributed import ranks
 from qkguard.distributed.collectives import Exchange
 from qkguard.distributed.reference import Reference
-from qkguard.errors import WrongReferenceError
+from qkguard.errors import QKGuardError, WrongReferenceError
 from qkguard.layout.spec import ParamMap
 
 REFERENCE, REFERENCE_MANIFEST = "reference.safetensors", "reference.json"
@@ -79,7 +78,7 @@ class _ReferenceWriter:
         layout = {n: (reference.slices[n].dtype, m.compact_shape) for n, m in reference.maps.items()}
         self.file = SafetensorsWriter(self.partial, layout)
 
-    def write(self, name: str, rows: Tensor) -> None:
+    def write(self, name: str, rows: Array) -> None:
         """The rows of the next parameter, in the order of the reference's maps."""
         rows = rows.cpu()
         self.file.write(rows)
@@ -88,7 +87,7 @@ class _ReferenceWriter:
             "shape": list(pmap.shape),
             "dim": pmap.dim,
             "ranges": [list(r) for r in pmap.ranges],
-            "dtype": str(rows.dtype).removeprefix("torch."),
+            "dtype": dtype_name(rows.dtype),
             "sha256": sha256_of(rows),
         }
 
@@ -109,12 +108,11 @@ class ReferenceFile:
         self.folder = folder
         try:
             self.manifest = json.loads((folder / REFERENCE_MANIFEST).read_text())
-            self._file = safe_open(folder / REFERENCE, framework="pt")
-            self._names = set(self._file.keys())
+            (folder / REFERENCE).stat()
+            self._stored = read_header(folder / REFERENCE).tensors
         except FileNotFoundError as error:
-            missing = error.filename or folder / REFERENCE
-            raise WrongReferenceError(f"The pre-SFT reference is missing: no {missing}. {WAYS_OUT}") from None
-        except (OSError, ValueError, SafetensorError) as error:
+            raise WrongReferenceError(f"The pre-SFT reference is missing: no {error.filename}. {WAYS_OUT}") from None
+        except (OSError, ValueError, QKGuardError) as error:
             raise WrongReferenceError(
                 f"The pre-SFT reference in {folder} cannot be read ({error}). {WAYS_OUT}"
             ) from None
@@ -129,10 +127,10 @@ class ReferenceFile:
         for name in (REFERENCE_MANIFEST, REFERENCE):
             (folder / name).unlink(missing_ok=True)
 
-    def get(self, pmap: ParamMap) -> Tensor:
-        """The compact tensor of one parameter, checked against its recorded hash."""
+    def get(self, pmap: ParamMap) -> np.ndarray:
+        """The compact array of one parameter, checked against its recorded hash."""
         entry = self.manifest["tensors"].get(pmap.name)
-        if entry is None or pmap.name not in self._names:
+        if entry is None or pmap.name not in self._stored:
             raise WrongReferenceError(
                 f"The reference in {self.folder} has no rows of {pmap.name}: it was taken with another layout or "
                 f"other settings. {WAYS_OUT}"
@@ -143,7 +141,8 @@ class ReferenceFile:
                 f"The reference of {pmap.name} holds rows {entry['ranges']} of shape {entry['shape']}; this run needs "
                 f"rows {list(pmap.ranges)} of {list(pmap.shape)}. {WAYS_OUT}"
             )
-        rows = self._file.get_tensor(pmap.name)
+        with opened(self.folder / REFERENCE) as fd:
+            rows = read_tensor(fd, self._stored[pmap.name])
         if sha256_of(rows) != entry["sha256"]:
             raise WrongReferenceError(
                 f"The reference of {pmap.name} in {self.folder} has changed since it was taken (its sha256 differs). "
@@ -169,8 +168,7 @@ def differing_from_base(reference: ReferenceFile, base: BaseRows, maps: Sequence
     wrong = []
     for pmap in maps:
         kept, stored = reference.get(pmap), base.get(pmap)
-        casts = [stored.to(kept.dtype)]
-        casts += [stored.to(half).to(kept.dtype) for half in (torch.bfloat16, torch.float16)]
-        if not any(same_bits(kept, cast) for cast in casts):
+        rounded = [stored, *(cast(stored, half) for half in (BFLOAT16, np.dtype(np.float16)))]
+        if not any(same_bits(kept, cast(rows, kept.dtype)) for rows in rounded):
             wrong.append(pmap.name)
     return wrong

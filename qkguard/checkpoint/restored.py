@@ -6,17 +6,18 @@ memory stays at one layer's rows, whatever the model's size.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from qkguard.checkpoint.safetensors_io import TensorEntry, sha256_of, write_rows
-from qkguard.checkpoint.weights import BaseRows, WeightFolder, has_nonfinite
+from qkguard.arrays import cast, dtype_name, has_nonfinite, sha256_of
+from qkguard.checkpoint.safetensors_io import TensorEntry, write_rows
+from qkguard.checkpoint.weights import BaseRows, WeightFolder
 from qkguard.checkpoint.write import FolderPlan, OpenFile, Patch, Record, plan_files
 from qkguard.drift import projection_drift
 from qkguard.errors import QKGuardError
@@ -26,6 +27,9 @@ from qkguard.layout.spec import ParamMap
 from qkguard.layout.wrappers import wrapped_names
 from qkguard.restore.apply import check_device, restore_layer
 from qkguard.restore.registry import Method, check_options, check_per_layer, get_method
+
+MOST_AT_ONCE = 4
+ROOM = 256 << 20  # bytes for the rows before and after SFT of the layers that are patched at the same time
 
 
 @dataclass(frozen=True)
@@ -86,18 +90,32 @@ def plan_restored(
     shared = RestoredRows(weights, selection, names, base, get_method(method), options, check_device(device))
     patches: dict[str, list[Patch]] = {}
     for index, (_, maps) in enumerate(selection):
-        for file in sorted({shared.file_of(param) for param in maps}):
-            patches.setdefault(file, []).append(partial(restore_rows, shared, index))
+        entries: dict[str, list[TensorEntry]] = {}
+        for param in maps:
+            entries.setdefault(shared.file_of(param), []).append(weights.entry(names[param.name]))
+        for file, changed in sorted(entries.items()):
+            patches.setdefault(file, []).append(Patch.within(changed, partial(restore_rows, shared, index)))
     return FolderPlan(
         weights,
         Path(out),
         plan_files(weights, patches, wrapped_names(weights.where)),
         base=base.describe(),
         method={"name": method, **options, **rows.to_json()},
+        at_once=_at_once(shared),
         partial=_left_tuned(selection),
         staging=staging,
         overwrite=overwrite,
     )
+
+
+def _at_once(shared: RestoredRows) -> int:
+    """How many layers may be patched at the same time: as many as there are processors and room for their rows."""
+    if shared.method.computes:  # in float64, and on all processors
+        return 1
+    layers = [
+        sum(p.numel * shared.weights.dtype(shared.names[p.name]).itemsize for p in m) for _, m in shared.selection
+    ]
+    return max(1, min(MOST_AT_ONCE, os.cpu_count() or 1, ROOM // (2 * max(layers))))
 
 
 def _left_tuned(selection: Selection) -> list[str]:
@@ -119,28 +137,27 @@ def restore_rows(shared: RestoredRows, index: int, file: OpenFile) -> Record:
     for param in params:
         if shared.file_of(param) == file.name:
             entry = file.tensors[shared.names[param.name]]
-            rows = round_to(new.rows[param.name], entry.torch_dtype, param.name)
-            hashes = {"before": file.hashing.submit(sha256_of, post[param.name])}
-            hashes["after"] = file.hashing.submit(sha256_of, rows)
+            rows = round_to(new.rows[param.name], entry.float_dtype, param.name)
+            write_rows(file.fd, entry, param, rows)
+            hashes = {"sha256_before": sha256_of(post[param.name]), "sha256_after": sha256_of(rows)}
             # `restore` in the dtype it was kept in writes these very rows
             same = rows is pre[param.name]
-            hashes["base"] = hashes["after"] if same else file.hashing.submit(sha256_of, pre[param.name])
-            write_rows(file.fd, entry, param, rows)
-            tensors.append(({"index": index, "file": file.name} | describe_rows(param, entry), hashes))
+            hashes["sha256_base"] = hashes["sha256_after"] if same else sha256_of(pre[param.name])
+            tensors.append({"index": index, "file": file.name} | describe_rows(param, entry) | hashes)
     layers = []
     if shared.file_of(params[0]) == file.name:
-        cast = {p.name: pre[p.name].to(post[p.name].dtype) for p in params}
-        drift = projection_drift(params, cast, post)
+        before = {p.name: cast(pre[p.name], post[p.name].dtype) for p in params}
+        drift = projection_drift(params, before, post)
         about = {"index": index, "layer": spec.layer, "module": spec.module, "kind": spec.kind, "drift": drift}
         layers.append(about | new.report)
     return {
         "nonfinite": [shared.names[name] for name, rows in post.items() if has_nonfinite(rows)],
         "layers": layers,
-        "tensors": [t | {f"sha256_{which}": h.result() for which, h in hashes.items()} for t, hashes in tensors],
+        "tensors": tensors,
     }
 
 
-def _rows_before(base: BaseRows, param: ParamMap) -> Tensor:
+def _rows_before(base: BaseRows, param: ParamMap) -> np.ndarray:
     rows = base.get(param)
     if tuple(rows.shape) != param.compact_shape:
         raise QKGuardError(
@@ -152,7 +169,7 @@ def _rows_before(base: BaseRows, param: ParamMap) -> Tensor:
     return rows
 
 
-def _gains(shared: RestoredRows, index: int) -> dict[str, Tensor]:
+def _gains(shared: RestoredRows, index: int) -> dict[str, np.ndarray]:
     """The gains of a layer's q/k norms that stay as tuned, for methods that ask for them."""
     if not shared.method.needs_gains(shared.options):
         return {}
@@ -160,11 +177,14 @@ def _gains(shared: RestoredRows, index: int) -> dict[str, Tensor]:
     return {p.name: shared.weights.read(shared.names[p.name], p) for p in norms}
 
 
-def round_to(rows: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+def round_to(rows: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     """Rows in the file's dtype; QKGuardError where a value does not fit in it (bfloat16's range in float16)."""
-    out = rows.to(dtype)
+    out = cast(rows, dtype)
     if has_nonfinite(out):
-        raise QKGuardError(f"{name}: the rows to write hold NaN or Inf in {dtype}; they came from {rows.dtype}.")
+        raise QKGuardError(
+            f"{name}: the rows to write hold NaN or Inf in {dtype_name(dtype)}; they came from "
+            f"{dtype_name(rows.dtype)}."
+        )
     return out
 
 

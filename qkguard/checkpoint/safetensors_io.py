@@ -16,27 +16,28 @@ from dataclasses import dataclass
 from math import prod
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from qkguard.arrays import BFLOAT16, Array, bytes_of, dtype_name
 from qkguard.errors import QKGuardError
 from qkguard.layout.spec import ParamMap
 
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = {"F64": np.dtype("f8"), "F32": np.dtype("f4"), "F16": np.dtype("f2"), "BF16": BFLOAT16}
 """Dtypes whose rows can be restored; everything else in a Q/K tensor is a quantised or broken checkpoint."""
 
-NAMES = {dtype: name for name, dtype in FLOATS.items()} | {
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
+NAMES = {dtype_name(dtype): name for name, dtype in FLOATS.items()} | {
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
 }
-"""What torch's dtypes are called in a header."""
+"""What the dtypes of numpy and torch are called in a header, by their common name."""
 
 _NAMES_BY_BITS = {
     64: "F64 I64 U64 C64",
@@ -62,7 +63,7 @@ class TensorEntry:
     stop: int
 
     @property
-    def torch_dtype(self) -> torch.dtype:
+    def float_dtype(self) -> np.dtype:
         """The dtype of a restorable tensor; QKGuardError for quantised ones."""
         if self.dtype not in FLOATS:
             raise QKGuardError(
@@ -143,43 +144,33 @@ def opened(path: Path) -> Iterator[int]:
         os.close(fd)
 
 
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, without a copy."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
+def read_tensor(fd: int, entry: TensorEntry) -> np.ndarray:
+    """One whole tensor in the file's dtype."""
+    out = np.empty(entry.shape, dtype=entry.float_dtype)
+    read_exactly(fd, bytes_of(out), entry.start, entry.name)
+    return out
 
 
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal shape, dtype and bit patterns (NaNs are equal to themselves, 0.0 and -0.0 differ)."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
-
-
-def sha256_of(tensor: Tensor) -> str:
-    """The hash of a CPU tensor's bytes."""
-    return hashlib.sha256(bytes_of(tensor.contiguous())).hexdigest()
-
-
-def read_rows(fd: int, entry: TensorEntry, param: ParamMap) -> Tensor:
-    """The selected rows (or columns) of one tensor as a compact CPU tensor in the file's dtype."""
-    compact = torch.empty(param.compact_shape, dtype=entry.torch_dtype)
+def read_rows(fd: int, entry: TensorEntry, param: ParamMap) -> np.ndarray:
+    """The selected rows (or columns) of one tensor as a compact array in the file's dtype."""
+    compact = np.empty(param.compact_shape, dtype=entry.float_dtype)
     view = bytes_of(compact)
     for offset, piece in _pieces(entry, param, view):
         read_exactly(fd, piece, offset, entry.name)
     return compact
 
 
-def write_rows(fd: int, entry: TensorEntry, param: ParamMap, compact: Tensor) -> None:
+def write_rows(fd: int, entry: TensorEntry, param: ParamMap, compact: Array) -> None:
     """Overwrite the selected rows (or columns) of one tensor in place.
 
-    `compact` has shape `param.compact_shape` and the file's dtype.
+    `compact`, an array or a CPU tensor, has shape `param.compact_shape` and the file's dtype.
     """
-    if compact.dtype != entry.torch_dtype or tuple(compact.shape) != param.compact_shape:
+    found, wanted = dtype_name(compact.dtype), dtype_name(entry.float_dtype)
+    if found != wanted or tuple(compact.shape) != param.compact_shape:
         raise QKGuardError(
-            f"{entry.name}: rows of {compact.dtype} {tuple(compact.shape)} do not fit "
-            f"{entry.torch_dtype} {param.compact_shape}."
+            f"{entry.name}: rows of {found} {tuple(compact.shape)} do not fit {wanted} {param.compact_shape}."
         )
-    for offset, piece in _pieces(entry, param, bytes_of(compact.contiguous())):
+    for offset, piece in _pieces(entry, param, bytes_of(compact)):
         while piece:
             written = os.pwrite(fd, piece, offset)
             piece, offset = piece[written:], offset + written
@@ -192,7 +183,7 @@ def _pieces(entry: TensorEntry, param: ParamMap, view: memoryview) -> Iterator[t
             f"{entry.name} has shape {list(entry.shape)}, expected {list(param.shape)} ({param.name}): "
             "the checkpoint belongs to another model."
         )
-    itemsize, position = entry.torch_dtype.itemsize, 0
+    itemsize, position = entry.float_dtype.itemsize, 0
     for lo, hi in param.flat_ranges(0, param.full_numel):
         size = (hi - lo) * itemsize
         yield entry.start + lo * itemsize, view[position : position + size]
@@ -247,12 +238,13 @@ def sample_sha256(fd: int, size: int) -> str:
 class SafetensorsWriter:
     """A safetensors file written one tensor at a time, so that memory stays at the largest tensor.
 
-    The header of name -> (dtype, shape) is written first, the tensors then in that order; `close` makes the file
-    durable. A write that fails (no space) is kept and raised by `close`, which then removes the file: the caller's
-    ranks may be gathering the next tensors together by then, and one of them must not leave the others waiting.
+    The header of name -> (dtype of numpy or torch, shape) is written first, the tensors then in that order; `close`
+    makes the file durable. A write that fails (no space) is kept and raised by `close`, which then removes the file:
+    the caller's ranks may be gathering the next tensors together by then, and one of them must not leave the others
+    waiting.
     """
 
-    def __init__(self, path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+    def __init__(self, path: Path, tensors: Mapping[str, tuple[Any, tuple[int, ...]]]) -> None:
         self.path, self._pending = path, list(tensors.items())
         self._failure: OSError | None = None
         self._file = open(path, "wb")  # noqa: SIM115 - closed in `close`
@@ -260,19 +252,20 @@ class SafetensorsWriter:
         start = 0
         for name, (dtype, shape) in tensors.items():
             stop = start + prod(shape) * dtype.itemsize
-            header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, stop]}
+            header[name] = {"dtype": NAMES[dtype_name(dtype)], "shape": list(shape), "data_offsets": [start, stop]}
             start = stop
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # the format aligns the tensors to 8 bytes
         self._file.write(len(text).to_bytes(8, "little") + text)
 
-    def write(self, tensor: Tensor) -> None:
-        """Write the next tensor, from any device."""
-        name, expected = self._pending.pop(0)
-        assert (tensor.dtype, tuple(tensor.shape)) == expected, (name, expected, tensor.dtype, tensor.shape)
+    def write(self, rows: Array) -> None:
+        """Write the next array or tensor, from any device."""
+        name, (dtype, shape) = self._pending.pop(0)
+        expected, found = (dtype_name(dtype), tuple(shape)), (dtype_name(rows.dtype), tuple(rows.shape))
+        assert found == expected, (name, expected, found)
         if self._failure is None:
             try:
-                self._file.write(bytes_of(tensor.detach().cpu().contiguous()))
+                self._file.write(bytes_of(rows if isinstance(rows, np.ndarray) else rows.detach().cpu()))
             except OSError as error:
                 self._failure = error
 

@@ -13,18 +13,16 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from qkguard.arrays import bytes_of, has_nonfinite
 from qkguard.checkpoint.safetensors_io import (
     FLOATS,
     Header,
     TensorEntry,
-    bytes_of,
     opened,
     read_exactly,
     read_header,
@@ -60,20 +58,20 @@ class WeightFolder:
     def entry(self, name: str) -> TensorEntry:
         return self.files[self.where[name]].tensors[name]
 
-    def dtype(self, name: str) -> torch.dtype:
+    def dtype(self, name: str) -> np.dtype:
         """The dtype of a tensor; QKGuardError where it is quantised."""
-        return self.entry(name).torch_dtype
+        return self.entry(name).float_dtype
 
-    def read(self, name: str, param: ParamMap) -> Tensor:
-        """The selected rows of a tensor as a compact CPU tensor, in the dtype stored."""
+    def read(self, name: str, param: ParamMap) -> np.ndarray:
+        """The selected rows of a tensor as a compact array, in the dtype stored."""
         with opened(self.folder / self.where[name]) as fd:
             return read_rows(fd, self.entry(name), param)
 
-    def read_elements(self, name: str, spans: Iterable[tuple[int, int]]) -> Tensor:
+    def read_elements(self, name: str, spans: Iterable[tuple[int, int]]) -> np.ndarray:
         """Some of a tensor's flattened elements, one half-open range after the other, as 1-D in the dtype stored."""
         entry, spans = self.entry(name), list(spans)
-        out = torch.empty(sum(stop - start for start, stop in spans), dtype=entry.torch_dtype)
-        view, size, position = bytes_of(out), entry.torch_dtype.itemsize, 0
+        out = np.empty(sum(stop - start for start, stop in spans), dtype=entry.float_dtype)
+        view, size, position = bytes_of(out), entry.float_dtype.itemsize, 0
         with opened(self.folder / self.where[name]) as fd:
             for start, stop in spans:
                 count = (stop - start) * size
@@ -263,8 +261,8 @@ def resolve_folder(name: str | os.PathLike[str]) -> Path:
 class BaseRows(Protocol):
     """The query and key rows before SFT: a base checkpoint's folder (`BaseFolder`) or a run's reference file."""
 
-    def get(self, param: ParamMap, /) -> Tensor:
-        """The compact CPU tensor of one parameter: in the dtype held at step 0 where there was a step 0, else as
+    def get(self, param: ParamMap, /) -> np.ndarray:
+        """The compact array of one parameter: in the dtype held at step 0 where there was a step 0, else as
         stored. The writer rounds it to the raw file's dtype."""
         ...
 
@@ -291,7 +289,7 @@ class BaseFolder:
         """Fail before anything is copied if one of these parameters cannot be read."""
         self.weights.check(params, self.names, "the base", "expected the checkpoint that the tuned model started from")
 
-    def get(self, param: ParamMap, /) -> Tensor:
+    def get(self, param: ParamMap, /) -> np.ndarray:
         return self.weights.read(self.names[param.name], param)
 
     def describe(self) -> dict[str, Any]:
@@ -308,14 +306,6 @@ def identify(name: str, folder: Path) -> dict[str, str]:
     if cached:
         return {"id": f"{cached[1]}/{cached[2]}", "revision": cached[3]}
     return {"id": name if not os.path.exists(name) else str(Path(name).resolve())}
-
-
-def has_nonfinite(tensor: Tensor) -> bool:
-    """Whether a floating-point tensor holds NaN or Inf: extremes tell, ten times faster than looking at each value."""
-    if not tensor.numel():
-        return False
-    low, high = tensor.aminmax()  # NaN if there is one
-    return not (isfinite(low) and isfinite(high))
 
 
 class NonfiniteScan:
@@ -349,8 +339,8 @@ class NonfiniteScan:
                         found.append(entry.name)
         return found
 
-    def _chunks(self, fd: int, entry: TensorEntry) -> Iterator[Tensor]:
-        buffer = torch.empty(min(SCAN_BYTES, entry.stop - entry.start), dtype=torch.uint8)
+    def _chunks(self, fd: int, entry: TensorEntry) -> Iterator[np.ndarray]:
+        buffer = np.empty(min(SCAN_BYTES, entry.stop - entry.start), dtype=np.uint8)
         for start in range(entry.start, entry.stop, SCAN_BYTES):
             if self._stop.is_set():
                 return

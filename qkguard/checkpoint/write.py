@@ -12,26 +12,20 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from qkguard.checkpoint.card import model_card, read_card
-from qkguard.checkpoint.files import (
-    CREATE,
-    auxiliary_files,
-    can_clone,
-    copy_bytes,
-    copy_named,
-    link_or_copy,
-    write_text,
-)
+from qkguard.checkpoint.copying import BytesCopied, Copies, FileCopy, can_clone
+from qkguard.checkpoint.files import auxiliary_files, copy_named, link_or_copy, write_text
 from qkguard.checkpoint.manifest import MANIFEST, build_manifest, describe_file, dump
-from qkguard.checkpoint.safetensors_io import Header, TensorEntry, opened, read_header, rename_tensors
+from qkguard.checkpoint.safetensors_io import Header, TensorEntry, read_header, rename_tensors
 from qkguard.checkpoint.staging import Staging
 from qkguard.checkpoint.weights import WeightFolder
 from qkguard.errors import QKGuardError
@@ -45,16 +39,32 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class OpenFile:
-    """A copied weight file, open for patching: where its tensors are, and a thread for the hashes."""
+    """A copied weight file, open for patching, and where its tensors are."""
 
     name: str
     fd: int
     tensors: Mapping[str, TensorEntry]
-    hashing: ThreadPoolExecutor
 
 
-Patch = Callable[[OpenFile], Record]
-"""Overwrites something in an open file; returns lists for the record: "layers", "tensors", "nonfinite"."""
+@dataclass(frozen=True)
+class Patch:
+    """A change to a copied file.
+
+    Attributes:
+        apply: overwrites something in an open file, on a thread of its own; returns lists for the record: "layers",
+            "tensors", "nonfinite".
+        start, stop: the bytes of the file between which it writes.
+    """
+
+    apply: Callable[[OpenFile], Record]
+    start: int
+    stop: int
+
+    @classmethod
+    def within(cls, entries: Iterable[TensorEntry], apply: Callable[[OpenFile], Record]) -> Patch:
+        """A patch that changes some tensors of a file."""
+        spans = [(entry.start, entry.stop) for entry in entries]
+        return cls(apply, min(start for start, _ in spans), max(stop for _, stop in spans))
 
 
 @dataclass(frozen=True)
@@ -91,6 +101,7 @@ class FolderPlan:
         weights: the raw folder's weights, opened; never changed.
         out: the folder to appear, complete or not at all.
         files: the weight files, most work first, so that dealing them out to ranks balances it.
+        at_once: how many patches may be at work at the same time; each needs memory for what it changes.
         base, method: for the manifest: where the rows come from, and the method with its options.
         partial: for the manifest: parameters with rows that feed keys and values alike and stay tuned.
         warnings: for the manifest: sentences for people.
@@ -107,6 +118,7 @@ class FolderPlan:
     files: tuple[FilePlan, ...]
     base: Mapping[str, Any]
     method: Mapping[str, Any]
+    at_once: int = 1
     partial: Sequence[str] = ()
     warnings: Sequence[str] = ()
     other_files: Mapping[str, Path | str] = field(default_factory=dict)
@@ -153,13 +165,15 @@ def write_folder(
         return publish(plan, staging, write_files(plan, staging.folder, progress=progress), extra)
 
 
-def prepare(plan: FolderPlan) -> Staging:
-    """Rank 0: check the target and the space, make the temporary folder.
+def prepare(plan: FolderPlan, staging: Staging | None = None) -> Staging:
+    """Rank 0: check the target and the space, make the temporary folder, unless there is one (`ahead.HeadStart`).
 
     Raises:
         QKGuardError: a target that is taken, too little space, or another process at work on the same target.
     """
     check_target([plan.weights.folder], plan.out, plan.overwrite)
+    if staging is not None:
+        return staging
     with readable_errors(plan.out):
         staging = Staging(plan.out, plan.staging)
         try:
@@ -183,31 +197,66 @@ def _check_space(plan: FolderPlan, folder: Path) -> None:
 
 
 def write_files(
-    plan: FolderPlan, folder: Path, rank: int = 0, world: int = 1, progress: BytesProgress | None = None
+    plan: FolderPlan,
+    folder: Path,
+    rank: int = 0,
+    world: int = 1,
+    progress: BytesProgress | None = None,
+    ahead: Copies | None = None,
 ) -> list[Record]:
     """Write every `world`-th weight file of the plan, from the `rank`-th on, after `prepare`; no collective.
 
-    `folder` is that of the staging that `prepare` made.
+    Args:
+        plan: what to write.
+        folder: that of the staging that `prepare` made.
+        rank, world: which part of the files.
+        progress: called with (bytes done, bytes in all), from any thread.
+        ahead: copies from the raw folder to `folder` that were started before the plan was known.
 
     Returns:
         A record of each file written, for `publish`.
     """
     files = plan.files[rank::world]
-    total, done = sum(file.nbytes for file in files), 0
+    written = _Counter(sum(file.nbytes for file in files), progress)
+    with ExitStack() as stack:
+        stack.enter_context(readable_errors(plan.out))
+        copies = ahead or stack.enter_context(Copies(plan.weights.folder, folder))
+        copies.tell(written)
+        # Reading, hashing and sums release the interpreter's lock, so patches run beside each other and the copying
+        patching = ThreadPoolExecutor(max(1, plan.at_once // world))
+        stack.callback(patching.shutdown, cancel_futures=True)
+        stack.callback(copies.cancel)  # after an error no patch waits for bytes to come; without one all are there
+        records = []
+        for number, file in enumerate(files):
+            for near in files[number : number + 2]:  # the next file is copied while this one is patched
+                if near.source is not None and near.is_copied:
+                    copies.start(near.source, near.target)
+            records.append(_write_file(plan.weights, file, folder, copies, patching, written))
+        copies.settle()
+        return records
 
-    def written(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress:
-            progress(done, total)
 
-    # Hashing releases the interpreter's lock, so it runs beside the reading and the drift sums.
-    with readable_errors(plan.out), ThreadPoolExecutor(1) as hashing:
-        return [_write_file(plan.weights, file, folder, hashing, written) for file in files]
+class _Counter:
+    """Adds up the bytes that several threads have written; a file copied ahead for nothing is not counted twice."""
+
+    def __init__(self, total: int, progress: BytesProgress | None) -> None:
+        self.done, self.total, self.progress = 0, total, progress
+        self._lock = Lock()
+
+    def __call__(self, count: int) -> None:
+        with self._lock:
+            self.done += count
+            if self.progress:
+                self.progress(min(self.done, self.total), self.total)
 
 
 def _write_file(
-    weights: WeightFolder, file: FilePlan, folder: Path, hashing: ThreadPoolExecutor, written: Callable[[int], None]
+    weights: WeightFolder,
+    file: FilePlan,
+    folder: Path,
+    copies: Copies,
+    patching: ThreadPoolExecutor,
+    written: BytesCopied,
 ) -> Record:
     target = folder / file.target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -219,36 +268,42 @@ def _write_file(
     source, header = weights.folder / file.source, weights.files[file.source]
     record["raw"] = describe_file(source, header)
     if not file.is_copied:
+        copies.drop(file.source)
         linked = link_or_copy(source, target)
         written(file.nbytes)
         return record | {"made": "linked" if linked else "copied", "written": record["raw"]}
-    _copy_and_patch(source, target, file, header, hashing, written, record)
-    if not file.renamed:
-        return record | {"made": "patched", "written": describe_file(target, header)}
-    made = "patched" if file.patches else "renamed"
-    return record | {"made": made, "written": describe_file(target, read_header(target))}
+    copy = copies.take(file.source)
+    for found in _patched(copy, file, header, patching):
+        for key, entries in found.items():
+            record[key] += entries
+        written(0)  # whoever follows may end the write here
+    copy.wait(file.nbytes)
+    if file.renamed:
+        rename_tensors(copy.fd, file.renamed)
+        _name_anew(record["tensors"], file.renamed)
+        header = read_header(target)
+    described = describe_file(target, header)
+    copies.finish(copy)
+    return record | {"made": "patched" if file.patches else "renamed", "written": described}
 
 
-def _copy_and_patch(
-    source: Path,
-    target: Path,
-    file: FilePlan,
-    header: Header,
-    hashing: ThreadPoolExecutor,
-    written: Callable[[int], None],
-    record: Record,
-) -> None:
-    with os.fdopen(os.open(target, CREATE, 0o666), "r+b") as copy:
-        with opened(source) as fd:
-            copy_bytes(fd, copy.fileno(), written)
-        for patch in file.patches:
-            for key, entries in patch(OpenFile(file.target, copy.fileno(), header.tensors, hashing)).items():
-                record[key] += entries
-            written(0)  # whoever follows may end the write here
-        if file.renamed:
-            rename_tensors(copy.fileno(), file.renamed)
-            _name_anew(record["tensors"], file.renamed)
-        os.fsync(copy.fileno())
+def _patched(copy: FileCopy, file: FilePlan, header: Header, patching: ThreadPoolExecutor) -> Iterator[Record]:
+    """What the patches of a file say, in their order; each runs when what it changes is copied.
+
+    What lies before everything still to be patched is handed to the disk, so that no page is written twice.
+    """
+    patches = sorted(file.patches, key=attrgetter("stop"))
+    target = OpenFile(file.target, copy.fd, header.tensors)
+    running = [patching.submit(_apply, copy, patch, target) for patch in patches]
+    starts = [patch.start for patch in patches] + [file.nbytes]
+    for number, patch in enumerate(running, 1):
+        yield patch.result()
+        copy.write_out(min(starts[number:]))
+
+
+def _apply(copy: FileCopy, patch: Patch, target: OpenFile) -> Record:
+    copy.wait(patch.stop)
+    return patch.apply(target)
 
 
 def _name_anew(tensors: list[dict[str, Any]], renamed: Mapping[str, str]) -> None:

@@ -20,7 +20,6 @@ app = typer.Typer(
     help="Keep long-range recall through chain-of-thought SFT: track how far queries and keys drift, and write "
     "checkpoints in which they are as before.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -52,6 +52,7 @@ PerLayer = Annotated[
     typer.Option("--per-layer", help="Ridge or alpha of single layers, such as 3=0.5,7=1.", metavar="LAYER=VALUE,..."),
 ]
 MODES = ("auto", "chat", "plain")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 RemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Allow importing the checkpoint's own model code.")
@@ -123,8 +124,8 @@ def _flag(name: str) -> str:
 
 
 def parse_names(text: str) -> list[str]:
-    """ "q,k" or "q k" -> ["q", "k"]."""
-    return text.replace(",", " ").split()
+    """ "q,k", "q k" or "[q, k]" -> ["q", "k"]."""
+    return text.strip().removeprefix("[").removesuffix("]").replace(",", " ").split()
 
 
 @contextmanager

@@ -55,6 +55,13 @@ def probe(
     quiet_transformers()
     for file in (png, html):
         opt.check_file(file)
+    opt.parse_choice("--mode", mode, opt.MODES)
+    opt.parse_choice("--dtype", dtype, opt.DTYPES)
+    from qkguard.offline.checks import check_file, check_models, check_samples
+
+    check_samples(opt.parse_names(tasks), opt.parse_lengths(lengths), opt.parse_depths(depths), samples, haystack)
+    check_file(prompts, "prompts as RULER or lm-evaluation-harness write them")
+    check_models(models)
     from qkguard.offline.models import LoadOptions
     from qkguard.offline.probe import answer_file, probe_models, to_json
     from qkguard.probe import ProbeSettings

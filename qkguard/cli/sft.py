@@ -6,6 +6,8 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -63,10 +65,13 @@ def sft(
             "--num-processes and --nodes start ranks through accelerate; add --accelerate zero3 (or another config)."
         )
     _quiet()
+    from qkguard.sft.keys import check_settings
     from qkguard.sft.launch import Launch
     from qkguard.sft.recipes import find_recipe
 
     recipe = find_recipe(config) if config else None
+    with _unheard():
+        check_settings(context.args, recipe)  # in a second; what follows imports TRL
     start = Launch(accelerate, num_processes, nodes, node_rank, main_ip, main_port) if accelerate else None
     if dry_run:
         _print_plan(context.args, recipe, start, as_json)
@@ -99,11 +104,8 @@ def _launch(arguments: list[str], recipe: Path | None, start: Launch) -> NoRetur
     from qkguard.sft.preflight import preflight
 
     ranks_per_node(start)  # needs no recipe, so it comes before what does
-    logging.disable(logging.WARNING)  # rank 0 reads the settings again and warns of old names: once is enough
-    try:
+    with _unheard():
         settings = parse(arguments, recipe)
-    finally:
-        logging.disable(logging.NOTSET)
     precision = "bf16" if settings.training.bf16 else "fp16" if settings.training.fp16 else "no"
     forwarded = [*(["--config", str(recipe)] if recipe else []), *arguments]
     command, environment = launch_command(start, forwarded, precision)
@@ -123,11 +125,21 @@ def _train(arguments: list[str], recipe: Path | None) -> None:
         say(f"done; next: qkguard verify {final}")
 
 
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Settings are read again later, by TRL's parser or by rank 0, which then warns of old names: once is enough."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
 def _quiet() -> None:
     """Leave out what users can do nothing about: deprecations inside libraries, bars in a log file."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)
     if not sys.stderr.isatty():
-        from datasets import disable_progress_bars
-
-        disable_progress_bars()
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # for when it is imported
+        if "datasets" in sys.modules:
+            sys.modules["datasets"].disable_progress_bars()

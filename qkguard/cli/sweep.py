@@ -9,6 +9,7 @@ import typer
 
 from qkguard.cli import options as opt
 from qkguard.cli.output import no_loading_bars, print_json, print_table, progress_bar, quiet_transformers, say, warn
+from qkguard.layout.rows import RowSelection
 
 if TYPE_CHECKING:
     from qkguard.offline.sweep import SweepReport
@@ -85,6 +86,23 @@ def sweep(
     quiet_transformers()
     selected = opt.row_selection(layers, include_norms, sliding_window, shared)
     opt.parse_choice("--mode", mode, opt.MODES)
+    opt.parse_choice("--dtype", dtype, opt.DTYPES)
+    from qkguard.offline.checks import check_file, check_samples, check_sweep
+
+    probed = opt.parse_lengths(lengths or "512")
+    check_samples(opt.parse_names(tasks), probed, opt.parse_depths(depths), samples, haystack)
+    check_file(None if data == "none" else data, "JSON lines, rows held out from SFT")
+    check_sweep(
+        base,
+        tuned,
+        methods=methods,
+        controls=controls,
+        tolerance=tolerance,
+        write=write,
+        overwrite=overwrite,
+        rows=RowSelection.of(selected),
+        spec=spec,
+    )
     files = _files(out, html, png)
     from qkguard.offline.sweep import sweep as run
 

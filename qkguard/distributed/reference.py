@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qkguard.arrays import as_tensor
 from qkguard.distributed import collectives, ranks, sharding
 from qkguard.distributed.collectives import Exchange, Span
 from qkguard.distributed.sharding import Param
@@ -58,7 +59,7 @@ class Reference:
     def scatter(cls, model: nn.Module, selection: Selection, source: Any) -> Reference:
         """Rank 0 reads the rows and hands every rank its slices; ALL ranks must call this.
 
-        `source.get(param_map)` gives the compact tensor of one parameter; the other ranks pass None.
+        `source.get(param_map)` gives the compact array of one parameter; the other ranks pass None.
         The values are cast to the dtype of the live weights. Rank 0 needs memory for one parameter beside its part.
 
         Raises:
@@ -176,7 +177,7 @@ def _read_flat(source: Any, pmap: ParamMap, dtype: torch.dtype) -> Tensor:
         raise QKGuardError(
             f"{pmap.name}: the base has rows of shape {tuple(rows.shape)}, expected {pmap.compact_shape}."
         )
-    return rows.to(dtype).reshape(-1)
+    return as_tensor(rows).to(dtype).reshape(-1)
 
 
 def _kept(rows: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Which rows of which tensors are queries and keys, found by what a model does.
 
-May import `errors` alone. Public: `discover.find_attention`, `proof.prove_layout`, `names.disk_names`,
+May import `arrays` and `errors`. Public: `discover.find_attention`, `proof.prove_layout`, `names.disk_names`,
 `selection.select`, and what they speak of: `spec.AttentionSpec`, `spec.ParamMap`, `spec.Block`, `rows.RowSelection`.
 """
 

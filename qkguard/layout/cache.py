@@ -28,19 +28,37 @@ def cached(question: str, inputs: Any, find: Callable[[], T]) -> T:
         inputs: JSON values that, with the code, settle the answer.
         find: gives the answer as JSON values; what it raises is never kept.
     """
-    folder = _folder()
-    if folder is None:
+    file = _file(question, inputs)
+    if file is None:
         return find()
-    asked = json.dumps([question, inputs, _code()], sort_keys=True, default=str)
-    file = folder / f"{question}-{sha256(asked.encode()).hexdigest()[:32]}.json"
-    try:
-        known: T = json.loads(file.read_text(encoding="utf-8"))["answer"]
+    known: T | None = _read(file)
+    if known is not None:
         return known
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
     answer = find()
     _keep(file, {"answer": answer})
     return answer
+
+
+def recalled(question: str, inputs: Any) -> Any:
+    """The answer to a question that was asked before; None where it is not known."""
+    file = _file(question, inputs)
+    return None if file is None else _read(file)
+
+
+def _file(question: str, inputs: Any) -> Path | None:
+    """Where the answer to a question is kept; None where nothing is."""
+    folder = _folder()
+    if folder is None:
+        return None
+    asked = json.dumps([question, inputs, _code()], sort_keys=True, default=str)
+    return folder / f"{question}-{sha256(asked.encode()).hexdigest()[:32]}.json"
+
+
+def _read(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["answer"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _folder() -> Path | None:

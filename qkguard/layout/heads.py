@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from qkguard.arrays import Array, double, library, like, zeros
 from qkguard.layout.spec import AttentionSpec, ParamMap
 
 
@@ -24,35 +24,35 @@ class HeadRows:
     """
 
     weight: ParamMap
-    index: Tensor
+    index: np.ndarray
     bias: ParamMap | None
-    bias_index: Tensor | None
+    bias_index: np.ndarray | None
 
-    def read(self, compact: Mapping[str, Tensor], with_bias: bool) -> Tensor:
+    def read(self, compact: Mapping[str, Array], with_bias: bool) -> Array:
         """(heads, d_k, d) in float64; `with_bias` appends the bias as one more column, zeros where there is none."""
-        weight = _rows_first(self.weight, compact[self.weight.name].double())
-        rows = weight[self.index.to(weight.device)]
+        weight = _rows_first(self.weight, compact[self.weight.name])
+        rows = double(weight[like(self.index, weight)])
         if not with_bias:
             return rows
-        column = rows.new_zeros(*rows.shape[:-1], 1)
+        column = zeros((*rows.shape[:-1], 1), rows)
         if self.bias is not None and self.bias_index is not None:
-            column[..., 0] = compact[self.bias.name].double()[self.bias_index.to(weight.device)]
-        return torch.cat([rows, column], -1)
+            column[..., 0] = compact[self.bias.name][like(self.bias_index, weight)]
+        return library(rows).concat([rows, column], -1)
 
-    def write(self, rows: Tensor, into: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def write(self, rows: Array, into: Mapping[str, Array]) -> dict[str, Array]:
         """float64 copies of this role's compact tensors in `into`, with what `read` gives in place of its rows."""
-        weight = into[self.weight.name].to(torch.float64, copy=True)
+        weight = double(into[self.weight.name], copy=True)
         width = weight.shape[1 - self.weight.dim]
-        _rows_first(self.weight, weight)[self.index.to(weight.device)] = rows[..., :width]
+        _rows_first(self.weight, weight)[like(self.index, weight)] = rows[..., :width]
         out = {self.weight.name: weight}
         if self.bias is not None and self.bias_index is not None:
-            bias = into[self.bias.name].to(torch.float64, copy=True)
-            bias[self.bias_index.to(bias.device)] = rows[..., width]
+            bias = double(into[self.bias.name], copy=True)
+            bias[like(self.bias_index, bias)] = rows[..., width]
             out[self.bias.name] = bias
         return out
 
 
-def _rows_first(param: ParamMap, weight: Tensor) -> Tensor:
+def _rows_first(param: ParamMap, weight: Array) -> Array:
     """A view whose rows make outputs, also of a transposed Conv1D."""
     return weight if param.dim == 0 else weight.mT
 
@@ -64,12 +64,12 @@ class LayerHeads:
     q: HeadRows
     k: HeadRows
 
-    def read(self, compact: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def read(self, compact: Mapping[str, Array]) -> tuple[Array, Array]:
         """Queries (heads, d_k, n) and keys (kv_heads, d_k, n) in float64, n = d or, where either has a bias, d + 1."""
         with_bias = self.q.bias is not None or self.k.bias is not None
         return self.q.read(compact, with_bias), self.k.read(compact, with_bias)
 
-    def write(self, q: Tensor, k: Tensor, into: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def write(self, q: Array, k: Array, into: Mapping[str, Array]) -> dict[str, Array]:
         """float64 copies of the layer's compact tensors in `into`, with these queries and keys in them."""
         queries = self.q.write(q, into)
         return queries | self.k.write(k, {**into, **queries})  # queries and keys may lie in the same tensor
@@ -116,7 +116,7 @@ def _head_rows(spec: AttentionSpec, maps: Sequence[ParamMap], role: str, count: 
     return HeadRows(weight, index, bias, bias_index)
 
 
-def _index(param: ParamMap, role: str, count: int) -> Tensor | None:
+def _index(param: ParamMap, role: str, count: int) -> np.ndarray | None:
     """(heads, d_k) positions of a role's rows in the compact tensor; None where they are not laid out by head."""
     heads: list[list[int]] = [[] for _ in range(count)]
     for block, lo, hi in param.compact_blocks():
@@ -127,4 +127,4 @@ def _index(param: ParamMap, role: str, count: int) -> Tensor | None:
         heads[block.head] += range(lo, hi)
     if not heads[0] or len({len(rows) for rows in heads}) != 1:
         return None
-    return torch.tensor(heads)
+    return np.array(heads)

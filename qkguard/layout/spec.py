@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from qkguard.arrays import Array, along, library
 from qkguard.errors import QKGuardError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, order=True)
@@ -100,11 +103,11 @@ class ParamMap:
     def full_numel(self) -> int:
         return prod(self.shape)
 
-    def take(self, full: Tensor) -> Tensor:
+    def take(self, full: Array) -> Array:
         """Full tensor -> compact tensor (a view where the selection is one range)."""
         self._check(full)
-        parts = [full.narrow(self.dim, lo, hi - lo) for lo, hi in self.ranges]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)
+        parts = [along(full, self.dim, lo, hi) for lo, hi in self.ranges]
+        return parts[0] if len(parts) == 1 else library(full).concat(parts, self.dim)
 
     def put(self, full: Tensor, compact: Tensor) -> None:
         """Write a compact tensor into the selected rows of a full one, in place."""
@@ -148,6 +151,8 @@ class ParamMap:
 
     def _role_positions(self, start: int, stop: int) -> list[RoleSlice]:
         """`role_slices` of a transposed Conv1D, by positions: its rows are columns, one short run on every line."""
+        import torch  # the shards of a live model are torch's
+
         inner = prod(self.shape[self.dim + 1 :])
         roles = list(dict.fromkeys(block.role for block in self.blocks))
         role_at = torch.full((self.shape[self.dim],), -1)
@@ -192,7 +197,7 @@ class ParamMap:
         before = sum(max(0, min(rest, hi * inner) - lo * inner) for lo, hi in self.ranges)
         return lines * selected + before
 
-    def _check(self, full: Tensor) -> None:
+    def _check(self, full: Array) -> None:
         if tuple(full.shape) != self.shape:
             raise QKGuardError(
                 f"{self.name}: expected shape {self.shape}, found {tuple(full.shape)}; "
@@ -230,6 +235,23 @@ class AttentionSpec:
         return "sliding" in self.kind or "chunked" in self.kind
 
 
+def specs_to_json(specs: Iterable[AttentionSpec]) -> list[dict[str, Any]]:
+    """A layout as JSON values, for `specs_from_json`; what people write and read is `spec_file`."""
+    return [asdict(spec) for spec in specs]
+
+
+def specs_from_json(values: Iterable[dict[str, Any]]) -> list[AttentionSpec]:
+    """The layout again, every field as it was."""
+    specs = []
+    for value in values:
+        params = []
+        for param in value["params"]:
+            blocks = tuple(Block(**block) for block in param["blocks"])
+            params.append(ParamMap(**param | {"shape": tuple(param["shape"]), "blocks": blocks}))
+        specs.append(AttentionSpec(**value | {"params": tuple(params), "notes": tuple(value["notes"])}))
+    return specs
+
+
 def join_ranges(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
     """Sorted half-open ranges with overlapping and touching ones joined."""
     out: list[tuple[int, int]] = []
@@ -241,8 +263,7 @@ def join_ranges(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...
     return tuple(out)
 
 
-def true_ranges(flags: Tensor) -> list[tuple[int, int]]:
-    """Half-open ranges of the True values of a 1-D tensor."""
-    edge = flags.new_zeros(1)
-    steps = torch.diff(torch.cat([edge, flags, edge]).int())
-    return list(zip((steps == 1).nonzero()[:, 0].tolist(), (steps == -1).nonzero()[:, 0].tolist(), strict=True))
+def true_ranges(flags: Array) -> list[tuple[int, int]]:
+    """Half-open ranges of the True values of a 1-D array or CPU tensor."""
+    steps = np.diff(np.asarray(flags).astype(np.int8), prepend=0, append=0)
+    return list(zip(np.flatnonzero(steps == 1).tolist(), np.flatnonzero(steps == -1).tolist(), strict=True))

@@ -6,8 +6,9 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Unpack
 
-from torch import Tensor
+import numpy as np
 
+from qkguard.arrays import cast
 from qkguard.drift import Sums, add, block_drift, largest, layer_routing, projection_drift
 from qkguard.layout.rows import RowOptions, RowSelection
 from qkguard.layout.spec import AttentionSpec, ParamMap
@@ -48,7 +49,7 @@ def drift_report(
     layers = []
     for done, (spec, params) in enumerate(pair.selection, 1):
         post = {p.name: pair.weights.read(pair.names[p.name], p) for p in params}
-        pre = {p.name: pair.base.get(p).to(post[p.name].dtype) for p in params}
+        pre = {p.name: cast(pair.base.get(p), post[p.name].dtype) for p in params}
         layer: dict[str, Any] = {"layer": spec.layer, "module": spec.module, "kind": spec.kind}
         layer["drift"] = projection_drift(params, pre, post)
         if routing:
@@ -75,8 +76,8 @@ def _add_routing(
     layer: dict[str, Any],
     spec: AttentionSpec,
     params: Sequence[ParamMap],
-    pre: Mapping[str, Tensor],
-    post: Mapping[str, Tensor],
+    pre: Mapping[str, np.ndarray],
+    post: Mapping[str, np.ndarray],
 ) -> None:
     per_head, q_top, k_top = layer_routing(spec, params, pre, post)
     if per_head:
@@ -87,7 +88,7 @@ def _add_routing(
             layer["drift"][key] = top
 
 
-def _tensor_report(param: ParamMap, name: str, pre: Tensor, post: Tensor) -> dict[str, Any]:
+def _tensor_report(param: ParamMap, name: str, pre: np.ndarray, post: np.ndarray) -> dict[str, Any]:
     """Drift of one tensor, whole and by role and head."""
     blocks = block_drift(param, pre, post)
     total = add([sums for _, sums in blocks])

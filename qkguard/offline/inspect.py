@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from qkguard.arrays import dtype_name
 from qkguard.checkpoint.weights import open_weights
 from qkguard.errors import QKGuardError
 from qkguard.layout import AttentionSpec, ParamMap, find_attention, prove_layout
@@ -65,7 +66,7 @@ def layout_report(
         "layers": layers,
         "parameters": {"total": total, "query_key": selected, "share": selected / total if total else None},
         "bytes": selected * dtype.itemsize,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "warnings": _warnings(specs),
         "verified": verified,
     }
@@ -108,7 +109,7 @@ def _reading_order(param: ParamMap) -> tuple[int, bool, str]:
     return ("weight", "bias", "norm").index(param.kind), "q" not in "".join(_roles(param)), param.name
 
 
-def _size(model: Any, architecture: Architecture | None) -> tuple[int | None, torch.dtype]:
+def _size(model: Any, architecture: Architecture | None) -> tuple[int | None, Any]:
     """Parameters of the model and dtype of queries and keys: from the files where there are some."""
     try:
         if isinstance(model, str | os.PathLike) and Path(model).is_dir():
@@ -125,7 +126,7 @@ def _size(model: Any, architecture: Architecture | None) -> tuple[int | None, to
             total = sum(param.numel() for param in build_meta(architecture).parameters())
     config = architecture.config
     named = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
-    dtype = getattr(torch, str(named).removeprefix("torch."), None)
+    dtype = getattr(torch, dtype_name(named), None)
     return total, dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,13 @@ from qkguard.errors import QKGuardError
 from qkguard.layout.cache import cached
 from qkguard.layout.rows import RowSelection
 from qkguard.layout.selection import Selection, select, unselected_norms
-from qkguard.layout.spec import AttentionSpec, ParamMap
-from qkguard.layout.spec_file import dump_specs, parse_specs
+from qkguard.layout.spec import AttentionSpec, ParamMap, specs_from_json, specs_to_json
 from qkguard.offline.configs import compare_configs, read_config
 from qkguard.offline.whole import embeddings_apart
+
+
+def nothing() -> None:
+    """Where nothing is to be done meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -65,20 +68,26 @@ def find_pair(
     spec: Any = None,
     trust_remote_code: bool = False,
     gains: bool = False,
+    before_import: Callable[[], None] = nothing,
 ) -> Pair:
     """Find the queries and keys of the tuned checkpoint and where the base keeps the same rows.
 
     With `gains` the names include those of the q/k norms in the tuned checkpoint that are not selected.
+    `before_import` is called before the model's code is imported, which takes seconds and is not needed for a config
+    that was seen before.
 
     Raises:
         QKGuardError: whatever `find_attention`, `select` and `disk_names` refuse, or a base without those rows.
     """
     base_weights, weights = folders.base, folders.tuned
-    specs = folder_attention(weights.folder, spec=spec, trust_remote_code=trust_remote_code)
+    specs = folder_attention(
+        weights.folder, spec=spec, trust_remote_code=trust_remote_code, before_import=before_import
+    )
     selection = select(specs, rows)
     params = [param for _, maps in selection for param in maps]
     # Both through the tuned model's class, as when SFT loaded the base: its own class may differ (text-only or not).
     how: dict[str, Any] = {"by_hand": spec is not None, "trust_remote_code": trust_remote_code}
+    how["before_import"] = before_import
     names = tensor_names(params, weights, weights.folder, **how)
     if base_weights.shapes() == weights.shapes():
         base_names = names
@@ -92,21 +101,48 @@ def find_pair(
     return Pair(weights, specs, selection, names, base, folders.warnings)
 
 
-def folder_attention(folder: Path, *, spec: Any = None, trust_remote_code: bool = False) -> list[AttentionSpec]:
-    """`find_attention` of a folder; what is settled by its config alone is remembered (`layout.cache`)."""
-    from qkguard.layout import find_attention  # imports transformers
+def known_pair(folders: Folders, **how: Any) -> Pair | None:
+    """`find_pair` as far as it needs no import: None where the layout of this config is not known yet.
 
+    Raises:
+        QKGuardError: as `find_pair`, for a config that was seen before.
+    """
+    try:
+        return find_pair(folders, before_import=_not_now, **how)
+    except _NotKnownError:
+        return None
+
+
+class _NotKnownError(Exception):
+    """An answer that only the model's code can give."""
+
+
+def _not_now() -> None:
+    raise _NotKnownError
+
+
+def folder_attention(
+    folder: Path,
+    *,
+    spec: Any = None,
+    trust_remote_code: bool = False,
+    before_import: Callable[[], None] = nothing,
+) -> list[AttentionSpec]:
+    """`find_attention` of a folder; what is settled by its config alone is remembered (`layout.cache`)."""
     config = read_config(folder)
-    if spec is not None or trust_remote_code or "auto_map" in config:
+
+    def find() -> list[AttentionSpec]:
+        before_import()
+        from qkguard.layout import find_attention  # imports torch, and the model's code from transformers
+
         return find_attention(folder, spec=spec, trust_remote_code=trust_remote_code)
 
-    def find() -> str | None:
-        specs = find_attention(folder)
-        text = dump_specs(specs)
-        return text if parse_specs(text, "layout") == specs else None  # a layout that the format does not hold
+    def find_json() -> list[dict[str, Any]]:
+        return specs_to_json(find())
 
-    text = cached("attention", config, find)
-    return find_attention(folder) if text is None else parse_specs(text, "layout")
+    if spec is not None or trust_remote_code or "auto_map" in config:
+        return find()
+    return specs_from_json(cached("attention", config, find_json))
 
 
 def tensor_names(
@@ -116,6 +152,7 @@ def tensor_names(
     *,
     by_hand: bool = False,
     trust_remote_code: bool = False,
+    before_import: Callable[[], None] = nothing,
 ) -> dict[str, str]:
     """Parameter name -> name in the files, as the class of `model` (a folder with a config) loads them.
 
@@ -127,6 +164,7 @@ def tensor_names(
     config = read_config(model)
 
     def find() -> dict[str, str]:
+        before_import()
         from qkguard.layout import disk_names
 
         return disk_names(params, shapes, model, trust_remote_code=trust_remote_code)

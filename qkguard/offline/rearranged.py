@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from qkguard.arrays import cast
 from qkguard.checkpoint.weights import BaseFolder, WeightFolder, open_weights
 from qkguard.errors import QKGuardError
 from qkguard.layout.selection import Selection
@@ -88,7 +89,7 @@ def _changed(key: str, tuned: WeightFolder, saved: WeightFolder) -> ParamMap | N
         )
     whole = ParamMap(key, shape, 0, "weight", (Block(0, shape[0], "qk"),))
     before, after = tuned.read(key, whole), saved.read(key, whole)
-    moved = (before != after.to(before.dtype)).flatten(1).any(1) if before.dim() > 1 else before != after
+    moved = (before != cast(after, before.dtype)).reshape(shape[0], -1).any(1)
     blocks = tuple(Block(start, stop, "qk") for start, stop in true_ranges(moved))
     kind = "bias" if len(shape) == 1 else "weight"
     return replace(whole, kind=kind, blocks=blocks) if blocks else None

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Unpack
 
+from qkguard.checkpoint.ahead import HeadStart
 from qkguard.checkpoint.restored import plan_restored
 from qkguard.checkpoint.staging import working_folder
 from qkguard.checkpoint.weights import NonfiniteScan
@@ -76,10 +77,10 @@ def restore_checkpoint(
     options = {"ridge": ridge, "alpha": alpha, "align": align, "per_layer": per_layer}
     options = check_options(method, options, chosen.projections)
     folders = open_folders(base, tuned)
-    with NonfiniteScan(folders.tuned) as scan, ExitStack() as cleanup:
-        gains = get_method(method).needs_gains(options)
+    with NonfiniteScan(folders.tuned) as scan, HeadStart(folders.tuned, target) as ahead, ExitStack() as cleanup:
+        how: dict[str, Any] = {"spec": spec, "trust_remote_code": trust_remote_code, "before_import": ahead.begin}
         try:
-            pair = find_pair(folders, rows=chosen, spec=spec, trust_remote_code=trust_remote_code, gains=gains)
+            pair = find_pair(folders, rows=chosen, gains=get_method(method).needs_gains(options), **how)
         except RearrangedError as error:
             if method != "restore":
                 raise QKGuardError(
@@ -100,8 +101,8 @@ def restore_checkpoint(
             device=device,
             overwrite=overwrite,
         )
-        with prepare(plan) as staging:
-            records = write_files(plan, staging.folder, progress=progress)
+        with prepare(plan, ahead.staging) as staging:
+            records = write_files(plan, staging.folder, progress=progress, ahead=ahead.copies)
             found = {"warnings": pair.warnings, "nonfinite": scan.result()}
             return publish(plan, staging, records, {**(extra or {}), **found})
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkguard.checkpoint.safetensors_io import same_bits, sha256_of
+from qkguard.arrays import as_tensor, cast, same_bits, sha256_of
 from qkguard.checkpoint.weights import BaseFolder
 from qkguard.choice.candidates import Candidate
 from qkguard.choice.value_output import find_value_output
@@ -35,7 +35,7 @@ class CandidateRows:
     @property
     def digest(self) -> str:
         """Equal for equal rows, whatever made them."""
-        found = sorted((param.name, param.ranges, sha256_of(rows.contiguous())) for param, rows in self.rows)
+        found = sorted((param.name, param.ranges, sha256_of(rows)) for param, rows in self.rows)
         return sha256(repr(found).encode()).hexdigest()
 
 
@@ -145,7 +145,7 @@ class CandidateSwap:
                 names = self._disk_names(tuned, norms)
                 gains = {p.name: tuned.read(names[p.name], p) for p in norms}
             new = restore_layer(method, candidate.options, spec, maps, pre, post, gains=gains, device=self.device)
-            out.rows += [(p, new.rows[p.name].to(post[p.name].dtype)) for p in maps]
+            out.rows += [(p, as_tensor(cast(new.rows[p.name], post[p.name].dtype))) for p in maps]
             out.layers.append({"index": index, "layer": spec.layer, **new.report})
 
     def _prepare_value_output(self, which: str, out: CandidateRows) -> None:
@@ -154,7 +154,7 @@ class CandidateSwap:
             self._value_output[which] = [param for _, param in found]
         params = self._value_output[which]
         source = self._source(params)
-        out.rows += [(param, source.get(param).to(self.live[param.name].dtype)) for param in params]
+        out.rows += [(param, as_tensor(source.get(param)).to(self.live[param.name].dtype)) for param in params]
 
     def _source(self, params: Sequence[ParamMap]) -> BaseFolder:
         """Where the base keeps these rows.

@@ -7,8 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from qkguard.adapters.verify import verify_adapter
+from qkguard.arrays import sha256_of
 from qkguard.checkpoint.manifest import MANIFEST, describe_file, load_manifest
-from qkguard.checkpoint.safetensors_io import Header, opened, read_exactly, read_header, sha256_of
+from qkguard.checkpoint.safetensors_io import Header, opened, read_exactly, read_header
 from qkguard.checkpoint.weights import WeightFolder, open_weights, refuse_temporary, resolve_folder
 from qkguard.errors import QKGuardError
 from qkguard.layout.spec import Block, ParamMap
@@ -49,8 +51,6 @@ def verify(
     manifest = load_manifest(path)
     try:
         if manifest.get("kind") == "adapter":
-            from qkguard.adapters.restored import verify_adapter  # imports PEFT
-
             report = verify_adapter(path, manifest, raw=raw)
         else:
             report = _verify(path, manifest, raw=raw, full=full)
@@ -194,7 +194,7 @@ def _places(header: Header) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
 
 def _spans(weights: WeightFolder, tensor: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
     entry, param = weights.entry(tensor["name"]), _param(tensor)
-    itemsize = entry.torch_dtype.itemsize
+    itemsize = entry.float_dtype.itemsize
     for lo, hi in param.flat_ranges(0, param.full_numel):
         yield entry.start + lo * itemsize, entry.start + hi * itemsize
 

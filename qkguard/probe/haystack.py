@@ -17,7 +17,6 @@ from random import Random
 from typing import Any
 
 from qkguard.errors import QKGuardError
-from qkguard.probe.passes import random_states
 
 MAX_CHARACTERS = 8_000_000
 """How much of a source is read: some two million tokens (four characters each), more than the longest haystack."""
@@ -70,8 +69,10 @@ def load_prose(
     """
     if source is None:
         return Prose()
+    from qkguard.probe.passes import random_states  # brings torch, which the names of tasks do without
+
     texts: Iterable[str]
-    if isinstance(source, Path) or (isinstance(source, str) and _looks_like_path(source)):
+    if _is_path(source):
         texts, found = _read(Path(source)), Path(source).name
     elif isinstance(source, str):
         texts, found = [source], "text"
@@ -84,9 +85,18 @@ def load_prose(
     return Prose(sentences, origin or found)
 
 
-def _looks_like_path(source: str) -> bool:
+def check_source(source: Any) -> None:
+    """Refuse a path that `load_prose` would refuse, before anything else is imported or loaded."""
+    if _is_path(source):
+        _read(Path(source))
+
+
+def _is_path(source: Any) -> bool:
+    if isinstance(source, Path):
+        return True
     return (
-        len(source) < 1024
+        isinstance(source, str)
+        and len(source) < 1024
         and "\n" not in source
         and (Path(source).is_file() or not re.search(r"[.!?]\s|\s\S+\s", source))
     )

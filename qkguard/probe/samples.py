@@ -6,14 +6,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from random import Random
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from qkguard.errors import QKGuardError
 from qkguard.probe.haystack import Prose
 from qkguard.probe.prompt import AnswerFormat, Encoder
 from qkguard.probe.tasks import TextSample, draw, find_task, haystack_units, weave
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Unit = tuple[str, int]
 """A line or sentence of haystack, and its size in tokens."""
@@ -144,6 +145,8 @@ class _ExactFit:
                 f"Probe length {self.key.length} is too short for {self.key.task}: its question, needles and answer "
                 f"take {least + len(self.answer_ids)} tokens; give a longer length or another task"
             )
+        import torch  # here, because the page of a run reads results and their keys without it
+
         units = self._last_words(self._whole_units(source, least))
         prompt, needles = self._prompt(units)
         ids = self.encoder.encode(prompt)

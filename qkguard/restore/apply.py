@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from qkguard.arrays import Array, as_array, as_tensor
 from qkguard.drift import head_weights, projection_drift, routing_drift
 from qkguard.errors import QKGuardError
 from qkguard.layout.spec import AttentionSpec, ParamMap
@@ -20,51 +20,60 @@ def restore_layer(
     options: Mapping[str, Any],
     spec: AttentionSpec,
     maps: Sequence[ParamMap],
-    pre: Mapping[str, Tensor],
-    post: Mapping[str, Tensor],
+    pre: Mapping[str, Array],
+    post: Mapping[str, Array],
     *,
-    gains: Mapping[str, Tensor] | None = None,
-    device: str | torch.device = "cpu",
+    gains: Mapping[str, Array] | None = None,
+    device: str = "cpu",
 ) -> Restored:
     """New rows of one layer in the dtypes of `post`, and the layer's entry in the manifest.
 
     Args:
         method, options: as from `check_options`.
         spec, maps: the layer and its selected parameters.
-        pre, post: compact CPU tensors by parameter name.
+        pre, post: compact numpy arrays or CPU tensors by parameter name.
         gains: for methods that rotate, the compact gains of q/k norms that are not selected.
         device: where the float64 arithmetic runs.
 
     Returns:
-        CPU rows; `restore` hands back the tensors of `pre` themselves. The report has what the method says ("group",
-        "ridge_absolute", "fallback", ...), "distance" (relative Frobenius distance of the new weights from those
-        before and after SFT) and "routing_error" (`routing_drift` of the new weights from before SFT, over heads).
+        Rows of the kind that `post` is; `restore` hands back those of `pre` themselves. The report has what the method
+        says ("group", "ridge_absolute", "fallback", ...), "distance" (relative Frobenius distance of the new weights
+        from those before and after SFT) and "routing_error" (`routing_drift` of the new weights from before SFT, over
+        heads).
 
     Raises:
         QKGuardError: NaN or Inf in `post`, for methods that mix it in.
     """
-    if method.name == "restore":
+    if not method.computes:
         return method.function(spec, maps, pre, post)
-    broken = [name for name, tensor in post.items() if not tensor.isfinite().all()]
+    as_arrays = any(isinstance(rows, np.ndarray) for rows in post.values())
+    pre, post = _tensors(pre), _tensors(post)
+    broken = [name for name, rows in post.items() if not rows.isfinite().all()]
     if broken:
         raise QKGuardError(
             f"{broken[0]} holds NaN or Inf after SFT, which {method.name} would mix in; find out why, or use method "
             "restore, which takes nothing from it"
         )
     mine = layer_options(method, options, spec.layer)
-
-    def on_device(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.to(device) for name, tensor in tensors.items()}
-
     if method.needs_gains(mine):
-        mine["gains"] = on_device(gains or {})
-    new = method.function(spec, maps, on_device(pre), on_device(post), **mine)
-    rows = {name: tensor.to(post[name].dtype).cpu() for name, tensor in new.rows.items()}
-    return Restored(rows, new.report | _distances(spec, maps, pre, post, rows))
+        mine["gains"] = _tensors(gains or {}, device)
+    new = method.function(spec, maps, _tensors(pre, device), _tensors(post, device), **mine)
+    rows = {name: found.to(post[name].dtype).cpu() for name, found in new.rows.items()}
+    report = new.report | _distances(spec, maps, pre, post, rows)
+    return Restored({name: as_array(found) for name, found in rows.items()} if as_arrays else rows, report)
+
+
+def _tensors(rows: Mapping[str, Array], device: str = "cpu") -> dict[str, Any]:
+    """The same as torch tensors, whose linear algebra the methods need; this is where torch is imported."""
+    return {name: as_tensor(found).to(device) for name, found in rows.items()}
 
 
 def check_device(device: str) -> str:
     """The device itself; QKGuardError where float64 arithmetic does not run on it."""
+    if device == "cpu":
+        return device
+    import torch
+
     try:
         torch.zeros(1, dtype=torch.float64, device=device)
     except (RuntimeError, TypeError, AssertionError) as error:
@@ -78,11 +87,11 @@ def check_device(device: str) -> str:
 def _distances(
     spec: AttentionSpec,
     maps: Sequence[ParamMap],
-    pre: Mapping[str, Tensor],
-    post: Mapping[str, Tensor],
-    new: dict[str, Tensor],
+    pre: Mapping[str, Array],
+    post: Mapping[str, Array],
+    new: dict[str, Array],
 ) -> dict[str, Any]:
-    before = {name: tensor.to(new[name].dtype) for name, tensor in pre.items()}
+    before = {name: found.to(new[name].dtype) for name, found in pre.items()}
     from_before, from_tuned = projection_drift(maps, before, new), projection_drift(maps, post, new)
     distance = {}
     for where, drift in (("before", from_before), ("tuned", from_tuned)):

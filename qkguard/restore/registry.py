@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from math import isfinite
 from typing import Any
 
 from qkguard.errors import QKGuardError
 from qkguard.layout.selection import Selection, show_layers
-from qkguard.restore.interpolate import interpolate
-from qkguard.restore.plain import Restored, restore
-from qkguard.restore.procrustes import procrustes
-from qkguard.restore.qk_pro import qk_pro
+from qkguard.restore.plain import Restored
 
 DEFAULTS: dict[str, Any] = {"ridge": 10.0, "alpha": 1.0, "align": False, "per_layer": None}
 """Options of all methods; one given another value with a method that does not read it is an error.
@@ -27,19 +25,29 @@ class Method:
 
     Attributes:
         name: what users call it.
-        function: the method itself (see `qkguard.restore`).
+        home: the module of this room with the method itself (see `qkguard.restore`), and the function's name there.
         options: the options it reads, of DEFAULTS.
         strength: the one of them that `per_layer` may set for each layer.
         couples: it treats queries and keys together, so both must be restored.
         rotates: it rotates queries and keys, which the gains of q/k norms may forbid.
+        computes: it does arithmetic in torch; one that does not takes numpy arrays or tensors and moves them as they
+            are.
     """
 
     name: str
-    function: Callable[..., Restored]
+    home: str
     options: tuple[str, ...] = ()
     strength: str | None = None
     couples: bool = False
     rotates: bool = False
+    computes: bool = True
+
+    @property
+    def function(self) -> Callable[..., Restored]:
+        """The method, imported when it is needed: those that compute bring torch."""
+        module, name = self.home.split(".")
+        found: Callable[..., Restored] = getattr(import_module(f"qkguard.restore.{module}"), name)
+        return found
 
     def needs_both(self, options: Mapping[str, Any]) -> bool:
         """Whether, with these options, queries and keys must both be restored."""
@@ -51,10 +59,10 @@ class Method:
 
 
 METHODS = {
-    "restore": Method("restore", restore),
-    "qk-pro": Method("qk-pro", qk_pro, ("ridge", "per_layer"), strength="ridge", couples=True),
-    "procrustes": Method("procrustes", procrustes, couples=True, rotates=True),
-    "interpolate": Method("interpolate", interpolate, ("alpha", "align", "per_layer"), strength="alpha"),
+    "restore": Method("restore", "plain.restore", computes=False),
+    "qk-pro": Method("qk-pro", "qk_pro.qk_pro", ("ridge", "per_layer"), strength="ridge", couples=True),
+    "procrustes": Method("procrustes", "procrustes.procrustes", couples=True, rotates=True),
+    "interpolate": Method("interpolate", "interpolate.interpolate", ("alpha", "align", "per_layer"), strength="alpha"),
 }
 
 

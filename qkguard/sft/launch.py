@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from qkguard.errors import QKGuardError
 from qkguard.sft.recipes import recipes_folder
 
@@ -61,6 +59,8 @@ def config_file(launch: Launch) -> Path:
 
 def devices() -> int:
     """Local accelerators; 0 where there is only a CPU."""
+    import torch  # seconds, and a wrong setting is refused before
+
     return torch.accelerator.device_count() if torch.accelerator.is_available() else 0
 
 

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from qkguard.arrays import as_tensor
 from qkguard.distributed import collectives, ranks
 from qkguard.distributed.reference import Reference
 from qkguard.drift import (
@@ -58,7 +59,7 @@ class DriftMonitor:
             parts["sums"] = sums
         if exchange is not None:
             layers = self._layer_routing(model, exchange, deferred)
-            parts["routing"] = routing_table(self.selection, layers)
+            parts["routing"] = as_tensor(routing_table(self.selection, layers))
         total = collectives.agreed_sums(parts, deferred)
         metrics: dict[str, float] = {}
         heads: dict[str, list[float]] = {}

@@ -18,6 +18,7 @@ from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.file_download import repo_folder_name
 from torch import Tensor
 
+from qkguard.arrays import as_tensor
 from qkguard.checkpoint.reference_file import ReferenceFile, differing_from_base
 from qkguard.checkpoint.safetensors_io import FLOATS
 from qkguard.checkpoint.weights import BaseFolder, WeightFolder, identify, open_weights
@@ -251,7 +252,7 @@ def _differences(
         if not keys:
             found.unmapped += 1
             continue
-        distance = min(_distance(sample, weights.read_elements(key, sample.spans)) for key in keys)
+        distance = min(_distance(sample, as_tensor(weights.read_elements(key, sample.spans))) for key in keys)
         if not distance:
             found.equal += 1
         elif name == head:

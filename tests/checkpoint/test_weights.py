@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from qkguard.arrays import as_tensor
 from qkguard.checkpoint.safetensors_io import opened, read_header, read_rows, write_rows
 from qkguard.checkpoint.weights import open_weights, resolve_folder
 from qkguard.errors import QKGuardError
@@ -43,7 +44,7 @@ def test_rows_in_place(
     entry = read_header(file).tensors["w"]
     index = torch.cat([torch.arange(lo, hi) for lo, hi in ranges])
     with opened(file) as fd:
-        assert torch.equal(read_rows(fd, entry, param), tensors["w"].index_select(dim, index))
+        assert torch.equal(as_tensor(read_rows(fd, entry, param)), tensors["w"].index_select(dim, index))
     new = torch.randn(param.compact_shape).to(dtype)
     with open(file, "r+b") as handle:
         write_rows(handle.fileno(), entry, param, new)

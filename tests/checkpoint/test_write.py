@@ -14,11 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
+from qkguard.arrays import as_array, as_tensor
 from qkguard.checkpoint import files, write
 from qkguard.checkpoint.restored import plan_restored
 from qkguard.checkpoint.staging import working_folder
@@ -199,8 +200,8 @@ def test_rows_pass_through_the_dtype_of_step_0(step0: str, tmp_path: Path) -> No
     dtype = getattr(torch, step0)
 
     class Kept(BaseFolder):
-        def get(self, param: ParamMap, /) -> torch.Tensor:
-            return super().get(param).to(dtype)
+        def get(self, param: ParamMap, /) -> np.ndarray:
+            return as_array(as_tensor(super().get(param)).to(dtype))
 
     parts = Parts(tmp_path, dtype=torch.float32)
     parts.source = Kept(open_weights(parts.base), parts.names)
@@ -365,7 +366,7 @@ class Failing:
     def __init__(self, source: Any, action: Callable[[], None]) -> None:
         self.source, self.action = source, action
 
-    def get(self, param: ParamMap, /) -> Tensor:
+    def get(self, param: ParamMap, /) -> np.ndarray:
         if ".2." in param.name:
             self.action()
         return self.source.get(param)

@@ -1,0 +1,250 @@
+"""Bytes of whole files: shared extents where there are some, else ranges in parallel, written out as they go.
+
+`cp` and `sync` copy, then wait for the disk. Here the disk starts with the first range that is final: a copy tells
+how far it has come (`FileCopy.wait`), whoever changes it follows behind, and what lies behind him is written out.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from threading import Lock
+
+from qkguard.errors import QKGuardError
+
+FICLONE = 0x40049409  # ioctl: share all extents with another file (btrfs, xfs, bcachefs, overlay on them)
+CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL
+RANGE_BYTES = 32 << 20
+BUFFER_BYTES = 8 << 20
+COPIERS = 2  # more gain little: within one file ext4 and xfs let one writer in at a time
+WRITE = 2  # SYNC_FILE_RANGE_WRITE: start writing dirty pages, wait for none
+
+BytesCopied = Callable[[int], None]
+"""Called with the number of bytes copied since the last call, from any thread."""
+
+
+def nobody(count: int) -> None:
+    """Where nobody follows a copy."""
+
+
+def can_clone(source: Path, folder: Path) -> bool:
+    """Whether copies of a file in a folder share its extents, and so take no space until they change."""
+    with open(source, "rb") as src, tempfile.TemporaryFile(dir=folder) as dst:
+        try:
+            return _clone(src.fileno(), dst.fileno())
+        except OSError:
+            return False
+
+
+def copy_bytes(src: int, dst: int) -> None:
+    """Copy all bytes between two open files, and start writing them to disk."""
+    if _clone(src, dst):
+        return
+    size = os.fstat(src).st_size
+    for start in range(0, size, RANGE_BYTES):
+        stop = min(start + RANGE_BYTES, size)
+        copy_range(src, dst, start, stop)
+        start_writing(dst, start, stop)
+
+
+def _clone(src: int, dst: int) -> bool:
+    """Share all extents of a file with an empty one; False where the file system does not."""
+    try:
+        fcntl.ioctl(dst, FICLONE, src)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        return False
+    return True
+
+
+def copy_range(src: int, dst: int, start: int, stop: int, copied: BytesCopied = nobody) -> None:
+    """Copy some bytes to the same place in another file: inside the kernel, else through a buffer."""
+    done = start
+    try:
+        while done < stop:
+            count = os.copy_file_range(src, dst, stop - done, done, done)
+            if count == 0:
+                break
+            done += count
+            copied(count)
+    except AttributeError:  # macOS
+        pass
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+    # Across file systems and on some network ones the kernel declines, at once or half-way.
+    while done < stop:
+        view = memoryview(os.pread(src, min(BUFFER_BYTES, stop - done), done))
+        if not view:
+            raise QKGuardError("A file became shorter while it was copied. Let its writer finish and try again.")
+        while view:
+            count = os.pwrite(dst, view, done)
+            view, done = view[count:], done + count
+            copied(count)
+
+
+def start_writing(fd: int, start: int, stop: int) -> None:
+    """Start writing a range to disk and wait for nothing: the fsync that makes it durable then finds little to do.
+
+    Linux alone has it. Errors are left to that fsync.
+    """
+    call = _sync_file_range()
+    if call is not None:
+        call(fd, ctypes.c_int64(start), ctypes.c_int64(stop - start), WRITE)
+
+
+@cache
+def _sync_file_range() -> Callable[..., int] | None:
+    try:
+        found: Callable[..., int] = ctypes.CDLL(None).sync_file_range
+    except (AttributeError, OSError):
+        return None
+    return found
+
+
+class FileCopy:
+    """A copy in the making, range by range in order, on the threads of a pool.
+
+    Attributes:
+        fd: the copy, open for reading and writing.
+    """
+
+    def __init__(self, source: Path, target: Path, pool: ThreadPoolExecutor, copied: BytesCopied = nobody) -> None:
+        self.target, self._started = target, 0
+        self._ranges: list[Future[None]] = []
+        self._source = os.open(source, os.O_RDONLY)
+        try:
+            self.fd = os.open(target, CREATE, 0o666)
+        except BaseException:
+            os.close(self._source)
+            raise
+        self._size = os.fstat(self._source).st_size
+        if _clone(self._source, self.fd):
+            copied(self._size)
+            return
+        for start in range(0, self._size, RANGE_BYTES):
+            stop = min(start + RANGE_BYTES, self._size)
+            self._ranges.append(pool.submit(copy_range, self._source, self.fd, start, stop, copied))
+
+    def wait(self, position: int) -> None:
+        """Wait until all bytes before a position are there; raises what copying them raised."""
+        for done in self._ranges[: -(-position // RANGE_BYTES)]:
+            done.result()
+
+    def write_out(self, position: int) -> None:
+        """Start writing what lies before a position to disk, once it is copied; nothing there may change after it."""
+        while self._started < position:
+            stop = min(position, self._started + RANGE_BYTES)
+            self.wait(stop)
+            start_writing(self.fd, self._started, stop)
+            self._started = stop
+
+    def finish(self) -> None:
+        """Make the whole copy durable and close it."""
+        try:
+            self.wait(self._size)
+            os.fsync(self.fd)
+        finally:
+            self.close()
+
+    def cancel(self) -> None:
+        """Begin no further range; who waits for one gets a CancelledError."""
+        for copying in self._ranges:
+            copying.cancel()
+
+    def close(self) -> None:
+        """Stop where it is, and close both files; again does nothing."""
+        self.cancel()
+        for copying in self._ranges:
+            if not copying.cancelled():
+                copying.exception()  # a range under way still uses the files
+        if self._source >= 0:
+            os.close(self._source)
+            os.close(self.fd)
+        self._source = -1
+
+    def remove(self) -> None:
+        """Close it and delete what there is of it."""
+        self.close()
+        self.target.unlink()
+
+
+class Copies:
+    """Copies of a folder's files into another, started ahead of being needed; leaving the block stops all of them.
+
+    with Copies(raw, folder) as copies:
+        copies.start("model.safetensors")
+        ...  # meanwhile, something else
+        copy = copies.take("model.safetensors")
+        ...  # change it
+        copies.finish(copy)
+        copies.settle()
+    """
+
+    def __init__(self, source: Path, target: Path, threads: int = COPIERS) -> None:
+        self.source, self.target = source, target
+        self._pool, self._finishing = ThreadPoolExecutor(threads), ThreadPoolExecutor(1)
+        self._lock, self._done = Lock(), 0
+        self._tell: BytesCopied = nobody
+        self._under_way: dict[str, FileCopy] = {}
+        self._all: list[FileCopy] = []
+        self._finished: list[Future[None]] = []
+
+    def tell(self, copied: BytesCopied) -> None:
+        """Whom to call with the number of bytes copied: at once with those so far, then as they come."""
+        with self._lock:
+            self._tell = copied
+            copied(self._done)
+
+    def _count(self, count: int) -> None:
+        with self._lock:
+            self._done += count
+            self._tell(count)
+
+    def start(self, name: str, as_name: str | None = None) -> None:
+        """Start a copy, under its own or another name; one that was started before goes on."""
+        if name not in self._under_way:
+            target = self.target / (as_name or name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self._under_way[name] = FileCopy(self.source / name, target, self._pool, self._count)
+            self._all.append(self._under_way[name])
+
+    def take(self, name: str) -> FileCopy:
+        """A copy that was started, to be changed by the caller and then handed to `finish`."""
+        return self._under_way.pop(name)
+
+    def drop(self, name: str) -> None:
+        """Delete a copy that turned out not to be needed, if it was started."""
+        if name in self._under_way:
+            self.take(name).remove()
+
+    def finish(self, copy: FileCopy) -> None:
+        """Make a copy durable, beside whatever comes next."""
+        self._finished.append(self._finishing.submit(copy.finish))
+
+    def cancel(self) -> None:
+        """Copy no more, so that nobody waits; the files stay open until the block is left."""
+        for copy in self._all:
+            copy.cancel()
+
+    def settle(self) -> None:
+        """Wait until every finished copy is durable; raises what that raised."""
+        for done in self._finished:
+            done.result()
+
+    def __enter__(self) -> Copies:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._finishing.shutdown(cancel_futures=True)
+        for copy in self._all:
+            copy.close()
+        self._pool.shutdown()
