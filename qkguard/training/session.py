@@ -194,7 +194,8 @@ class Session:
         summary = self._summary()
 
         def write_page(log: MetricsLog) -> None:
-            logger.info("The run's page: %s", log.write_page())
+            if log.path.exists():  # else nothing was measured: there is nothing to show
+                logger.info("The run's page: %s", log.write_page())
 
         def send_summary(log: MetricsLog) -> None:
             log.summarise(summary)

@@ -286,6 +286,32 @@ def test_a_failed_write_lets_training_go_on_unless_strict(base, tmp_path, monkey
         train(base, arguments(tmp_path / "strict"), QKGuardCallback(strict=True))
 
 
+def test_a_guard_that_measures_nothing_has_nothing_to_report(base, tmp_path, caplog):
+    nothing = {"drift_steps": 0, "routing_drift_steps": 0, "probe_steps": 0, "restore_on": "never"}
+    logging.getLogger("qkguard").propagate = True
+    with caplog.at_level(logging.INFO, logger="qkguard"):
+        train(base, arguments(tmp_path), QKGuardCallback(strict=True, **nothing))
+    assert not (tmp_path / "run/_qkguard/report.html").exists() and "page" not in caplog.text
+    train(base, arguments(tmp_path / "drift"), QKGuardCallback(strict=True, **nothing | {"drift_steps": 1}))
+    assert (tmp_path / "drift/run/_qkguard/report.html").exists()
+
+
+def test_drift_that_cannot_be_measured_does_not_end_training_unless_strict(base, tmp_path, monkeypatch, caplog):
+    def broken(*args, **kwargs):
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr("qkguard.training.drift_monitor.difference_sums", broken)
+    logging.getLogger("qkguard").propagate = True
+    with caplog.at_level(logging.ERROR, logger="qkguard"):
+        trainer = train(base, arguments(tmp_path), QKGuardCallback())
+    assert trainer.state.global_step == 3 and "Measuring drift at step 3 failed: RuntimeError: boom" in caplog.text
+    assert (tmp_path / "run/_qkguard/final/qk_restored/qkguard.json").is_file(), (
+        "the last step's failure costs nothing"
+    )
+    with pytest.raises(RuntimeError, match="boom"):
+        train(base, arguments(tmp_path / "strict"), QKGuardCallback(strict=True))
+
+
 def test_hub_uploads_see_nothing_of_ours(base, tmp_path, monkeypatch):
     """With every hub strategy the upload of a checkpoint starts before ours is there, and lists nothing half-made."""
     from transformers import Trainer
