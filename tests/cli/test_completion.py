@@ -21,9 +21,10 @@ def complete(words: str) -> list[str]:
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
 def test_it_installs(shell: str, tmp_path: Path) -> None:
     command = [*RUN, "--install-completion", shell]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=True, env=os.environ | {"HOME": str(tmp_path)}
-    )
+    # a user's shell, not what other tests have left in the environment
+    kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "LANG") if name in os.environ}
+    done = subprocess.run(command, capture_output=True, text=True, env=kept | {"HOME": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
     written = [file for file in tmp_path.rglob("*") if file.is_file() and "_QKGUARD_COMPLETE" in file.read_text()]
     assert len(written) == 1 and str(written[0]) in done.stdout and done.stderr == ""
 

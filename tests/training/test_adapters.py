@@ -240,7 +240,7 @@ def test_an_empty_tensor_stops_the_write(tmp_path, monkeypatch):
     from qkguard.training import adapter_weights
 
     base = save_base(tmp_path / "base", "llama")
-    original = adapter_weights.write_restored_adapter
+    original = adapter_weights.assemble_restored_adapter
 
     def after_a_broken_save(raw: Path, *args: Any, **kwargs: Any) -> Any:
         tensors = load_file(raw / "adapter_model.safetensors")
@@ -248,7 +248,7 @@ def test_an_empty_tensor_stops_the_write(tmp_path, monkeypatch):
         save_file(tensors, raw / "adapter_model.safetensors")
         return original(raw, *args, **kwargs)
 
-    monkeypatch.setattr(adapter_weights, "write_restored_adapter", after_a_broken_save)
+    monkeypatch.setattr(adapter_weights, "assemble_restored_adapter", after_a_broken_save)
     with pytest.raises(QKGuardError, match=r"empty or were cut into pieces, first .*v_proj\.lora_B"):
         train(base, arguments(tmp_path), QKGuardCallback(strict=True), peft_config=lora(target_modules=LINEAR))
     assert not (tmp_path / "run/checkpoint-3/qk_restored/default").exists()

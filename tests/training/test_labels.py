@@ -80,6 +80,7 @@ def manifest_of(folder: Path) -> dict[str, Any]:
 
 
 def test_the_final_numbers_carry_the_best_step(base, tmp_path, monkeypatch):
+    no_floor(monkeypatch)
     tracker, run = Recording(), tmp_path / "run"
     monkeypatch.setattr(metrics_log, "open_trackers", lambda *args: [tracker])
     guard = QKGuardCallback(strict=True, probe_steps=1, probe_budget=None, routing_drift_steps=1, **PROBES)

@@ -126,12 +126,12 @@ def test_a_folder_in_the_making_is_no_checkpoint_and_is_not_uploaded(base, tmp_p
         looks.append((len(staged), [name for name in mine if "final/" not in name]))
         assert get_last_checkpoint(str(run)) == str(run / "checkpoint-3")
         assert sort_checkpoints(str(run), "checkpoint") == [str(run / "checkpoint-3")]
-        return publish(*args, **kwargs)
+        return complete(*args, **kwargs)
 
-    from qkguard.training import full_weights
+    from qkguard.checkpoint import shares
 
-    publish = full_weights.publish
-    monkeypatch.setattr(full_weights, "publish", look)
+    complete = shares.complete
+    monkeypatch.setattr(shares, "complete", look)
     train(base, arguments(tmp_path), guard(output_dir=run / run_folder))
     assert [staged for staged, _ in looks] == [1, 1], "one at the save and one at the end"
     assert looks[0][1] == []
@@ -145,6 +145,7 @@ def test_leftovers_of_killed_runs_are_removed_at_the_start(base, tmp_path):
     for place in places:
         (run / place / f"{TEMPORARY}x/new").mkdir(parents=True)
     (run / "mine").mkdir()
+    (run / "checkpoint-9/trainer_state.json").write_text("{}")
     with Staging(run / "living"):
         train(base, arguments(tmp_path, save_strategy="no"), guard())
         assert len(leftovers(run)) == 1, "the folder of a living writer stays"
