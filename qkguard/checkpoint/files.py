@@ -111,6 +111,11 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
+def read_json(file: Path) -> Any:
+    """What a JSON file holds; None if there is no such file."""
+    return json.loads(file.read_text()) if file.exists() else None
+
+
 def write_json(path: Path, data: dict[str, Any]) -> None:
     """Write and fsync a JSON file through a temporary name, so that it is there whole or not at all."""
     partial = path.with_name(f"_{path.name}.partial")

@@ -6,7 +6,6 @@ inside a sharded forward pass, where the others wait in an all-gather: there the
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import time
@@ -21,7 +20,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import IntervalStrategy, TrainerControl, TrainerState, TrainingArguments
 
-from qkguard.checkpoint.files import write_json
+from qkguard.checkpoint.files import read_json, write_json
 from qkguard.distributed import ranks, sharding
 from qkguard.probe.alerts import Fall
 from qkguard.probe.prober import Prober
@@ -207,6 +206,9 @@ class RecallMonitor:
         training, state = self.training, self.training.state
         for which, result in training.results.get(step, {}).items():  # probed before, perhaps not last
             self._summarise(result, step, which)
+            if max(training.results) > step:  # pages take the last row for that of the final weights
+                earlier = self.baseline if which == RAW else self.result_at(step, RAW)
+                self.publish(metrics_of(result, which), step, details_of(result, which, earlier, ()))
         due = self._due(step)
         if due and self._makes_room(state, len(due), planned=True, last=True):
             for which in due:
@@ -341,7 +343,7 @@ class RecallMonitor:
         """The baseline from its file, or the answer formats found anew without one; ALL ranks must call this."""
         assert self.prober is not None
         file = self.folder / STATE
-        data = ranks.on_rank_zero("reading the probe's baseline", partial(_read_json, file))
+        data = ranks.on_rank_zero("reading the probe's baseline", partial(read_json, file))
         if data is None:
             self._find_formats()
             _tell(
@@ -394,7 +396,3 @@ class RecallMonitor:
 def _tell(level: int, text: str, *values: Any) -> None:
     if ranks.rank() == 0:
         logger.log(level, text, *values)
-
-
-def _read_json(file: Path) -> Any:
-    return json.loads(file.read_text()) if file.exists() else None

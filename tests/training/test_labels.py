@@ -16,7 +16,7 @@ from qkguard.report.run import load_run
 from qkguard.training import metrics_log
 from qkguard.training.trackers import STEP, Tracker
 from tests.support import judge
-from tests.support.probing import bpe_tokenizer
+from tests.support.probing import bpe_tokenizer, no_floor
 from tests.support.training import arguments, make_trainer, save_base, token_rows, train
 from tests.training.test_trackers import records, wandb_run
 
