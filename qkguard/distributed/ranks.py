@@ -244,13 +244,15 @@ class _Meetings:
         watch = _Watch(self, what, timeout)
         started = None
         while True:
+            # looked at before the wait: a collective that ends just as the wait gives up has not failed
+            ended = started is not None and started.is_completed()
             try:
                 started = started or collective(group=self.group, async_op=True)
                 # torch's `Work.wait` gives up after this time while the collective goes on (gloo, torch 2.11 to 2.13)
                 started.wait(timedelta(seconds=min(1.0, timeout / 4)))
                 return
             except RuntimeError as error:
-                closed = error if started is None or started.is_completed() else None
+                closed = error if ended or started is None else None
             watch.look(closed)
 
     # -- signs of life -----------------------------------------------------------------------------------------------
