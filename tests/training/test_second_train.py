@@ -56,7 +56,7 @@ def test_a_second_train_of_the_same_length_is_probed_again(base, tmp_path):
 
 
 def test_the_schedule_is_the_second_trainings_own(base, tmp_path):
-    guard = QKGuardCallback(strict=True, probe_budget=1.0, probe_steps=0.5, **PROBES)
+    guard = QKGuardCallback(strict=True, probe_budget=None, probe_steps=0.5, **PROBES)
     trainer = trainer_of(base, tmp_path, guard, max_steps=2)
     trainer.train()
     trainer.args.max_steps = 8
