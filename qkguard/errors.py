@@ -39,6 +39,11 @@ class RankLostError(QKGuardError):
     """Another rank crashed or hung: nothing that needs all ranks can continue."""
 
 
+def reason_of(error: BaseException) -> str:
+    """An error as a clause: a refusal's own words, else its kind and its message."""
+    return str(error) if isinstance(error, QKGuardError) else f"{type(error).__name__}: {error}"
+
+
 RENAMED = {"parts": "projections", "strengths": "per_layer", "entangled": "shared"}
 """Settings by their names in 0.1; they work until 0.3."""
 

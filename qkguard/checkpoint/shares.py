@@ -19,7 +19,7 @@ from typing import Any
 from qkguard.checkpoint.files import write_json
 from qkguard.checkpoint.staging import Staging
 from qkguard.checkpoint.write import FolderPlan, Record, complete, write_files
-from qkguard.errors import QKGuardError
+from qkguard.errors import QKGuardError, reason_of
 
 SHARES = "shares"
 BEAT_SECONDS = 1.0
@@ -60,9 +60,8 @@ class Shares:
 
     def leave_failure(self, rank: int, error: BaseException) -> None:
         """Rank `rank` has failed, and says why."""
-        reason = str(error) if isinstance(error, QKGuardError) else f"{type(error).__name__}: {error}"
         try:
-            write_json(self._record(rank), {"failed": reason})
+            write_json(self._record(rank), {"failed": reason_of(error)})
         except OSError:  # no space for the reason
             with suppress(OSError):
                 (self.place / f"rank-{rank}.failed").touch()

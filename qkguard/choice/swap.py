@@ -42,7 +42,8 @@ def restored(model: nn.Module, reference: Reference, *, method: str = "restore",
     model = sharding.unwrap(model)
     sharding.settle(model)
     params = reference.params(model)
-    new = reference.slices if method == "restore" and not options else _new_slices(model, reference, method, options)
+    plain = method == "restore" and not options
+    new = reference.slices if plain else _new_slices(model, params, reference, method, options)
     exchange = ranks.agree("reserving memory to swap weights", partial(_exchange, reference, params))
     deferred = ranks.Deferred("swapping restored weights in")
     tuned: dict[str, Tensor] = {}
@@ -65,7 +66,9 @@ def _exchange(reference: Reference, params: Mapping[str, Any]) -> Exchange:
     return Exchange.of((reference.shards[name], sharding.dtype(param)) for name, param in params.items())
 
 
-def _new_slices(model: nn.Module, reference: Reference, name: str, options: Mapping[str, Any]) -> dict[str, Tensor]:
+def _new_slices(
+    model: nn.Module, params: dict[str, sharding.Param], reference: Reference, name: str, options: Mapping[str, Any]
+) -> dict[str, Tensor]:
     """This rank's slices of what a method makes of the reference and the live weights; ALL ranks must call this.
 
     Rank 0 gathers one layer at a time, applies the method and hands the slices out.
@@ -80,7 +83,7 @@ def _new_slices(model: nn.Module, reference: Reference, name: str, options: Mapp
     gains = _gathered_rows(norms, live, deferred)
     slices = {}
     for spec, maps in reference.selection:
-        pairs = {p.name: reference.gather(model, p.name, exchange, deferred) for p in maps}
+        pairs = {p.name: reference.gather(params, p.name, exchange, deferred) for p in maps}
         rows = None
         if ranks.rank() == 0:
             rows = deferred.run(partial(_restored_rows, method, chosen, spec, maps, pairs, gains))

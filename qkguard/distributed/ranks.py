@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 import qkguard.errors as errors
-from qkguard.errors import QKGuardError, RankLostError
+from qkguard.errors import QKGuardError, RankLostError, reason_of
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -381,4 +381,4 @@ def _described(failure: Exception) -> tuple[str, str, bool]:
     """The name of an error in `qkguard.errors`, its message, and whether that is complete."""
     if isinstance(failure, QKGuardError):
         return type(failure).__name__, str(failure), failure.complete
-    return QKGuardError.__name__, f"{type(failure).__name__}: {failure}", False
+    return QKGuardError.__name__, reason_of(failure), False

@@ -116,10 +116,10 @@ class Reference:
         return Exchange.of(((self.slice_spans[name], kept.dtype) for name, kept in self.slices.items()), group)
 
     def gather(
-        self, model: nn.Module, name: str, exchange: Exchange, deferred: ranks.Deferred, dst: int = 0
+        self, params: dict[str, Param], name: str, exchange: Exchange, deferred: ranks.Deferred, dst: int = 0
     ) -> tuple[Tensor, Tensor] | None:
-        """(pre, live) compact tensors of one parameter on rank `dst`, on one device; None elsewhere. ALL ranks."""
-        mine = deferred.run(partial(self._live_rows, model, name))
+        """(pre, live) compact tensors of one of `params` on rank `dst`, on one device; None elsewhere. ALL ranks."""
+        mine = deferred.run(partial(self._live_rows, params, name))
         pre = self.gather_kept(name, exchange, deferred, dst)
         now = exchange.gather(mine, self.slice_spans[name], self.slices[name].dtype, deferred, dst)
         if pre is None or now is None:
@@ -133,9 +133,9 @@ class Reference:
         flat = exchange.gather(kept, self.slice_spans[name], kept.dtype, deferred, dst)
         return None if flat is None else flat.view(self.maps[name].compact_shape)
 
-    def _live_rows(self, model: nn.Module, name: str) -> Tensor:
+    def _live_rows(self, params: dict[str, Param], name: str) -> Tensor:
         """This rank's slice of a parameter's live rows, in the dtype that is kept of it."""
-        rows = self.maps[name].take_flat(self.live(self.params(model), name), self.spans[name][0])
+        rows = self.maps[name].take_flat(self.live(params, name), self.spans[name][0])
         return rows.to(self.slices[name].dtype)
 
 

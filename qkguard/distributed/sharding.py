@@ -163,10 +163,17 @@ def _is_gathered_quantised(param: Param) -> bool:
 
     Known to the object that partitions parameters alone (DeepSpeed 0.19.8), which `param.partition` is bound to.
     """
-    partition = getattr(param, "partition", None)
-    if not inspect.isfunction(partition):
-        return False
-    return bool(getattr(inspect.getclosurevars(partition).nonlocals.get("self"), "quantized_weights", False))
+    return bool(getattr(_enclosing_self(getattr(param, "partition", None)), "quantized_weights", False))
+
+
+def _enclosing_self(function: Any) -> Any:
+    """The `self` of the method that a function was defined in; None where it uses none.
+
+    `inspect.getclosurevars` looks up every global name too, which is slow for a check of each parameter.
+    """
+    closure = getattr(function, "__closure__", None) or ()
+    cells = dict(zip(function.__code__.co_freevars, closure, strict=True)) if closure else {}
+    return cells["self"].cell_contents if "self" in cells else None
 
 
 def shard_span(param: Param) -> Span:
@@ -301,11 +308,9 @@ def _zero3_coordinator(model: nn.Module) -> Any:
     pre-hook on the model (`_start_of_forward_hook` in DeepSpeed 0.19.8), whose closure holds the owner as `self`.
     """
     for hook in model._forward_pre_hooks.values():
-        function = inspect.unwrap(hook)
-        if inspect.isroutine(function) and hasattr(function, "__closure__"):
-            owner = inspect.getclosurevars(function).nonlocals.get("self")
-            if owner is not None and hasattr(owner, "get_param_coordinator"):
-                return owner.get_param_coordinator()
+        owner = _enclosing_self(inspect.unwrap(hook))
+        if hasattr(owner, "get_param_coordinator"):
+            return owner.get_param_coordinator()
     return None
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from qkguard.distributed import ranks
-from qkguard.errors import QKGuardError, RankLostError, WrongReferenceError
+from qkguard.errors import RankLostError, WrongReferenceError, reason_of
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +39,9 @@ def attempt(what: str, *, strict: bool, advice: str) -> Iterator[None]:
 
 def say_failed(what: str, error: BaseException, advice: str) -> None:
     """The line that tells of a failure which training continues after."""
-    reason = str(error) if isinstance(error, QKGuardError) else f"{type(error).__name__}: {error}"
     logger.error(
         "%s failed: %s. Training continues. %s Set strict=True to stop instead.",
         what[:1].upper() + what[1:],
-        reason.rstrip("."),
+        reason_of(error).rstrip("."),
         advice,
     )

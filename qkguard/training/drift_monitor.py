@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from qkguard.arrays import as_tensor
 from qkguard.distributed import collectives, ranks
 from qkguard.distributed.reference import Reference
+from qkguard.distributed.sharding import Param
 from qkguard.drift import (
     LayerRouting,
     Sums,
@@ -52,13 +53,14 @@ class DriftMonitor:
         at a time, and the layers are dealt out over the ranks.
         """
         parts: dict[str, Tensor] = {}
-        sums = deferred.run(partial(self._sums, model)) if drift else None
+        params = deferred.run(partial(self.reference.params, model))
+        sums = deferred.run(partial(self._sums, params)) if drift and params is not None else None
         exchange = deferred.run(self.reference.exchange) if routing else None
         deferred.agree()
         if sums is not None:
             parts["sums"] = sums
-        if exchange is not None:
-            layers = self._layer_routing(model, exchange, deferred)
+        if exchange is not None and params is not None:
+            layers = self._layer_routing(params, exchange, deferred)
             parts["routing"] = as_tensor(routing_table(self.selection, layers))
         total = collectives.agreed_sums(parts, deferred)
         metrics: dict[str, float] = {}
@@ -71,9 +73,8 @@ class DriftMonitor:
             metrics |= found
         return metrics, heads
 
-    def _sums(self, model: nn.Module) -> Tensor:
+    def _sums(self, params: dict[str, Param]) -> Tensor:
         """This rank's part of the sums of drift, (weights and roles, 3)."""
-        params = self.reference.params(model)
         sums = torch.zeros(len(self._keys), 3, dtype=torch.float64)
         on_device: list[tuple[int, Tensor]] = []  # read back at the end: an accelerator is synchronised only once
         for i, (name, role) in enumerate(self._keys):
@@ -87,14 +88,14 @@ class DriftMonitor:
         return sums
 
     def _layer_routing(
-        self, model: nn.Module, exchange: collectives.Exchange, deferred: ranks.Deferred
+        self, params: dict[str, Param], exchange: collectives.Exchange, deferred: ranks.Deferred
     ) -> dict[str, LayerRouting]:
         """Routing of the layers that fall to this rank, by label; ALL ranks must call this."""
         mine = {}
         for i, (spec, maps) in enumerate(self.selection):
             owner = i % ranks.world_size()
             weights = [p.name for p in maps if p.kind == "weight"]
-            gathered = {name: self.reference.gather(model, name, exchange, deferred, owner) for name in weights}
+            gathered = {name: self.reference.gather(params, name, exchange, deferred, owner) for name in weights}
             pairs = {name: pair for name, pair in gathered.items() if pair is not None}
             if owner == ranks.rank() and len(pairs) == len(weights):
                 pre = {name: pair[0] for name, pair in pairs.items()}

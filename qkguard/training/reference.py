@@ -20,7 +20,7 @@ from qkguard.checkpoint.reference_file import ReferenceFile, write_reference
 from qkguard.checkpoint.weights import BaseFolder, open_weights, resolve_folder
 from qkguard.distributed import ranks
 from qkguard.distributed.reference import Reference
-from qkguard.errors import QKGuardError, WrongReferenceError
+from qkguard.errors import QKGuardError, WrongReferenceError, reason_of
 from qkguard.layout import ParamMap, disk_names
 from qkguard.layout.selection import Selection
 from qkguard.offline.configs import compare_configs, read_config
@@ -158,8 +158,7 @@ def _failure(error: Exception, rank: int) -> WrongReferenceError:
     if isinstance(error, WrongReferenceError):
         failure = error
     else:
-        reason = str(error) if isinstance(error, QKGuardError) else f"{type(error).__name__}: {error}"
-        failure = WrongReferenceError(f"Writing the reference failed on rank {rank}: {reason}")
+        failure = WrongReferenceError(f"Writing the reference failed on rank {rank}: {reason_of(error)}")
     failure.complete = True
     return failure
 

@@ -18,7 +18,7 @@ from transformers import TrainerState, TrainingArguments
 
 from qkguard.distributed import ranks, sharding
 from qkguard.distributed.reference import Reference
-from qkguard.errors import QKGuardError
+from qkguard.errors import QKGuardError, reason_of
 from qkguard.layout import find_attention, select
 from qkguard.layout.selection import Selection
 from qkguard.layout.spec import AttentionSpec
@@ -227,9 +227,8 @@ class Session:
     def owe(self, what: str, error: Exception) -> None:
         """Keep a failure of this rank alone, to raise it on all ranks where they meet next."""
         if self._owed is None:
-            reason = str(error) if isinstance(error, QKGuardError) else f"{type(error).__name__}: {error}"
             kind = type(error) if isinstance(error, QKGuardError) else QKGuardError
-            self._owed = kind(f"{what} failed on rank {ranks.rank()}: {reason}")
+            self._owed = kind(f"{what} failed on rank {ranks.rank()}: {reason_of(error)}")
             self._owed.complete = True
 
     def raise_owed(self) -> None:
@@ -289,7 +288,6 @@ class Session:
         The training waits for an earlier one, and until the raw files are known to be whole.
         """
         started = time.perf_counter()
-        self.reference_written()
         self.background.finish()
         save = Save(step, self._record(step), checkpoint)
         written = self.weights.write_checkpoint(checkpoint, save, processing_class)
