@@ -43,6 +43,12 @@ def check_file(file: str | Path | None, what: str) -> None:
         raise QKGuardError(f"{file}: no such file; expected {what}.")
 
 
+def check_tolerance(tolerance: float) -> None:
+    """Refuse a tolerance below 0, and NaN."""
+    if not tolerance >= 0:
+        raise QKGuardError(f"Invalid tolerance={tolerance!r}: expected a number >= 0.")
+
+
 def check_sweep(
     base: str,
     tuned: str,
@@ -56,8 +62,7 @@ def check_sweep(
     spec: Path | None,
 ) -> None:
     """Refuse a grid, a target or a pair of checkpoints that `sweep` would refuse; a layout only where it is known."""
-    if not tolerance >= 0:
-        raise QKGuardError(f"Invalid tolerance={tolerance!r}: expected a number >= 0.")
+    check_tolerance(tolerance)
     method_candidates(methods)
     control_candidates(controls)
     folders = open_folders(base, tuned)

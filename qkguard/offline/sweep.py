@@ -20,6 +20,7 @@ from qkguard.choice.task import ROW_FORMATS, TaskResult, TaskRow, encode_rows, s
 from qkguard.choice.verdict import Measurement, Verdict, compare, rank_layers, recommend
 from qkguard.errors import QKGuardError, current_names
 from qkguard.layout.rows import RowOptions, RowSelection
+from qkguard.offline.checks import check_tolerance
 from qkguard.offline.configs import read_config
 from qkguard.offline.models import (
     LoadOptions,
@@ -145,8 +146,7 @@ def sweep(
         QKGuardError: bad settings, data or checkpoints, found before anything is measured where that is possible.
     """
     began = time.perf_counter()
-    if not tolerance >= 0:
-        raise QKGuardError(f"Invalid tolerance={tolerance!r}: expected a number >= 0.")
+    check_tolerance(tolerance)
     given: dict[str, Any] = current_names(selected)
     each_layer = given.pop("per_layer", each_layer)  # under its old name
     if "projections" in given:

@@ -12,7 +12,7 @@ from transformers import TrainerState, TrainingArguments
 
 from qkguard.distributed import ranks
 from qkguard.probe.samples import SampleKey
-from qkguard.probe.thinning import Size, size_of, thin
+from qkguard.probe.thinning import Size, size_of
 from qkguard.training.probe_plan import MARGIN, Plan, hidden_size, make_plan, row_length, work, work_of, work_of_step
 from qkguard.training.schedules import Budget, saves_between
 
@@ -151,10 +151,6 @@ class ProbeCosts:
         self.budget.reserved = self._spent_as_planned + plan.seconds * (left if plan.fits else self._at_end)
         allowed = (planned and plan.fits) or self.budget.allows(passes * plan.seconds, seconds, progress)
         return Room(allowed, None if plan.size == size_of(pool) else plan.size)
-
-    def fewer(self, pool: Sequence[SampleKey], size: Size) -> tuple[SampleKey, ...]:
-        """The samples of a size."""
-        return thin(pool, size)
 
     @property
     def _at_end(self) -> int:

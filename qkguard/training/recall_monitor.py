@@ -27,6 +27,7 @@ from qkguard.probe.prober import Prober
 from qkguard.probe.results import ProbeResult
 from qkguard.probe.settings import default_lengths, lengths_left_out
 from qkguard.probe.statistics import at_floor
+from qkguard.probe.thinning import thin
 from qkguard.probe.words import floor_clause
 from qkguard.training.agreed_probe import AgreedProbe
 from qkguard.training.attempt import attempt
@@ -243,7 +244,7 @@ class RecallMonitor:
         room = ranks.on_rank_zero("budgeting a probe", decide)
         allowed = room.allowed or last
         if allowed and room.size is not None:
-            self.prober.sample_keys = self.costs.fewer(pool, room.size)
+            self.prober.sample_keys = thin(pool, room.size)
             _tell(
                 logging.INFO,
                 "Probes ask %d of the %d samples from step %d on, to stay within probe_budget=%g; changes are "
@@ -334,7 +335,7 @@ class RecallMonitor:
         make_plan = partial(self.costs.first_plan, pool, self.prober.timed_batch)
         plan = ranks.on_rank_zero("planning the probes", make_plan)
         if plan is not None:
-            self.prober.sample_keys = self.costs.fewer(pool, plan.size)
+            self.prober.sample_keys = thin(pool, plan.size)
             line = plan.tell(pool)
             if line:
                 _tell(logging.INFO if plan.fits else logging.WARNING, "%s", line)
