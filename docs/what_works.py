@@ -30,7 +30,8 @@ COLUMNS = {
     "full fine-tuning": ("guarded", "launcher"),
     "LoRA, DoRA": ("lora", "dora", "lora_neutral", "lora_fsdp2"),
     "probes, live swap": ("swapped", "trained_alike"),
-    "bit-identical with and without": ("neutral", "lora_neutral", "trained_alike"),
+    "verdict": ("verdict",),
+    "bit-identical with and without": ("neutral", "lora_neutral", "trained_alike", "verdict"),
     "resume": ("resumed", "continued_elsewhere"),
     "`qkguard sft`": ("launcher",),
 }

@@ -35,7 +35,7 @@ def adapter_card(manifest: Mapping[str, Any], raw_card: str | None = None) -> st
     if _is_hub_id(base):
         kept |= {"base_model": base, "base_model_relation": "adapter"}
     metadata = {**kept, "library_name": "peft", "tags": sorted({"lora", *OWN_TAGS})}
-    return _card(metadata, _render("adapter_card", manifest=manifest, base=_short_name(base)))
+    return _card(metadata, _render("adapter_card", manifest={"verdict": {}, **manifest}, base=_short_name(base)))
 
 
 def _card(metadata: Mapping[str, Any], body: str) -> str:
@@ -65,7 +65,7 @@ def _body(manifest: Mapping[str, Any], base: str) -> str:
     names = {"q": "query", "k": "key"}
     return _render(
         "model_card",
-        manifest={"probe": {}, "sweep": {}, **manifest},
+        manifest={"probe": {}, "sweep": {}, "verdict": {}, **manifest},
         base=_short_name(base) or "unknown",
         adapter=_short_name(manifest["adapter"]["id"]) if "adapter" in manifest else None,
         projections=" and ".join(names[projection] for projection in method["projections"]),

@@ -118,6 +118,24 @@ def _at_once(shared: RestoredRows) -> int:
     return max(1, min(MOST_AT_ONCE, os.cpu_count() or 1, ROOM // (2 * max(layers))))
 
 
+def plan_unrestored(
+    weights: WeightFolder,
+    out: Path,
+    base: BaseRows,
+    *,
+    rows: RowSelection | None = None,
+    staging: Path | None = None,
+    overwrite: bool = False,
+) -> FolderPlan:
+    """The plan of a folder that is the raw checkpoint under another name, where no restore is recommended.
+
+    Arguments are those of `plan_restored`.
+    """
+    method = {"name": "raw", **(rows or RowSelection()).to_json()}
+    files = plan_files(weights, {})
+    return FolderPlan(weights, Path(out), files, base.describe(), method, staging=staging, overwrite=overwrite)
+
+
 def _left_tuned(selection: Selection) -> list[str]:
     """Parameters with rows that feed keys and values alike, of which none is restored."""
     held = {p.name for spec, _ in selection for p in spec.params if any(b.shared for b in p.blocks)}

@@ -25,6 +25,10 @@ CONTROLS: dict[str, tuple[str, ...]] = {"q": ("q",), "k": ("k",), "v": ("v",), "
 """The experiment's controls: single projections taken back whole."""
 
 
+FINAL: tuple[tuple[str, dict[str, Any]], ...] = (("restore", {}), ("qk-pro", {}), ("interpolate", {"alpha": 0.5}))
+"""What is measured beside raw when a training ends."""
+
+
 @dataclass(frozen=True)
 class Candidate:
     """One model to measure.
@@ -64,11 +68,23 @@ def method_candidates(methods: Sequence[str] | str | None = None) -> list[Candid
         name, *settings = entry.split(":")
         get_method(name)
         for options in _combinations(entry, settings) if settings else USUAL[name]:
-            candidate = _method_candidate(name, dict(options))
+            candidate = method_candidate(name, options)
             found[candidate.name] = candidate
     if not found:
         raise QKGuardError("The grid is empty. Name methods: restore,qk-pro:ridge=0.3/1,interpolate:alpha=0.5.")
     return list(found.values())
+
+
+def final_candidates(own: Candidate, without: Sequence[str] = ()) -> list[Candidate]:
+    """What is measured when a training ends, beside raw: the usual three, and the run's `own` where it is another.
+
+    Those in `without`, and those that need other projections than the run restores, are left out.
+    """
+    found = []
+    for name, options in FINAL:
+        if name not in without and (len(own.tensors) == 2 or not get_method(name).couples):
+            found.append(method_candidate(name, {**options, "projections": own.tensors}))
+    return found if own in found else [*found, own]
 
 
 def control_candidates(controls: Iterable[str] | str) -> list[Candidate]:
@@ -87,11 +103,14 @@ def layer_candidates(layers: Iterable[int | None]) -> list[Candidate]:
     return [Candidate(f"layer {n}", "layer", ("q", "k"), layers=(n,)) for n in layers if n is not None]
 
 
-def _method_candidate(method: str, options: dict[str, Any]) -> Candidate:
-    projections = tuple(sorted(options.pop("projections", ("q", "k")), reverse=True))
+def method_candidate(method: str, options: Mapping[str, Any]) -> Candidate:
+    """One method with its options, `projections` among them; options that are None are the defaults."""
+    options = dict(options)
+    projections = tuple(sorted(set(options.pop("projections", ("q", "k"))), reverse=True))
     chosen = check_options(method, options, projections)
     said = [f"{key} {value:g}" for key, value in chosen.items() if key in ("ridge", "alpha")]
     said += ["aligned"] if chosen.get("align") else []
+    said += ["by layer"] if chosen.get("per_layer") else []
     said += ["" if len(projections) == 2 else f"{projections[0].upper()} only"]
     chosen = {key: value for key, value in chosen.items() if value is not None}
     return Candidate(" ".join([method, *filter(None, said)]), "method", projections, method, chosen)

@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from qkguard.checkpoint.manifest import load_manifest
-from qkguard.choice.task import ROW_FORMATS
+from qkguard.choice.task import IGNORED, ROW_FORMATS
 from qkguard.errors import QKGuardError
 from qkguard.report.run import METRICS, RUN_FOLDER
 
-HELDOUT = "heldout.jsonl"
+HELDOUT, SEEN = "heldout.jsonl", "seen.jsonl"  # of the evaluation set; else of the training data
 CHECKPOINT = re.compile(r"checkpoint-\d+")
-ROWS = 128  # kept of an evaluation set, at most
+ROWS = 128  # kept of a data set, at most
+
+Tokenised = dict[str, list[int]]
+"""A row as {"input_ids", "labels"}: token ids, and -100 where nothing is to be predicted."""
 
 
 def read_rows(data: Any, limit: int | None = None) -> list[Mapping[str, Any]]:
@@ -43,29 +46,18 @@ def read_rows(data: Any, limit: int | None = None) -> list[Mapping[str, Any]]:
     return rows[:limit]
 
 
-def keep_rows(dataset: Any, folder: Path) -> None:
-    """Write up to `ROWS` rows of a prepared `datasets.Dataset`, from everywhere in it; no file where there are none.
-
-    A row is {"input_ids", "labels"}: token ids, and -100 where nothing is to be predicted. Packed rows and rows scored
-    in several places are not kept, nor are rows of other kinds of data sets (`sampled`).
-    """
-    lines = []
-    for row in sampled(dataset, ROWS):
-        if "input_ids" not in row or "seq_lengths" in row:
-            continue
-        labels = _labels(row)
-        begin = next((n for n, label in enumerate(labels) if label != -100), None)
-        if begin is not None and -100 not in labels[begin:]:
-            lines.append(json.dumps({"input_ids": list(row["input_ids"]), "labels": labels}))
-    if lines:
-        (folder / HELDOUT).write_text("\n".join(lines) + "\n", encoding="utf-8")
+def keep_rows(rows: Sequence[Tokenised], file: Path) -> None:
+    """Keep tokenised rows as JSON lines; no file where there are none."""
+    if rows:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def _labels(row: dict[str, Any]) -> list[int]:
+def own_labels(row: Mapping[str, Any]) -> list[int]:
+    """The labels of a tokenised row, by its own masks where it has no labels."""
     if row.get("labels") is not None:
         return list(row["labels"])
     mask = row.get("assistant_masks") or row.get("completion_mask") or [1] * len(row["input_ids"])
-    return [token if keep else -100 for token, keep in zip(row["input_ids"], mask, strict=True)]
+    return [token if keep else IGNORED for token, keep in zip(row["input_ids"], mask, strict=True)]
 
 
 def find_rows(tuned: Path) -> Path | None:
@@ -119,7 +111,7 @@ def sampled(dataset: Any, at_most: int) -> Iterator[dict[str, Any]]:
 
     None of other kinds: reading streams and data sets of one's own may use up their rows or random numbers.
     """
-    if type(dataset).__module__.startswith("datasets.") and hasattr(dataset, "__getitem__"):
+    if type(dataset).__module__.startswith("datasets.") and hasattr(dataset, "__len__"):  # a stream has none
         plain = dataset.with_format(None)
         for i in range(0, len(plain), max(1, -(-len(plain) // at_most))):
             yield plain[i]

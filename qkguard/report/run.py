@@ -133,6 +133,17 @@ class Run:
         return {weights: probe for weights, probe in found.items() if probe is not None and getattr(probe, detail)}
 
     @cached_property
+    def verdict(self) -> Mapping[str, Any] | None:
+        """Which model to ship, as measured when training ended (`training/final_verdict`); None without one.
+
+        A training that went on after it has made it out of date.
+        """
+        found = [(number, row["verdict"]) for number, row in enumerate(self.rows) if row.get("verdict")]
+        if not found or any(row["step"] > self.rows[found[-1][0]]["step"] for row in self.rows):
+            return None
+        return found[-1][1]
+
+    @cached_property
     def layers(self) -> list[str]:
         """Labels of the layers with drift, "layer_3", in the order of the model."""
         found = {key.removeprefix(DRIFT).split("/")[0] for key in self.names(f"{DRIFT}layer_")}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qkguard.errors import QKGuardError
@@ -45,6 +45,8 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
         f"qkguard: {run.name}",
         facts=_facts(run),
         sentences=describe(run),
+        verdict=run.verdict,
+        weighed=_verdict_table(run),
         recall=_recall_table(run),
         pictures=pictures,
         layers=_layer_table(run),
@@ -125,6 +127,43 @@ def _with_interval(found: Proportion | None) -> str:
     return f"{found.recall:.2f}  ({low:.2f} to {high:.2f})"
 
 
+def _verdict_table(run: Run) -> Table | None:
+    """What the verdict was measured on: recall and loss of every point, and their differences from raw."""
+    if run.verdict is None:
+        return None
+    points = [point for point in run.verdict["points"] if point["kind"] != "base"]
+    has_loss = any(point["task"] for point in points)
+    head = ["", "recall (95%)", "against raw (95%)", *(["loss (95%)", "against raw (95%)"] if has_loss else [])]
+    rows = []
+    for point in points:
+        itself = point["kind"] == "raw"
+        row = [point["name"], _spread(point["recall"], ".2f"), "" if itself else _spread(point["gain"], "+.2f")]
+        if point["task"]:
+            loss, change = (_negated(point["task"][key]) for key in ("quality", "change"))  # quality is minus the loss
+            row += [_spread(loss, ".3f"), "" if itself else _spread(change, "+.3f")]
+        rows.append(row)
+    names = [point["name"] for point in points]
+    return Table(head, rows, marked=names.index(run.verdict["recommended"]))
+
+
+def _spread(found: Mapping[str, float | None], form: str) -> str:
+    """A value with its interval; "-" where it is not a number."""
+    numbers = [found[key] for key in ("value", "low", "high")]
+    if None in numbers:
+        return "-"
+    value, low, high = (format(number + 0.0, form) for number in numbers if number is not None)  # + 0.0: no "-0.00"
+    return f"{value}  ({low} to {high})"
+
+
+def _negated(found: Mapping[str, float | None]) -> dict[str, float | None]:
+    pairs = (("value", "value"), ("low", "high"), ("high", "low"))
+    negated: dict[str, float | None] = {}
+    for mine, other in pairs:
+        number = found[other]
+        negated[mine] = None if number is None else -number
+    return negated
+
+
 def _layer_table(run: Run) -> Table | None:
     rows = [
         [label.replace("_", " "), *(number(run.last_value(f"{DRIFT}{label}/{kind}"), digits=4) for kind in KINDS)]
@@ -138,7 +177,9 @@ def _written(run: Run) -> list[str]:
     if run.manifest is None:
         return []
     method = run.manifest["method"]["name"]
-    if run.manifest.get("kind") == "adapter":
+    if method == "raw":
+        what = "It is the raw model under another name, which the verdict recommends."
+    elif run.manifest.get("kind") == "adapter":
         what = f"Method {method}: an adapter that leaves queries and keys to the base model."
     else:
         layers = plural(len(run.manifest["layers"]), "softmax-attention layer")

@@ -6,6 +6,10 @@ from qkguard.probe.words import floor_clause, is_no_difference, no_difference, p
 from qkguard.report.numbers import plural
 from qkguard.report.run import DRIFT, ProbeRow, Run
 
+USE_RESTORED = (
+    "Where recall counts, the restored model is recommended. `qkguard sweep` measures what it costs in task quality."
+)
+
 
 def describe(run: Run) -> list[str]:
     """Sentences for people, each true of the files it was made from."""
@@ -82,15 +86,12 @@ def _restored(run: Run) -> list[str]:
     if change is None or raw is None:
         return [f"{now}."]
     if change["low"] > 0:
-        return [
-            f"{now}, {points(change['value'])} above the raw weights ({_interval(restored)}). "
-            "Where recall counts, the restored model is recommended. `qkguard sweep` measures what it costs in task "
-            "quality."
-        ]
+        above = f"{now}, {points(change['value'])} above the raw weights ({_interval(restored)})."
+        return [above, *([] if run.verdict else [USE_RESTORED])]
     if change["high"] < 0:
         return [
-            f"{now}, {points(-change['value'])} below the raw weights ({_interval(restored, sign=-1)}). "
-            "The raw model is recommended: on this run, restoring costs recall."
+            f"{now}, {points(-change['value'])} below the raw weights ({_interval(restored, sign=-1)}).",
+            *([] if run.verdict else ["The raw model is recommended: on this run, restoring costs recall."]),
         ]
     return [f"{now}; against the raw weights, {_like_raw(restored)}: {_why_alike(run, raw, restored)}"]
 

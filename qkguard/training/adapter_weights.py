@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from qkguard.adapters.restored import (
 from qkguard.adapters.scaled import scaled_adapters
 from qkguard.checkpoint.shares import Heed
 from qkguard.checkpoint.staging import Staging
+from qkguard.choice.candidates import Candidate, final_candidates, method_candidate
 from qkguard.distributed import ranks
 from qkguard.errors import QKGuardError
 from qkguard.layout.selection import Selection, show_layers
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MERGED_RESTORED = f"merged_{RESTORED}"
+
 INSTEAD = (
     "Use restore or interpolate with alpha alone, or merge with `qkguard merge --keep-qk` and restore the merged "
     "model."
@@ -51,6 +55,8 @@ class AdapterWeights:
 
     Attributes:
         drift_monitor: measures drift of the effective weights; None if no adapter is on queries or keys.
+        usual: the restore of checkpoints, as configured.
+        share: how much of the adapters' effect on queries and keys stays in it.
         swap: opens a context in which adapters move queries and keys only by the share that stays; None where no such
             context is possible.
         staging: where folders are assembled (`FolderPlan`); set when a `train()` begins.
@@ -73,8 +79,8 @@ class AdapterWeights:
         self.background = background
         self.config, self.model, self.folder, self.writers, self.selection = config, model, folder, writers, selection
         self.staging: Path | None = None
-        # How much of the adapters' effect on queries and keys stays
-        self.share = 1.0 - config.alpha if config.method == "interpolate" else 0.0
+        self.usual = method_candidate(config.restore_method, _options(config))
+        self.share = _share(self.usual)
         self.weights = adapted_weights(model, selection, merging=config.merge_at_end)
         self.adapted = [weight for weight in self.weights if weight.layer is not None]
         self.writable = bool(self.adapted) and self._check_writable()
@@ -84,8 +90,28 @@ class AdapterWeights:
                 self._loaded_from = loaded_from(model)
             ranks.on_rank_zero("looking at the base to merge onto", self._check_merge_base)
         self.drift_monitor = AdapterDriftMonitor(model, selection, self.weights) if self.adapted else None
-        scalable = not (self.share and any(weight.dora for weight in self.weights))
-        self.swap = partial(scaled_adapters, self.weights, self.share) if self.adapted and scalable else None
+        scalable = not (self.share and self._has_dora())
+        self.swap = partial(self.swapped, self.usual) if self.adapted and scalable else None
+
+    def _has_dora(self) -> bool:
+        return any(weight.dora for weight in self.weights)
+
+    @property
+    def restored_folder(self) -> str | None:
+        """The restored model's folder in `final`; None where there is none."""
+        if self.writable:
+            return RESTORED
+        return MERGED_RESTORED if self.adapted and self.config.merge_at_end else None
+
+    def candidates(self) -> list[Candidate]:
+        """The restores that the verdict measures: whole and, but for DoRA, half."""
+        if self.swap is None:
+            return []
+        return final_candidates(self.usual, ("qk-pro", "interpolate") if self._has_dora() else ("qk-pro",))
+
+    def swapped(self, candidate: Candidate) -> AbstractContextManager[None]:
+        """A context in which adapters move queries and keys as after a restore."""
+        return scaled_adapters(self.weights, _share(candidate))
 
     def _check_writable(self) -> bool:
         """Whether the adapters have a form without queries and keys; without one, only merges are written."""
@@ -134,7 +160,7 @@ class AdapterWeights:
             ]
         adapted = {weight.pmap.name for weight in self.adapted}
         on = show_layers(spec.layer for spec, maps in self.selection if adapted & {pmap.name for pmap in maps})
-        dora = ", DoRA" if any(weight.dora for weight in self.weights) else ""
+        dora = ", DoRA" if self._has_dora() else ""
         base = ", on the dequantised base" if self._is_quantised() else ""
         lines = [
             f"PEFT model (adapters: {names}{dora}). {len(adapted)} of {len(self.weights)} query and key weights carry "
@@ -180,7 +206,7 @@ class AdapterWeights:
             written += self._begin_restored(pairs, save)
             self.background.finish(strict=True)
         if self.config.merge_at_end:
-            written += self._merge(final, save.record)
+            written += self._merge(final, save.record, save.chosen or self.usual)
         return written
 
     def _write_raw(self, name: str, checkpoint: Path | None, raw: Path, processing_class: Any) -> None:
@@ -213,25 +239,28 @@ class AdapterWeights:
             _discard(stagings)
             raise
         files = tuple(raw / ADAPTER_TENSORS for raw, _ in pairs)
-        make = partial(self._assemble, [raw for raw, _ in pairs], stagings, save.record)
+        make = partial(self._assemble, [raw for raw, _ in pairs], stagings, save)
         self.background.begin(about, Write(tuple(outs), files, make, save) if stagings else None)
         return outs
 
     def _assemble(
-        self, raws: Sequence[Path], stagings: Sequence[Staging], record: Mapping[str, Any], heed: Heed
+        self, raws: Sequence[Path], stagings: Sequence[Staging], save: Save, heed: Heed
     ) -> Sequence[Staging]:
         """All but the rename, in a thread."""
-        method = {"name": self.config.method, **self.config.rows.to_json()}
+        chosen = save.chosen or self.usual
+        is_raw = not chosen.tensors
+        method = {"name": "raw" if is_raw else chosen.method, **self.config.rows.to_json()}
+        selection, share = ((), 1.0) if is_raw else (self.selection, _share(chosen))
         try:
             for raw, made in zip(raws, stagings, strict=True):
                 heed()
-                assemble_restored_adapter(raw, made, self.selection, share=self.share, method=method, extra=record)
+                assemble_restored_adapter(raw, made, selection, share=share, method=method, extra=save.record)
         except BaseException:
             _discard(stagings)
             raise
         return stagings
 
-    def _merge(self, final: Path, record: Mapping[str, Any]) -> list[Path]:
+    def _merge(self, final: Path, record: Mapping[str, Any], chosen: Candidate) -> list[Path]:
         """`merged_raw` and, where adapters move queries and keys, `merged_qk_restored` in `final`; ALL ranks."""
         (adapter,) = self.model.active_adapters
         extra = {"trained_drift" if key == "drift" else key: value for key, value in record.items()}
@@ -241,16 +270,25 @@ class AdapterWeights:
             ]
         settings = {"overwrite": True, "spec": self.config.spec, "extra": extra, **self.config.rows.to_json()}
         merge = partial(merge_adapter, self._merge_base(), final / "raw" / adapter, **settings)
-        whole, restored = final / "merged_raw", final / f"merged_{RESTORED}"
+        whole, restored = final / "merged_raw", final / MERGED_RESTORED
         self.writers.run(f"merging into {whole}", partial(merge, whole, keep_qk=True))
-        if not self.adapted:
+        if not self.adapted or not chosen.tensors:
             return [whole]
-        self.writers.run(f"merging into {restored}", partial(merge, restored, alpha=1 - self.share))
+        self.writers.run(f"merging into {restored}", partial(merge, restored, alpha=1 - _share(chosen)))
         return [whole, restored]
 
 
+def _options(config: QKGuardConfig) -> dict[str, Any]:
+    return {**config.method_options, "projections": config.rows.projections}
+
+
+def _share(candidate: Candidate) -> float:
+    """How much of the adapters' effect on queries and keys a restore leaves."""
+    return 1.0 - candidate.options["alpha"] if candidate.method == "interpolate" else 0.0
+
+
 def _check_settings(config: QKGuardConfig) -> None:
-    if config.method not in ("restore", "interpolate"):
+    if config.restore_method not in ("restore", "interpolate"):
         raise QKGuardError(f"Method {config.method!r} works on full weights, not on adapters. {INSTEAD}")
     if config.align or config.per_layer:
         raise QKGuardError(f"The settings align and per_layer work on full weights, not on adapters. {INSTEAD}")

@@ -1,13 +1,14 @@
-"""One probe on all ranks, which fails on all of them or on none."""
+"""One probe, or one pass over task rows, on all ranks: it fails on all of them or on none."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from qkguard.choice.task import TaskResult, TaskRow, score_rows
 from qkguard.distributed import collectives, ranks
 from qkguard.probe.prober import Prober
 from qkguard.probe.results import ProbeResult
@@ -18,7 +19,7 @@ TIMEOUT = 1800.0  # seconds; a rank posts no heartbeat while it scores, so this 
 
 
 class AgreedProbe:
-    """One probe on ALL ranks: a failure outside forward passes on one of them is raised on all.
+    """What is measured of a model on ALL ranks: a failure outside forward passes on one of them is raised on all.
 
     `ranks.agree` before every all-reduce lets a rank that failed meet the others there, instead of leaving them in
     the collective until its timeout. A rank whose failure the others have not heard of yet tells them.
@@ -37,6 +38,10 @@ class AgreedProbe:
     def run(self, progress: Progress | None = None) -> ProbeResult:
         """Score this rank's samples, and sum over the ranks; ALL ranks must call this."""
         return self._together(partial(self._probe, progress))
+
+    def score(self, rows: Sequence[TaskRow]) -> TaskResult:
+        """The loss of rows, the same ones on every rank, each scoring its share; ALL ranks must call this."""
+        return self._together(partial(score_rows, self.model, rows, **self.where))
 
     def _probe(self, progress: Progress | None) -> ProbeResult:
         # Making samples can fail on one rank alone, so it stays outside forward passes

@@ -27,6 +27,7 @@ from typing import Any
 
 from qkguard.checkpoint.shares import Heed, ShareError
 from qkguard.checkpoint.staging import Staging
+from qkguard.choice.candidates import Candidate
 from qkguard.distributed import ranks
 from qkguard.errors import QKGuardError
 from qkguard.training.attempt import ENDS_TRAINING, LATER, attempt, say_failed
@@ -53,12 +54,14 @@ class Save:
         checkpoint: the folder that Trainer has written and may remove at any time, which ends the write quietly. None
             for folders that stay: the final ones, and those that the user named.
         awaited: whether the training waits for the write, so that its end is no news.
+        chosen: what restored folders hold, raw or a restore; None for the restore of checkpoints, as configured.
     """
 
     step: int
     record: Mapping[str, Any]
     checkpoint: Path | None = None
     awaited: bool = False
+    chosen: Candidate | None = None
 
     @property
     def outlives_training(self) -> bool:

@@ -99,7 +99,7 @@ class QKGuardCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.session:
-            self.session.keep_heldout(getattr(kwargs.get("eval_dataloader"), "dataset", None))
+            self.session.final_verdict.keep_heldout(kwargs.get("eval_dataloader"))
             self.session.recall_monitor.at_evaluation(state, control)
 
     def on_epoch_end(
@@ -145,6 +145,7 @@ class QKGuardCallback(TrainerCallback):
         step = self.session.note_end(state)
         self.session.measure(step, drift=bool(self.config.drift_steps), routing=bool(self.config.routing_drift_steps))
         self.session.recall_monitor.at_end(step, control)
+        self.session.give_verdict(step, kwargs.get("train_dataloader"))
         self.session.background.finish()
         if self.config.final_export and self.config.restore_on != "never":
             with attempt("the final export", strict=self.config.strict, advice=LATER):

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, Strict, ValidationE
 from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
 
-from qkguard.errors import current_names
+from qkguard.errors import QKGuardError, current_names
 from qkguard.layout.rows import RowOptions, RowSelection, Shared
 from qkguard.restore.registry import DEFAULTS, check_options, get_method
 from qkguard.training.checked import STRICT, refusal
@@ -86,8 +86,9 @@ class QKGuardConfig:
     Default: the weights handed to the trainer. "live" takes those without comparing them with their checkpoint's
     files."""
 
-    method: Literal["restore", "qk-pro", "procrustes", "interpolate"] = "restore"
-    """Restore method. `qkguard sweep` measures which one suits a run; restore takes queries and keys back whole."""
+    method: Literal["restore", "qk-pro", "procrustes", "interpolate", "auto"] = "restore"
+    """Restore method. restore takes queries and keys back whole. "auto" writes what the verdict at the end recommends
+    as final/qk_restored, and plain restores at saves before. `qkguard sweep` measures more of them."""
 
     ridge: Annotated[float, Field(ge=0)] = DEFAULTS["ridge"]
     """qk-pro: 0 is restore, larger values keep more of the tuned queries; in units of the mean eigenvalue of the keys'
@@ -162,6 +163,13 @@ class QKGuardConfig:
     probe_restored: bool = True
     """At saves and at the end, probe the restored weights as well as the raw ones."""
 
+    verdict: bool = True
+    """When training ends, measure which model to ship: recall, and the loss on rows of the evaluation set (else of the
+    training data), of the raw weights, restore, qk-pro and interpolate at alpha 0.5. Needs probes."""
+
+    tolerance: Annotated[float, Field(ge=0)] = 0.02
+    """How much task loss, in nats per token, the model that the verdict recommends may lose against the raw one."""
+
     recall_alert: Share = 0.10
     """Warn when recall, over all samples, at one length or in one task, falls this far below the probe before
     training, beyond what noise explains: without a change, in at most 5% of trainings. Takes 8 samples of a length or
@@ -199,12 +207,30 @@ class QKGuardConfig:
 
     def __post_init__(self) -> None:
         RowSelection.of(self._row_options())
-        check_options(self.method, vars(self), self.projections)
+        check_options(self.restore_method, vars(self), self.projections)
+        if self.method == "auto":
+            self._check_auto()
+
+    def _check_auto(self) -> None:
+        """Refuse settings without which there is no verdict, or nothing is written by it."""
+        needs = {"verdict": self.verdict, "final_export": self.final_export, "probe_steps": self.probe_steps != 0}
+        needs |= {"restore_on": self.restore_on != "never"}
+        for name, given in needs.items():
+            if not given:
+                raise QKGuardError(
+                    f'Invalid {name}={getattr(self, name)!r} with method="auto", which writes what is measured when '
+                    f"training ends. Leave {name} out, or name a method."
+                )
+
+    @property
+    def restore_method(self) -> str:
+        """The method of restored checkpoints before the verdict."""
+        return "restore" if self.method == "auto" else self.method
 
     @property
     def method_options(self) -> dict[str, object]:
-        """The fields that `method` reads, as keyword arguments of `restore_checkpoint`."""
-        return {name: getattr(self, name) for name in get_method(self.method).options}
+        """The fields that `restore_method` reads, as keyword arguments of `restore_checkpoint`."""
+        return {name: getattr(self, name) for name in get_method(self.restore_method).options}
 
     @property
     def rows(self) -> RowSelection:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from qkguard.checkpoint.reference_file import REFERENCE, ReferenceFile
-from qkguard.checkpoint.restored import plan_restored
+from qkguard.checkpoint.restored import plan_restored, plan_unrestored
 from qkguard.checkpoint.reuse import link_together, records_of
 from qkguard.checkpoint.shares import Heed, Shares, telling, write_share, write_together
 from qkguard.checkpoint.staging import Staging
 from qkguard.checkpoint.weights import open_weights
 from qkguard.checkpoint.write import FolderPlan, Record, prepare
+from qkguard.choice.candidates import Candidate, final_candidates, method_candidate
 from qkguard.choice.swap import restored
 from qkguard.distributed import ranks
 from qkguard.distributed.reference import Reference
@@ -65,9 +67,15 @@ class FullWeights:
 
     Attributes:
         drift_monitor: measures drift from the reference.
-        swap: opens a context in which the live model has restored queries and keys.
+        usual: the restore of checkpoints, as configured.
+        swap: opens a context in which the live model has the queries and keys of `usual`.
+        restored_folder: the restored model's folder in `final`.
+        writable: whether there is one at every save, as adapters may have none.
         staging: where folders are assembled (`FolderPlan`); set when a `train()` begins.
     """
+
+    restored_folder = RESTORED
+    writable = True
 
     def __init__(
         self,
@@ -83,7 +91,9 @@ class FullWeights:
         self.background = background
         self.reference, self.origin, self.selection = reference, origin, reference.selection
         self.drift_monitor = DriftMonitor(reference)
-        self.swap = partial(restored, model, reference, method=config.method, **config.method_options)
+        options = {**config.method_options, "projections": config.rows.projections}
+        self.usual = method_candidate(config.restore_method, options)
+        self.swap = partial(self.swapped, self.usual)
         self.staging: Path | None = None
         self._shared: dict[Path, bool] = {}
 
@@ -100,6 +110,14 @@ class FullWeights:
             f"Reference: {self.origin}. File: {self.folder / REFERENCE}.",
             saving_line("Restored checkpoints", config, f"checkpoint-N/{RESTORED}", self.folder / "final"),
         ]
+
+    def candidates(self) -> list[Candidate]:
+        """The restores that the verdict measures."""
+        return final_candidates(self.usual)
+
+    def swapped(self, candidate: Candidate) -> AbstractContextManager[None]:
+        """A context in which the live model has the queries and keys of a restore; ALL ranks enter and leave it."""
+        return restored(self.model, self.reference, method=candidate.method, **candidate.options)
 
     def write_checkpoint(self, folder: Path, save: Save, processing_class: Any) -> list[Path]:
         """Begin `qk_restored/` in a folder that Trainer has just written, and write `raw/` if it holds no weights.
@@ -134,7 +152,7 @@ class FullWeights:
         prepared: list[_Prepared] = []  # where the files are looked at and the staging folder made
 
         def prepare_here() -> tuple[Path, int]:
-            prepared.append(self._prepare(raw, out, made))
+            prepared.append(self._prepare(raw, out, made, save.chosen or self.usual))
             return prepared[0].staging.folder, prepared[0].copied_files
 
         try:
@@ -155,8 +173,8 @@ class FullWeights:
             raise
         self.background.begin(about, part)
 
-    def _prepare(self, raw: Path, out: Path, made: Path | None) -> _Prepared:
-        plan = self._plan_restored(raw, out)
+    def _prepare(self, raw: Path, out: Path, made: Path | None, chosen: Candidate) -> _Prepared:
+        plan = self._plan_restored(raw, out, chosen)
         records = records_of(made, plan) if made else None
         staging = prepare(plan)
         Shares(staging.folder).open()
@@ -172,26 +190,28 @@ class FullWeights:
         """The part of another rank. The ranks do not meet here, so that what fails is told through the disk."""
         shares, rank = Shares(folder), ranks.rank()
         try:
-            plan = self._plan_restored(raw, out)
+            plan = self._plan_restored(raw, out, save.chosen or self.usual)
             files, make = _files_of(plan), partial(_make_share, plan, shares, rank, world)
         except Exception as error:
             files, make = (), partial(_fail_share, error, shares, rank)
         return Write((out,), files, make, save, shared=True)
 
-    def _plan_restored(self, raw: Path, out: Path) -> FolderPlan:
+    def _plan_restored(self, raw: Path, out: Path, chosen: Candidate) -> FolderPlan:
         """What restoring changes in the files of `raw`; reads their headers, the same on every rank."""
-        weights = open_weights(raw)
+        weights, base = open_weights(raw), ReferenceFile(self.folder)
+        if not chosen.tensors:
+            return plan_unrestored(weights, out, base, rows=self.config.rows, staging=self.staging, overwrite=True)
         maps = [pmap for _, pmaps in self.selection for pmap in pmaps]
-        if get_method(self.config.method).needs_gains(vars(self.config)):
+        if get_method(chosen.method).needs_gains(chosen.options):
             maps += unselected_norms(self.selection)
         return plan_restored(
             weights,
             out,
             self.selection,
             disk_names(maps, weights.shapes(), self.model),
-            ReferenceFile(self.folder),
-            method=self.config.method,
-            options=self.config.method_options,
+            base,
+            method=chosen.method,
+            options=chosen.options,
             rows=self.config.rows,
             staging=self.staging,
             overwrite=True,

@@ -101,7 +101,7 @@ class MetricsLog:
             if tracker.visual:
                 tracker.show(pictures, table, step)
 
-    def summarise(self, values: Mapping[str, float]) -> None:
+    def summarise(self, values: Mapping[str, float | str]) -> None:
         """Final numbers to the trackers' summaries."""
         for tracker in self.trackers:
             tracker.summary(values)

@@ -18,6 +18,9 @@ RESTORED = "qk_restored"
 FINAL = "final"
 """The final models' folder in the run folder."""
 
+RECOMMENDED = "RECOMMENDED"
+"""The file in `final` that names the folder to ship, by the verdict."""
+
 
 def run_folder(config: QKGuardConfig, args: TrainingArguments) -> Path:
     """The folder of a run's reference, metrics and final models."""

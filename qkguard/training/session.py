@@ -16,23 +16,25 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import TrainerState, TrainingArguments
 
+from qkguard.checkpoint.files import write_text
 from qkguard.distributed import ranks, sharding
 from qkguard.distributed.reference import Reference
 from qkguard.errors import QKGuardError, reason_of
 from qkguard.layout import find_attention, select
 from qkguard.layout.selection import Selection
 from qkguard.layout.spec import AttentionSpec
-from qkguard.offline.task_rows import HELDOUT, keep_rows
+from qkguard.offline.task_rows import HELDOUT
 from qkguard.report.run import METRICS
 from qkguard.restore.registry import check_per_layer
 from qkguard.training.attempt import LATER, attempt
 from qkguard.training.background import BackgroundWriter, Save, Write
+from qkguard.training.final_verdict import FinalVerdict, RunVerdict
 from qkguard.training.full_weights import FullWeights
 from qkguard.training.metrics_log import MetricsLog
 from qkguard.training.recall_monitor import RecallMonitor
 from qkguard.training.reference import PendingReference, establish_reference
 from qkguard.training.resume import remove_leftovers, saved_folder, set_aside, set_aside_restored
-from qkguard.training.run_folder import FINAL, RESTORED, run_folder
+from qkguard.training.run_folder import FINAL, RECOMMENDED, RESTORED, run_folder
 from qkguard.training.start_checks import warnings_at_start
 from qkguard.training.start_lines import measuring_line
 from qkguard.training.writers import Writers
@@ -63,6 +65,8 @@ class Session:
             routing drift).
         final_step: once training has ended, the step that the live weights are from.
         saved: step -> the checkpoint that Trainer saved then, of this `train()`.
+        final_verdict: measures which model to ship when this `train()` ends.
+        verdict: what it found; None before, and where there is none.
 
     Raises:
         QKGuardError: on all ranks, when the model's layout, its sharding or its reference cannot be established.
@@ -135,9 +139,12 @@ class Session:
         self.final_step: int | None = None
         self._owed: QKGuardError | None = None
         self.metrics_log = ranks.agree("opening the run folder", partial(self._open_folders, args, state))
-        self._heldout_kept = False
         self._last_step = state.global_step
+        self.final_verdict = FinalVerdict(self.config, self.folder, self.model, self.weights, self.recall_monitor)
+        self.verdict: RunVerdict | None = None
         self.recall_monitor.at_start(args, state)
+        if ranks.rank() == 0 and (line := self.final_verdict.announcement()):
+            logger.info("%s", line)
 
     def _open_folders(self, args: TrainingArguments, state: TrainerState) -> MetricsLog | None:
         """Clear up after earlier trainings on every writer, and open rank 0's log."""
@@ -152,15 +159,6 @@ class Session:
         for moved in set_aside_restored(self.output_dir, self.folder, step):
             logger.warning("A restored model that an earlier training left was moved to %s.", moved)
         return log
-
-    def keep_heldout(self, dataset: Any) -> None:
-        """Keep rows of the evaluation set in the run folder, once; rank 0's work."""
-        if not self._heldout_kept and ranks.rank() == 0:
-            try:
-                keep_rows(dataset, self.folder)
-            except Exception as error:
-                logger.warning("Rows of the evaluation set were not kept (%s). Give `qkguard sweep` --data.", error)
-        self._heldout_kept = True
 
     # -- measuring ---------------------------------------------------------------------------------------------------
 
@@ -179,6 +177,10 @@ class Session:
             self.drift |= metrics | ({"step": step} if drift else {}) | ({"routing_step": step} if routing else {})
             metrics["qkguard/overhead/drift_seconds"] = time.perf_counter() - started
             self.publish(metrics, step, {"routing_rel_per_head": heads} if routing else None)
+
+    def give_verdict(self, step: int, train_loader: Any) -> None:
+        """Training has ended: measure which model to ship, and say so; ALL ranks must call this."""
+        self.verdict = self.final_verdict.give(step, train_loader, self.publish)
 
     def publish(self, metrics: dict[str, float], step: int, details: dict[str, Any] | None = None) -> None:
         """Write one row of metrics, and send it to the trackers; ALL ranks must call this."""
@@ -205,14 +207,18 @@ class Session:
         ranks.agree("ending the guard", self.raise_owed)
         self.reference_written()
 
-    def _summary(self) -> dict[str, float]:
-        """The final numbers: recall before and after, and drift over all layers."""
+    def _summary(self) -> dict[str, float | str]:
+        """The final numbers: recall before and after, drift over all layers, and the verdict."""
         probes = self.recall_monitor.summary
-        summary = {
+        summary: dict[str, float | str] = {
             f"recall_{which}": probes[which]["recall"] for which in ("before", "raw", "restored") if which in probes
         }
         over_layers = {key: value for key, value in self.drift.items() if key.count("/") == 2}
-        return summary | {key.rpartition("/")[2]: value for key, value in over_layers.items()}
+        summary |= {key.rpartition("/")[2]: value for key, value in over_layers.items()}
+        if self.verdict is not None:
+            summary |= {"recommended": self.verdict.recommended.name, "verdict": " ".join(self.verdict.words)}
+            summary |= {"rule": self.verdict.rule, **self.verdict.intervals()}
+        return summary
 
     def _show(self, what: str, work: Callable[[MetricsLog], None], advice: str) -> None:
         """Rank 0's work for people to look at, for which no rank waits: a failure is logged, or owed if `strict`."""
@@ -306,7 +312,8 @@ class Session:
         """
         started = time.perf_counter()
         self.reference_written()
-        save = Save(step, self._record(step), awaited=wait)
+        chosen = self.verdict.written if self.verdict else None  # by hand, after the end
+        save = Save(step, self._record(step), awaited=wait, chosen=chosen)
         written = self.weights.write_checkpoint(folder, save, processing_class)
         if wait:
             self.background.finish(strict=True)
@@ -321,14 +328,23 @@ class Session:
         self.reference_written()
         started, step = time.perf_counter(), self.step_of_weights(state)
         source = self.saved.get(step)
-        save = Save(step, self._record(step), awaited=True)
-        written = self.weights.write_final(self.folder / FINAL, source, save, processing_class)
+        final, chosen = self.folder / FINAL, self.verdict.written if self.verdict else None
+        save = Save(step, self._record(step), awaited=True, chosen=chosen)
+        written = self.weights.write_final(final, source, save, processing_class)
+        if self.verdict is not None:
+            name = partial(write_text, final / RECOMMENDED, f"{self.verdict.folder}\n")
+            self.writers.run("naming the recommended folder", name)
         self._report_save(written, save, time.perf_counter() - started)
 
     def _record(self, step: int) -> dict[str, Any]:
         """What manifests say of the training so far; a copy, because the training goes on."""
         record: dict[str, Any] = {"step": step, "drift": self.drift}
-        return deepcopy(record | ({"probe": self.recall_monitor.summary} if self.recall_monitor.summary else {}))
+        probes = self.recall_monitor.summary
+        if self.verdict is not None:
+            record["verdict"] = self.verdict.summary()
+            if self.verdict.written != self.weights.usual:  # the monitor has probed another restore
+                probes = {k: v for k, v in probes.items() if k != "restored"} | self.verdict.probe_of_written(step)
+        return deepcopy(record | ({"probe": probes} if probes else {}))
 
     def _report_save(self, written: list[Path], save: Save, seconds: float) -> None:
         """Of what a save kept the training waiting; ALL ranks must call this."""

@@ -31,7 +31,8 @@ def saving_line(what: str, config: QKGuardConfig, place: str, final: Path, also:
         when.append(f"final models in {final}")
     if also:
         when.append(also)
-    return f"{what} ({config.method}): {', '.join(when)}."
+    method = "restore, the final one by verdict" if config.method == "auto" else config.method
+    return f"{what} ({method}): {', '.join(when)}."
 
 
 def layers_of(layers: Iterable[int | None], total: int | None) -> str:

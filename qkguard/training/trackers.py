@@ -26,8 +26,8 @@ class Tracker:
     def show(self, pictures: Mapping[str, bytes], table: Sequence[Sequence[Any]], step: int) -> None:
         """Pictures (name -> PNG bytes) and the table of all probes (rows of `COLUMNS`) as of now."""
 
-    def summary(self, values: Mapping[str, float]) -> None:
-        """Final numbers of the run."""
+    def summary(self, values: Mapping[str, float | str]) -> None:
+        """Final numbers of the run, and the verdict in words."""
 
 
 class WandB(Tracker):
@@ -67,7 +67,7 @@ class WandB(Tracker):
             rows = wandb.Table(columns=COLUMNS, data=[list(row) for row in table])
             run.log({**images, "qkguard/probes": rows, STEP: step})
 
-    def summary(self, values: Mapping[str, float]) -> None:
+    def summary(self, values: Mapping[str, float | str]) -> None:
         run = self._run()
         if run is not None:
             run.summary.update({f"qkguard/final/{name}": value for name, value in values.items()})

@@ -74,6 +74,9 @@ CASES = {
         "swapped@fsdp2",
         "swapped@loaded_fsdp2,procrustes",
         "one_rank_fails",
+        "verdict@ddp",
+        "verdict@zero3,default",
+        "verdict@fsdp2",
         "launcher@ddp",
         "launcher@zero1",
         "launcher@zero2",
@@ -97,6 +100,7 @@ CASES = {
         "beside_training",
         "trained_alike@zero3",
         "trained_alike@fsdp2,lora",
+        "verdict@zero3",
     ],
 }
 

@@ -36,9 +36,20 @@ def main() -> None:
         probing_cases,
         sft_cases,
         start_cases,
+        verdict_cases,
     )
 
-    modules = (start_cases, failing_cases, sft_cases, place_cases, probing_cases, probe_cases, lora_cases, cases)
+    modules = (
+        verdict_cases,
+        start_cases,
+        failing_cases,
+        sft_cases,
+        place_cases,
+        probing_cases,
+        probe_cases,
+        lora_cases,
+        cases,
+    )
     known = {name: value for module in modules for name, value in vars(module).items()}
     rank = int(os.environ["RANK"])
     deepspeed.init_distributed("gloo", verbose=False)  # torch's process group, known to DeepSpeed as well

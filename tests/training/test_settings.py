@@ -52,7 +52,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ),
     ({"layers": [-1]}, "Invalid layers=[-1]: expected a list of whole numbers >= 0, or None."),
     ({"projections": ["v"]}, 'Invalid projections=[\'v\']: expected a non-empty list of "q" or "k".'),
-    ({"method": "magic"}, 'Invalid method=\'magic\': expected "restore", "qk-pro", "procrustes" or "interpolate".'),
+    (
+        {"method": "magic"},
+        'Invalid method=\'magic\': expected "restore", "qk-pro", "procrustes", "interpolate" or "auto".',
+    ),
     ({"shared": None}, 'Invalid shared=None: expected "keep", "restore" or "refuse".'),
     ({"method": "interpolate", "alpha": 2}, "Invalid alpha=2: expected a number >= 0 and <= 1."),
     ({"method": "qk-pro", "ridge": float("inf")}, "Invalid ridge=inf: expected a number >= 0."),
@@ -113,7 +116,7 @@ def test_settings_do_not_change_in_mid_run_unchecked() -> None:
 
 
 def test_the_methods_are_those_registered() -> None:
-    assert set(typing.get_args(typing.get_type_hints(QKGuardConfig)["method"])) == set(METHODS)
+    assert set(typing.get_args(typing.get_type_hints(QKGuardConfig)["method"])) == {*METHODS, "auto"}
 
 
 def test_schedules() -> None:
