@@ -76,6 +76,8 @@ CASES = {
         "one_rank_fails",
         "verdict@ddp",
         "verdict@zero3,default",
+        "verdict@zero2",
+        "verdict@zero3,lora",
         "verdict@fsdp2",
         "launcher@ddp",
         "launcher@zero1",

@@ -195,7 +195,8 @@ def test_another_model_is_not_linked(base, tmp_path, damage):
     train(base, arguments(tmp_path, max_steps=2, save_steps=2), callback := guard(final_export=False))
     raw = tmp_path / "run/checkpoint-2"
     made = raw / "qk_restored"
-    plan = callback.session.weights._plan_restored(raw, tmp_path / "out")
+    weights = callback.session.weights
+    plan = weights._plan_restored(raw, tmp_path / "out", weights.usual)
     assert reuse.records_of(made, plan) is not None
     manifest = json.loads((made / "qkguard.json").read_text())
     if damage in ("method", "base"):
