@@ -2,9 +2,9 @@
 
 python docs/build_site.py          # `make docs`; --pages assembles and checks the pages alone
 
-Pages are the Markdown files of docs/, README-like pages from elsewhere in the repository, and what is made from the code:
-the command line's reference. A link that leads nowhere, a picture that is missing, a page that is not in the navigation
-of zensical.toml, or a name there without a page, ends the build.
+Pages are the Markdown files of docs/, README-like pages from elsewhere in the repository, and what is made from the
+code: the command line's reference. A link that leads nowhere, a picture that is missing, a page that is not in the
+navigation of zensical.toml, or a name there without a page, ends the build.
 """
 
 from __future__ import annotations

@@ -19,11 +19,11 @@ WORDS = {str: "TEXT", int: "NUMBER", float: "NUMBER", Path: "PATH"}
 INTRO = """\
 # Command line
 
-Made from the commands. `qkguard COMMAND --help` prints the same in a terminal, and `qkguard --install-completion` sets up
-completion of commands and options in bash, zsh, fish and PowerShell.
+Made from the commands. `qkguard COMMAND --help` prints the same in a terminal, and `qkguard --install-completion` sets
+up completion of commands and options in bash, zsh, fish and PowerShell.
 
-Exit codes: 0 is done, 2 is bad input (one line on stderr that says what to do), 1 is an answer that is not "yes" (a check
-that failed, or a sweep with `--write` that recommends the tuned checkpoint as it is), 130 is interrupted.
+Exit codes: 0 is done, 2 is bad input (one line on stderr that says what to do), 1 is an answer that is not "yes" (a
+check that failed, or a sweep with `--write` that recommends the tuned checkpoint as it is), 130 is interrupted.
 With `--json` a command prints JSON on stdout and nothing else.
 """
 
@@ -78,7 +78,7 @@ def table(params: list[Any], kinds: Mapping[str, Any]) -> str:
             [metavar(param, kinds)] if param.param_type_name == "argument" else [*param.opts, *param.secondary_opts]
         )
         typed = ", ".join(f"`{name}`" for name in names)
-        if param.param_type_name == "option" and not param.is_flag:
+        if not is_argument and not param.is_flag:
             typed += f" `{metavar(param, kinds)}`"
         rows.append("| " + " | ".join(map(escaped, (typed, param.help or "", default(param)))) + " |")
     return "\n".join(rows)
