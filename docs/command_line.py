@@ -74,9 +74,8 @@ def table(params: list[Any], kinds: Mapping[str, Any]) -> str:
     """Arguments and options: what to type, what it means, the default."""
     rows = ["| | | default |", "|---|---|---|"]
     for param in params:
-        names = (
-            [metavar(param, kinds)] if param.param_type_name == "argument" else [*param.opts, *param.secondary_opts]
-        )
+        is_argument = param.param_type_name == "argument"
+        names = [metavar(param, kinds)] if is_argument else [*param.opts, *param.secondary_opts]
         typed = ", ".join(f"`{name}`" for name in names)
         if not is_argument and not param.is_flag:
             typed += f" `{metavar(param, kinds)}`"
