@@ -11,6 +11,7 @@ from typing import Any
 
 from qkguard.checkpoint.manifest import finite
 from qkguard.report.run import METRICS, read_rows
+from qkguard.training.charts import tracker_name
 from qkguard.training.resume import drop_later_rows
 from qkguard.training.trackers import open_trackers
 
@@ -51,17 +52,18 @@ class MetricsLog:
         """One row: scalars to every tracker; `details` (lists, tables) to `metrics.jsonl` alone.
 
         Trackers get a metric once for a step: what is measured again when training ends is in `metrics.jsonl` alone.
-        After a probe, those that show pictures and tables get them anew.
+        After a probe and the verdict, those that show pictures and tables get them anew.
         """
         scalars = {key: float(value) for key, value in metrics.items()}
         fresh = self._not_sent(scalars, step)
         self._append(json.dumps(finite({"step": step, **scalars, **(details or {})}), allow_nan=False))
         if not fresh:
             return
+        named = {tracker_name(key): value for key, value in fresh.items()}
         for tracker in self.trackers:
-            tracker.scalars(fresh, step)
-        is_probe = any(key.endswith("_grid") for key in details or {})
-        if is_probe and any(tracker.visual for tracker in self.trackers):
+            tracker.scalars(named, step)
+        has_pictures = any(key.endswith("_grid") or key == "verdict" for key in details or {})
+        if has_pictures and any(tracker.visual for tracker in self.trackers):
             self._show(step)
 
     def _not_sent(self, scalars: Mapping[str, float], step: int) -> dict[str, float]:
@@ -92,14 +94,9 @@ class MetricsLog:
 
         run = load_run(self.folder)
         pictures = {name: themed_png(figure, dpi=100) for name, figure in run_figures(run).items()}
-        table = [
-            [probe.step, probe.weights, *(cell[key] for key in ("task", "length", "depth", "recall", "count"))]
-            for probe in run.probes
-            for cell in probe.groups
-        ]
         for tracker in self.trackers:
             if tracker.visual:
-                tracker.show(pictures, table, step)
+                tracker.show(run, pictures, step)
 
     def summarise(self, values: Mapping[str, float | str]) -> None:
         """Final numbers to the trackers' summaries."""

@@ -9,6 +9,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from qkguard.report.run import Run
+from qkguard.training.charts import LINES, PICTURES, UNCHARTED, line_charts, verdict_bars
+
 STEP = "train/global_step"
 COLUMNS: list[str | int] = ["step", "weights", "task", "length", "depth", "recall", "samples"]
 
@@ -23,8 +26,8 @@ class Tracker:
         """One row of metrics."""
         raise NotImplementedError
 
-    def show(self, pictures: Mapping[str, bytes], table: Sequence[Sequence[Any]], step: int) -> None:
-        """Pictures (name -> PNG bytes) and the table of all probes (rows of `COLUMNS`) as of now."""
+    def show(self, run: Run, pictures: Mapping[str, bytes], step: int) -> None:
+        """The run as of now: charts of several lines, a table of all probes, and its pictures (name -> PNG bytes)."""
 
     def summary(self, values: Mapping[str, float | str]) -> None:
         """Final numbers of the run, and the verdict in words."""
@@ -48,7 +51,9 @@ class WandB(Tracker):
 
         run = wandb.run
         if run is not None and self._defined != run.id:
-            run.define_metric("qkguard/*", step_metric=STEP, step_sync=True)
+            run.define_metric("qkguard*", step_metric=STEP, step_sync=True)
+            for name in UNCHARTED:
+                run.define_metric(name, step_metric=STEP, step_sync=True, hidden=True)
             run.config.update({"qkguard": self.settings}, allow_val_change=True)
             self._defined = run.id
         return run
@@ -58,14 +63,24 @@ class WandB(Tracker):
         if run is not None:
             run.log({**metrics, STEP: step})
 
-    def show(self, pictures: Mapping[str, bytes], table: Sequence[Sequence[Any]], step: int) -> None:
-        run = self._run()
-        if run is not None:
-            import wandb
+    def show(self, run: Run, pictures: Mapping[str, bytes], step: int) -> None:
+        page = self._run()
+        if page is None:
+            return
+        import wandb
 
-            images = {f"qkguard/pictures/{name}": wandb.Image(_opened(png)) for name, png in pictures.items()}
-            rows = wandb.Table(columns=COLUMNS, data=[list(row) for row in table])
-            run.log({**images, "qkguard/probes": rows, STEP: step})
+        shown: dict[str, Any] = {f"{PICTURES}/{name}": wandb.Image(_opened(png)) for name, png in pictures.items()}
+        shown[f"{PICTURES}/probes"] = wandb.Table(columns=COLUMNS, data=probe_table(run))
+        for name, chart in line_charts(run).items():
+            steps, values = ([[point[i] for point in line] for line in chart.lines.values()] for i in (0, 1))
+            shown[f"qkguard/{name}"] = wandb.plot.line_series(
+                steps, values, keys=list(chart.lines), title=chart.title, xname="step", split_table=True
+            )
+        if (verdict := verdict_bars(run)) is not None:
+            title, bars = verdict
+            rows = wandb.Table(columns=["model", "recall"], data=[list(bar) for bar in bars])
+            shown["qkguard/verdict"] = wandb.plot.bar(rows, "model", "recall", title=title, split_table=True)
+        page.log({**shown, STEP: step})
 
     def summary(self, values: Mapping[str, float | str]) -> None:
         run = self._run()
@@ -85,18 +100,22 @@ class TensorBoard(Tracker):
     def writer(self) -> Any:
         from torch.utils.tensorboard import SummaryWriter
 
-        return SummaryWriter(log_dir=str(self._folder()), filename_suffix=".qkguard")
+        writer = SummaryWriter(log_dir=str(self._folder()), filename_suffix=".qkguard")
+        writer.add_custom_scalars(
+            {"qkguard": {name: ["Multiline", list(lines.values())] for name, lines in LINES.items()}}
+        )
+        return writer
 
     def scalars(self, metrics: Mapping[str, float], step: int) -> None:
         for key, value in metrics.items():
             self.writer.add_scalar(key, value, step)
         self.writer.flush()
 
-    def show(self, pictures: Mapping[str, bytes], table: Sequence[Sequence[Any]], step: int) -> None:
+    def show(self, run: Run, pictures: Mapping[str, bytes], step: int) -> None:
         import numpy
 
         for name, png in pictures.items():
-            self.writer.add_image(f"qkguard/pictures/{name}", numpy.asarray(_opened(png)), step, dataformats="HWC")
+            self.writer.add_image(f"{PICTURES}/{name}", numpy.asarray(_opened(png)), step, dataformats="HWC")
         self.writer.flush()
 
     def _folder(self) -> Path:
@@ -150,6 +169,15 @@ def open_trackers(report_to: Sequence[str], output_dir: Path, settings: Mapping[
     if "mlflow" in report_to:
         trackers.append(MLflow())
     return trackers
+
+
+def probe_table(run: Run) -> list[list[Any]]:
+    """All probes of a run: rows of `COLUMNS`."""
+    return [
+        [probe.step, probe.weights, *(cell[key] for key in ("task", "length", "depth", "recall", "count"))]
+        for probe in run.probes
+        for cell in probe.groups
+    ]
 
 
 def _opened(png: bytes) -> Any:

@@ -16,12 +16,21 @@ import pytest
 from google.protobuf.message import DecodeError  # comes with W&B
 
 from qkguard import QKGuardCallback
+from qkguard.training.charts import tracker_name
 from qkguard.training.trackers import MLflow, Trackio
 from tests.report.test_report import PICTURES, guarded, probing_guard
 from tests.report.test_report import base as probed_base  # noqa: F401  the fixture
 from tests.support import judge
 from tests.support.probing import no_floor
 from tests.support.training import arguments, save_base, train
+
+HEADLINES = {
+    *(f"drift/{name}{which}" for name in ("q_rel", "k_rel", "routing_rel") for which in ("", "/max")),
+    "niah/answer_logprob",
+    "recall",
+    "attention",
+    "verdict",
+}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +64,7 @@ def test_wandb_rows_beside_trainers_own(base: Path, tmp_path: Path, monkeypatch:
     plain = [row for kind, row in records(file()) if kind == "history"]
 
     def trainers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        skip = ("_", "train/train_", "qkguard/", "train/total_flos")
+        skip = ("_", "train/train_", "qkguard", "train/total_flos")
         kept = [{k: v for k, v in r.items() if not k.startswith(skip)} for r in rows]
         return [r for r in kept if set(r) - {"train/global_step"}]
 
@@ -83,11 +92,8 @@ def wandb_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
         time.sleep(0.1)
 
 
-def records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(kind, row of a history, summary or config record) of an offline run file.
-
-    LevelDB log framing (7-byte header, 32 KiB blocks) around protobufs.
-    """
+def messages(file: Path) -> Iterator[Any]:
+    """The protobufs of an offline run file: LevelDB log framing (7-byte header, 32 KiB blocks) around them."""
     from wandb.proto import wandb_internal_pb2
 
     data, position, parts = file.read_bytes(), 7, b""
@@ -103,9 +109,39 @@ def records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             record = wandb_internal_pb2.Record()
             record.ParseFromString(parts)
             parts = b""
-            items = [*record.history.item, *record.summary.update, *record.config.update]
-            row = {(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in items}
-            yield record.WhichOneof("record_type"), row
+            yield record
+
+
+def records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(kind, row of a history, summary or config record) of an offline run file."""
+    for record in messages(file):
+        items = [*record.history.item, *record.summary.update, *record.config.update]
+        row = {(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in items}
+        yield record.WhichOneof("record_type"), row
+
+
+def panels(file: Path) -> dict[str, set[str]]:
+    """Section -> the charts that W&B's page makes of a run by itself: of numbers that are not hidden, and Vega's.
+
+    The part before the first slash names the section (W&B's documentation, "How can I organize my logged charts").
+    """
+    hidden: set[str] = set()
+    found: set[str] = set()
+    for record in messages(file):
+        if record.WhichOneof("record_type") == "metric" and record.metric.options.hidden:
+            hidden.add(record.metric.name)
+        for item in record.history.item:
+            if isinstance(json.loads(item.value_json), int | float):
+                found.add(item.key or "/".join(item.nested_key))
+        for item in record.config.update:
+            name = item.key or "/".join(item.nested_key)
+            found |= {name.removeprefix("_wandb/visualize/")} if name.startswith("_wandb/visualize/") else set()
+    sections: dict[str, set[str]] = {}
+    for name in sorted(found - hidden):
+        section, slash, chart = name.partition("/")
+        if slash:
+            sections.setdefault(section, set()).add(chart)
+    return sections
 
 
 def test_wandb_pictures_table_summary_and_config(
@@ -118,16 +154,23 @@ def test_wandb_pictures_table_summary_and_config(
         guarded(probed_base, tmp_path / "run", probing_guard(), report_to=["wandb"], run_name="r")
     rows = list(records(file()))
     history = [row for kind, row in rows if kind == "history"]
-    shown = [row for row in history if "qkguard/probes/path" in row]
+    shown = [row for row in history if "qkguard_pictures/probes/path" in row]
     steps = [int(row["train/global_step"]) for row in shown]
-    assert steps == [0, 2, 3, 3], "pictures and table come with every probe, at its step"
+    assert steps == [0, 2, 3, 3, 3], "pictures and table come with every probe and the verdict, at its step"
     media = file().parent / "files"
     for row in shown:
-        paths = {key.split("/")[2]: key for key in row if re.fullmatch("qkguard/pictures/.*/path", key)}
+        paths = {key.split("/")[1]: key for key in row if re.fullmatch("qkguard_pictures/(?!probes).*/path", key)}
         assert set(paths) == (PICTURES if row["train/global_step"] else {"recall", "recall_grid", "needle_mass"})
         for key in paths.values():
             assert (media / row[key]).stat().st_size == row[key.replace("/path", "/size")] > 1000
-    table = json.loads((media / shown[-1]["qkguard/probes/path"]).read_text())
+    sections = panels(file())
+    assert sections["qkguard"] == HEADLINES and len(HEADLINES) <= 10
+    assert {"niah/single_1/192", "niah_restored/single_1/224"} <= sections["qkguard_tasks"]
+    assert {"drift/layer_0/q_rel", "drift/layer_1/routing_rel"} <= sections["qkguard_layers"]
+    assert {"probe_seconds", "save_seconds"} <= sections["qkguard_overhead"]
+    lines = json.loads((media / shown[-1]["Custom Chart Tables/qkguard/recall_table/path"]).read_text())
+    assert {row[1] for row in lines["data"]} == {"before training", "raw", "restored"}
+    table = json.loads((media / shown[-1]["qkguard_pictures/probes/path"]).read_text())
     assert table["columns"][:3] == ["step", "weights", "task"] and len(table["data"]) == 4 * 2 * 2
     assert {row[1] for row in table["data"]} == {"raw", "restored"}
     summary: dict[str, Any] = {}
@@ -147,8 +190,15 @@ def test_tensorboard_pictures(probed_base: Path, tmp_path: Path, monkeypatch: py
     no_floor(monkeypatch)
     guarded(probed_base, tmp_path, probing_guard(), report_to=["tensorboard"])
     events = EventAccumulator(str(next((tmp_path / "run/runs").iterdir())), size_guidance={"images": 0}).Reload()
-    assert {f"qkguard/pictures/{name}" for name in PICTURES} == set(events.Tags()["images"])
-    assert [e.step for e in events.Images("qkguard/pictures/recall")] == [0, 2, 3, 3]
+    assert {f"qkguard_pictures/{name}" for name in PICTURES} == set(events.Tags()["images"])
+    assert [e.step for e in events.Images("qkguard_pictures/recall")] == [0, 2, 3, 3, 3]
+
+
+def test_a_deep_model_has_no_more_headlines() -> None:
+    layers = [f"qkguard/drift/layer_{n}/{name}" for n in range(36) for name in ("q_rel", "k_rel", "routing_rel")]
+    assert {tracker_name(key).partition("/")[0] for key in layers} == {"qkguard_layers"}
+    assert tracker_name("qkguard/drift/q_rel/max") == "qkguard/drift/q_rel/max"
+    assert tracker_name("qkguard/niah/recall") == "qkguard/niah/recall", "sweeps and alerts of users go by it"
 
 
 def test_trackio_and_mlflow_get_scalars_in_the_open_run_only(monkeypatch: pytest.MonkeyPatch) -> None:
