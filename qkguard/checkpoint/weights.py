@@ -10,9 +10,10 @@ import json
 import os
 import re
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -28,6 +29,7 @@ from qkguard.checkpoint.safetensors_io import (
     read_header,
     read_rows,
 )
+from qkguard.checkpoint.scaled import describe_quantisation, find_scaled
 from qkguard.errors import QKGuardError
 from qkguard.layout.hub_id import split_revision
 from qkguard.layout.spec import ParamMap
@@ -93,13 +95,21 @@ class WeightFolder:
                     return False
         return True
 
-    def check(self, params: Iterable[ParamMap], names: Mapping[str, str], whose: str, advice: str) -> None:
+    def check(
+        self,
+        params: Iterable[ParamMap],
+        names: Mapping[str, str],
+        whose: str,
+        advice: str,
+        readable: Callable[[str], object] | None = None,
+    ) -> None:
         """Refuse parameters that the folder lacks or holds in another shape or quantised.
 
         Args:
             params: what will be read.
             names: parameter name -> tensor name (`layout.disk_names`).
             whose, advice: for the message: what the folder is, and what was expected of it.
+            readable: refuses a tensor that cannot be read; by default every quantised one (`dtype`).
 
         Raises:
             QKGuardError: naming the first such parameter.
@@ -113,7 +123,7 @@ class WeightFolder:
                     f"{name} has shape {list(self.entry(name).shape)} in {whose} {self.folder}, expected "
                     f"{list(param.shape)}: {advice}."
                 )
-            self.dtype(name)
+            (readable or self.dtype)(name)
 
 
 def open_weights(folder: Path, headers: Mapping[str, Header] | None = None) -> WeightFolder:
@@ -273,7 +283,8 @@ class BaseRows(Protocol):
 
 @dataclass(frozen=True)
 class BaseFolder:
-    """`BaseRows` from a base checkpoint's own files, read a parameter at a time.
+    """`BaseRows` from a base checkpoint's own files, read a parameter at a time; quantised ones come as float32
+    (`scaled`).
 
     Attributes:
         weights: the base folder, opened by `open_weights`.
@@ -287,15 +298,20 @@ class BaseFolder:
 
     def check(self, params: Iterable[ParamMap]) -> None:
         """Fail before anything is copied if one of these parameters cannot be read."""
-        self.weights.check(params, self.names, "the base", "expected the checkpoint that the tuned model started from")
+        advice = "expected the checkpoint that the tuned model started from"
+        self.weights.check(params, self.names, "the base", advice, partial(find_scaled, self.weights))
 
     def get(self, param: ParamMap, /) -> np.ndarray:
-        return self.weights.read(self.names[param.name], param)
+        name = self.names[param.name]
+        scaled = find_scaled(self.weights, name)
+        return self.weights.read(name, param) if scaled is None else scaled.read(param)
 
     def describe(self) -> dict[str, Any]:
         folder, files = self.weights.folder, self.weights.files
+        quantised = describe_quantisation(folder)
         return {
             **identify(self.model_id or str(folder), folder),
+            **({"quantised": quantised} if quantised else {}),
             "files": {name: {"size": h.size, "header_sha256": h.sha256} for name, h in files.items()},
         }
 

@@ -47,6 +47,20 @@ def find_value_output(
     return out
 
 
+def value_output_by_layer(model: nn.Module, specs: Sequence[AttentionSpec]) -> list[dict[str, list[ParamMap]]]:
+    """`find_value_output` of both ("v", "o"), layer by layer; an empty list where it cannot be told."""
+    out: list[dict[str, list[ParamMap]]] = [{"v": [], "o": []} for _ in specs]
+    try:
+        with _watched(model, [spec.module for spec in specs]) as seen:
+            for spec, found in zip(specs, out, strict=True):
+                calls = seen.get(spec.module)
+                if calls is not None and "q" in calls:
+                    found |= {"v": _values(model, spec, calls), "o": _outputs(model, spec, calls)}
+    except QKGuardError:
+        pass  # a model that does not run on bare tokens
+    return out
+
+
 def _values(model: nn.Module, spec: AttentionSpec, calls: dict[str, Tensor]) -> list[ParamMap]:
     known = {p.name: p for p in spec.params}
     params = {n: p for n, p in model.named_parameters() if n.startswith(f"{spec.module}.") or n in known}

@@ -39,6 +39,14 @@ def sweep(
         str, typer.Option(help="Also single projections taken back, as a control: some of q,k,v,o,vo, or all.")
     ] = "",
     each_layer: Annotated[bool, typer.Option("--each-layer", help="Also restore one layer at a time.")] = False,
+    attribute: Annotated[
+        bool,
+        typer.Option(
+            "--attribute",
+            help="Also swap whole groups of weights (Q and K, V and O, mixers, MLPs, norms and embeddings), to see "
+            "which of them lost the recall.",
+        ),
+    ] = False,
     tolerance: Annotated[
         float, typer.Option(help="Task quality a recommended point may lose: share of accuracy, or nats of loss.")
     ] = 0.02,
@@ -114,6 +122,7 @@ def sweep(
         methods=methods,
         controls=controls,
         each_layer=each_layer,
+        attribute=attribute,
         tolerance=tolerance,
         write=write,
         overwrite=overwrite,
@@ -172,7 +181,7 @@ def _write_files(report: SweepReport, files: dict[str, list[Path]]) -> None:
 
 def _show(report: SweepReport, files: dict[str, list[Path]], written: Path | None) -> None:
     from qkguard.choice.verdict import rank_layers
-    from qkguard.offline.sweep_page import table
+    from qkguard.offline.sweep_page import attribution_table, table
 
     warn(report.warnings)
     points = table(report)
@@ -181,6 +190,11 @@ def _show(report: SweepReport, files: dict[str, list[Path]], written: Path | Non
         lost = "" if row["lost"] is None else f", {report.metric} lost {row['lost']:.3f}"
         spread = f"95%: {row['gain_low']:+.3f} to {row['gain_high']:+.3f}"
         say(f"layer {row['layer']} alone: recall {row['gain']:+.3f} ({spread}){lost}")
+    if report.attribution is not None:
+        groups = attribution_table(report.attribution, report.metric)
+        print_table(groups.head, groups.rows, title="groups of weights, taken back alone and left from SFT alone")
+        for sentence in report.attribution.words:
+            say(sentence)
     for sentence in report.words:
         say(sentence)
     say(f"rule: {report.rule}")

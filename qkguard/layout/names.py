@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from qkguard.errors import QKGuardError, RearrangedError, UnknownLayoutError
 from qkguard.layout.architecture import Architecture, bare_model, build_meta, find_architecture, plain_torch
+from qkguard.layout.conversions import Conversions
 from qkguard.layout.spec import AttentionSpec, ParamMap
 from qkguard.layout.spec_file import BY_HAND
 from qkguard.layout.wrappers import bare_name
@@ -153,26 +154,16 @@ def rearranged_sources(
 
 def _disk_tensors(architecture: Architecture, keys: Iterable[str]) -> dict[str, list[DiskTensor]]:
     """Bare parameter name -> the tensors it is loaded from, by transformers' own steps; tied names together."""
-    # Not public, but what `from_pretrained` itself renames with (transformers 5.17 to 5.23).
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
     with plain_torch():
         model: Any = build_meta(architecture)
-    transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    state, prefix = model.state_dict(), model.base_model_prefix
+    conversions = Conversions(model)
     first: dict[int, str] = {}  # a tied parameter goes by the first of its names
     names: dict[str, str] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
         names[name] = first.setdefault(id(param), name)
     loaded: dict[str, list[DiskTensor]] = {}
     for key in keys:
-        bare = bare_name(key)
-        target, pattern = rename_source_key(bare, renamings, converters, prefix, state)
-        if target not in state and bare in state:
-            target, pattern = rename_source_key(bare, [], [], prefix, state)
+        target, pattern = conversions.target(key)
         if target in names:
             loaded.setdefault(names[target], []).append(DiskTensor(key, pattern is not None))
     return loaded

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qkguard.checkpoint.scaled import describe_quantisation, refusal
 from qkguard.checkpoint.weights import BaseFolder, WeightFolder, open_weights, resolve_folder
-from qkguard.errors import QKGuardError
+from qkguard.errors import QKGuardError, RearrangedError
 from qkguard.layout.cache import cached
 from qkguard.layout.rows import RowSelection
 from qkguard.layout.selection import Selection, select, unselected_norms
@@ -92,13 +93,26 @@ def find_pair(
     if base_weights.shapes() == weights.shapes():
         base_names = names
     else:
-        base_names = tensor_names(params, base_weights, weights.folder, **how)
+        base_names = _base_names(params, base_weights, weights.folder, **how)
     base = BaseFolder(base_weights, base_names, folders.base_id)
     base.check(params)
     norms = unselected_norms(selection) if gains else []
     if norms:
         names = names | tensor_names(norms, weights, weights.folder, **how)
     return Pair(weights, specs, selection, names, base, folders.warnings)
+
+
+def _base_names(params: Sequence[ParamMap], base: WeightFolder, model: Path, **how: Any) -> dict[str, str]:
+    """`tensor_names` of a base; where it is packed into tensors of other names or shapes, that is what is said."""
+    try:
+        return tensor_names(params, base, model, **how)
+    except RearrangedError:
+        raise
+    except QKGuardError:
+        if describe_quantisation(base.folder) is None:
+            raise
+        what = f"its tensors do not hold {params[0].name} in its own shape, one value per weight"
+        raise refusal(base.folder, what) from None
 
 
 def known_pair(folders: Folders, **how: Any) -> Pair | None:

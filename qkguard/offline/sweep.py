@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import nn
 
 from qkguard.checkpoint.manifest import fallback_warnings
 from qkguard.checkpoint.write import check_target
+from qkguard.choice.attribution import Attribution
 from qkguard.choice.candidates import Candidate, control_candidates, layer_candidates, method_candidates
 from qkguard.choice.task import ROW_FORMATS, TaskResult, TaskRow, encode_rows, score_rows
 from qkguard.choice.verdict import Measurement, Verdict, compare, rank_layers, recommend
@@ -22,6 +23,7 @@ from qkguard.errors import QKGuardError, current_names
 from qkguard.layout.rows import RowOptions, RowSelection
 from qkguard.offline.checks import check_tolerance
 from qkguard.offline.configs import read_config
+from qkguard.offline.group_swap import GroupSwap, Measure, measure_groups
 from qkguard.offline.models import (
     LoadOptions,
     OpenBar,
@@ -50,9 +52,6 @@ from qkguard.report.numbers import plural
 from qkguard.restore.apply import check_device
 
 FLOATS = ("float32", "bfloat16", "float16")
-Measure = Callable[[nn.Module, str], tuple[ProbeResult, TaskResult | None]]
-"""Recall and task quality of a model as it is now; the second argument labels the progress bar."""
-
 VERSION = 1
 
 
@@ -65,6 +64,7 @@ class SweepReport(Verdict):
     settings: dict[str, Any]
     warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    attribution: Attribution | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts."""
@@ -78,6 +78,7 @@ class SweepReport(Verdict):
             "metric": self.metric,
             "points": [point.to_json(self.tolerance) for point in self.points],
             "layers": rank_layers(self.points),
+            "attribution": None if self.attribution is None else self.attribution.to_json(self.tolerance),
             "settings": self.settings,
             "warnings": self.warnings,
             "seconds": self.seconds,
@@ -92,6 +93,7 @@ def sweep(
     methods: Sequence[str] | str | None = None,
     controls: Sequence[str] | str = (),
     each_layer: bool = False,
+    attribute: bool = False,
     tolerance: float = 0.02,
     write: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
@@ -130,6 +132,9 @@ def sweep(
             at a few strengths.
         controls: some of "q", "k", "v", "o", "vo", or "all": single projections taken back, to see what the cause is.
         each_layer: also restore one layer at a time.
+        attribute: also swap whole groups of weights (queries and keys, values and outputs, mixers, MLPs, norms and
+            embeddings), each from the base alone and all but each, to see which of them lost the recall
+            (`choice.attribution`): two measurements for every group that SFT changed.
         tolerance: how much task quality the recommended one may lose: a share of accuracy, or nats per token of loss.
         write: write the recommended checkpoint there (`restore_checkpoint`), unless it is raw.
         overwrite: replace an earlier restored folder at `write`.
@@ -180,9 +185,14 @@ def sweep(
     model = load_model(folders.tuned.folder, load)
     arithmetic = check_device("cuda") if torch.cuda.is_available() and device != "cpu" else "cpu"
     swap = CandidateSwap(model, folders, rows=selection, spec=spec, device=arithmetic)
+    groups = _open_groups(model, swap, folders, selection, bar) if attribute else None
     wanted = [Candidate("raw", "raw"), *grid, *(layer_candidates(swap.layers) if each_layer else ())]
     measured += measure_candidates(model, swap, measure, wanted)
-    del model, swap
+    attribution = None
+    if groups is not None:
+        warnings += groups.warnings
+        attribution = measure_groups(model, groups, measure, measured[0], measured[1], seed)
+    del model, swap, groups
     free_memory()
 
     compare(measured, seed)
@@ -195,6 +205,7 @@ def sweep(
         data=plural(len(encoded or ()), "row") if encoded else "",
         settings=prober.record() | {"rows": len(encoded or ()), "tolerance": tolerance, "dtype": dtype},
         warnings=[*warnings, *more, *_warnings(measured)],
+        attribution=attribution,
     )
     if write is not None and report.recommended.candidate.recommendable:
         _write(report, write, overwrite=overwrite, rows=selection, spec=spec, trust_remote_code=trust_remote_code)
@@ -221,6 +232,16 @@ def _open_base(
     prober = Prober(tokenizer, settings)
     prober.find_formats(model)
     return model, prober, more + warnings + choose_chunk(model, prober, chunk)
+
+
+def _open_groups(
+    model: nn.Module, swap: CandidateSwap, folders: Folders, rows: RowSelection, bar: OpenBar
+) -> GroupSwap:
+    """The groups of weights of the tuned model; both checkpoints are read once, so that a refusal comes early."""
+    with bar("comparing all weights") as progress:
+        return GroupSwap(
+            model, folders, swap.specs, include_norms=rows.include_norms, shared=rows.shared, progress=progress
+        )
 
 
 def measure_candidates(

@@ -8,10 +8,11 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from qkguard.choice.verdict import Measurement, rank_layers
+from qkguard.choice.attribution import Attribution, GroupEffect
+from qkguard.choice.verdict import Interval, Measurement, rank_layers
 from qkguard.offline.sweep import SweepReport
 from qkguard.report.numbers import short_length
-from qkguard.report.page import Table, picture, render, setting_lines
+from qkguard.report.page import Picture, Table, picture, render, setting_lines
 
 _MARKS = {"base": ("#7f8c8d", "s"), "raw": ("#c0392b", "s"), "method": ("#2471a3", "o"), "control": ("#b7950b", "^")}
 
@@ -180,6 +181,9 @@ def html_page(report: SweepReport) -> str:
         ),
         points=table(report),
         layers=_layer_table(report),
+        attribution=report.attribution,
+        groups=None if report.attribution is None else attribution_table(report.attribution, report.metric),
+        effects=_effects_picture(report.attribution),
         settings=setting_lines(settings),
     )
 
@@ -197,3 +201,47 @@ def _layer_table(report: SweepReport) -> Table | None:
 
 def _fixed(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
+
+
+def attribution_table(found: Attribution, metric: str | None) -> Table:
+    """Per group of weights: its size; taken back alone, and left from SFT alone: recall, its difference, the task."""
+    head = ["", "weights", "recall: taken back alone", "vs raw", "95%", *([metric] if metric else [])]
+    head += ["recall: left from SFT alone", "vs base", "95%", *([metric] if metric else [])]
+    rows, marked = [], None
+    for number, effect in enumerate(found.effects):
+        if found.cause[:1] == [effect.group.key]:
+            marked = number
+        rows.append([effect.group.title, f"{effect.group.elements:,}", *_effect_cells(effect, metric)])
+    return Table(head, rows, marked)
+
+
+def _effect_cells(effect: GroupEffect, metric: str | None) -> list[str]:
+    if effect.back is None or effect.alone is None:
+        return ["not changed by SFT", *([""] * (7 if metric else 5))]
+    falls = Interval(-effect.costs.value + 0.0, -effect.costs.high, -effect.costs.low)
+    cells = []
+    for point, change in ((effect.back, effect.brings), (effect.alone, falls)):
+        cells += [f"{point.recall.value:.3f}", f"{change.value:+.3f}", f"{change.low:+.2f} to {change.high:+.2f}"]
+        cells += _quality_cells(point, metric)[:1]
+    return cells
+
+
+def _effects_picture(found: Attribution | None) -> Picture | None:
+    """What each group brings back alone, and what it loses alone, as bars."""
+    effects = [] if found is None else [effect for effect in found.effects if effect.back is not None][::-1]
+    if not effects:
+        return None
+    figure = Figure(figsize=(9.5, 1.4 + 0.7 * len(effects)), layout="constrained")
+    axis = figure.subplots()
+    for shift, color, name in ((0.2, "#2471a3", "brings"), (-0.2, "#c0392b", "costs")):
+        intervals: list[Interval] = [getattr(effect, name) for effect in effects]
+        places = [place + shift for place in range(len(effects))]
+        spread = _spread([(one.value, one.low, one.high) for one in intervals])
+        label = {"brings": "brings back, taken back alone", "costs": "loses, left from SFT alone"}[name]
+        axis.barh(places, [one.value for one in intervals], 0.4, xerr=spread, color=color, label=label)
+    axis.set_yticks(range(len(effects)), [effect.group.title for effect in effects])
+    axis.set(xlabel="needle recall (95% interval)")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=8)
+    return picture(figure, "What each group of weights brings back, and what it loses.")

@@ -90,6 +90,7 @@ def test_sweep_recommends_and_writes(tuned: Path, tmp_path: Path, run: Run) -> N
         "--controls",
         "k",
         "--each-layer",
+        "--attribute",
         "--out",
         tmp_path / "sweep",
         "--write",
@@ -98,12 +99,14 @@ def test_sweep_recommends_and_writes(tuned: Path, tmp_path: Path, run: Run) -> N
     assert (code, err) == (0, "")
     assert "Recommended: restore." in text and "rule: highest recall" in text and "layer 5 alone" in text
     assert re.search(r"^restore +1\.000 .*recommended, Pareto$", text, re.M)
+    assert "Is it queries and keys? Yes: taken back alone" in text and "MLPs, experts and routers" in text
     report = json.loads((tmp_path / "sweep/sweep.json").read_text())
     assert [p["name"] for p in report["points"]] == [
         *("base", "raw", "restore", "interpolate alpha 0.5", "K only", "layer 2", "layer 5")
     ]
     points = {p["name"]: p for p in report["points"]}
     assert report["metric"] == "accuracy" and report["recommended"] == "restore"
+    assert report["attribution"]["cause"] == ["qk"] and len(report["attribution"]["groups"]) == 5
     assert points["restore"]["recall"] == points["base"]["recall"] != points["raw"]["recall"]
     assert points["restore"]["task"]["accuracy"] == points["base"]["task"]["accuracy"]
     assert (tmp_path / "sweep/sweep.png").read_bytes().startswith(b"\x89PNG")

@@ -119,6 +119,7 @@ def test_queries_and_keys_that_are_not_the_cause(tmp_path: Path) -> None:
     assert "No point has more recall" in said and report.metric is None
     assert themed_png(tradeoff_figure(report)).startswith(b"\x89PNG")
     page = html_page(report)
+    assert report.to_json()["attribution"] is None and "Which weights" not in page
     assert "<table>" in page and "V only" in page and 'src="data:image/png;base64,' in page
     assert "http" not in page.replace("https://arxiv.org", "") and page.count("src=") == 1
 
