@@ -10,12 +10,15 @@ from qkguard.errors import QKGuardError, current_names
 
 Shared = Literal["keep", "restore", "refuse"]
 
+RETRIEVAL: Literal["retrieval"] = "retrieval"
+"""In the place of layer numbers: the layers with heads that look up the needle before SFT (`probe.retrieval`)."""
+
 
 class RowOptions(TypedDict, total=False):
     """The fields of `RowSelection` as keyword arguments."""
 
     projections: Sequence[str]
-    layers: Sequence[int] | None
+    layers: Sequence[int] | Literal["retrieval"] | None
     include_norms: bool
     include_sliding_window: bool
     shared: Shared
@@ -46,6 +49,8 @@ class RowSelection:
     def __post_init__(self) -> None:
         if not self.projections or set(self.projections) - {"q", "k"}:
             raise QKGuardError(f"Invalid projections={list(self.projections)!r}: expected q, k or both.")
+        if isinstance(self.layers, str):
+            raise QKGuardError(_not_numbers(self.layers))
         if self.layers is not None and not self.layers:
             raise QKGuardError(
                 "Invalid layers=[]: it restores nothing. Leave it out for every softmax layer, or name some."
@@ -66,10 +71,20 @@ class RowSelection:
             known = ", ".join(cls.__dataclass_fields__)
             raise QKGuardError(f"Unknown argument {unknown[0]!r}: the rows to restore are chosen by {known}.")
         for name in ("projections", "layers"):
-            if given.get(name) is not None:
+            if given.get(name) is not None and not isinstance(given[name], str):
                 given[name] = tuple(given[name])
         return cls(**given)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a manifest."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+
+def _not_numbers(layers: str) -> str:
+    if layers != RETRIEVAL:
+        return f'Invalid layers={layers!r}: expected layer numbers, or "{RETRIEVAL}" where they are measured.'
+    return (
+        f'layers="{RETRIEVAL}" needs a measurement of the model before SFT, and there is none here. Use the guard, '
+        f"`qkguard sweep --methods restore:layers={RETRIEVAL}`, or `qkguard restore` on a checkpoint of a guarded run "
+        "that was set so."
+    )

@@ -13,10 +13,7 @@ from typing import Any
 
 from qkguard.probe.results import Drop, ProbeResult
 from qkguard.probe.samples import SampleKey
-from qkguard.probe.statistics import LEVEL, paired_interval, sign_test
-
-LEAST = 8
-"""Samples of a group that is tested: were all of fewer lost, that would still be within noise at the end of a run."""
+from qkguard.probe.statistics import LEAST, LEVEL, paired_interval, sign_test
 
 EVERYWHERE = ("", None)
 Place = tuple[str, Any]

@@ -1,14 +1,13 @@
-"""Where the answer positions look: attention mass on the needle and on the most recent tokens, per layer and head."""
+"""A model's softmax attention seen from outside: its calls, and the probabilities of a few of their rows."""
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -16,9 +15,6 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from qkguard.errors import QKGuardError
-from qkguard.probe.results import AttentionMass
-
-_CHUNK = 1 << 22  # probabilities held at a time (16 MiB in float32), so that few keys are copied to float32 at once
 
 
 def attention_rows(
@@ -61,149 +57,6 @@ def attention_rows(
 
 
 @dataclass(frozen=True)
-class Target:
-    """What to measure in one batch: for every row of the batch, absolute query positions and needle key ranges.
-
-    `weights` of 0 leave a row out of the sums (it still runs: padding that keeps ranks in step).
-    """
-
-    rows: tuple[tuple[int, ...], ...]
-    needles: tuple[tuple[tuple[int, int], ...], ...]
-    weights: tuple[float, ...]
-    group: int = 0
-
-
-@dataclass
-class HeadSums:
-    """What the samples of one layer add up to: attention mass on needles and on recent tokens, by head and group."""
-
-    heads: int
-    samples: dict[int, list[Tensor]] = field(default_factory=dict)
-
-    def add(self, group: int, masses: Tensor) -> None:
-        """Add (2, heads): needle and local mass. They stay on their device, so that no layer waits for it."""
-        self.samples.setdefault(group, []).append(masses)
-
-    def of(self, group: int) -> Tensor:
-        """(2, heads) in float64 on the CPU: needle and local mass of all samples."""
-        if group not in self.samples:
-            return torch.zeros(2, self.heads, dtype=torch.float64)
-        return torch.stack(self.samples[group]).cpu().double().sum(0)
-
-
-@dataclass(frozen=True)
-class _Marks:
-    """Of one batch item in one piece of the context: which rows to look at, and which keys count.
-
-    `at`: indices of the rows in the piece's queries; `positions`: their places in the context; `counted`: float
-    (2, rows, keys), 1 for the needle's keys, and for each row's recent ones; `weight`: of each row in the sums.
-    """
-
-    item: int
-    at: Tensor
-    positions: Tensor
-    counted: Tensor
-    weight: float
-
-
-class AttentionRecorder:
-    """Context manager that measures a model's softmax attention (`watch_attention`), beside its own computation.
-
-    The probabilities of the answer rows alone are computed again from the same queries and keys, so memory is linear
-    in the context. Sums per group (`Target.group`; probes use the context length) and layer are in `sums`, keyed by
-    module name; models that do not go through transformers' interface leave it empty.
-
-    Args:
-        model: the model whose calls count; calls by other models pass through.
-        window: how many most recent tokens, the current one included, count as local.
-    """
-
-    def __init__(self, model: nn.Module, window: int) -> None:
-        self.window = window
-        self.sums: dict[str, HeadSums] = {}
-        self._watch = watch_attention(model, self._measure)
-        self._target: Target | None = None
-        self._stop = 0
-        self._marked: dict[tuple[int, int, torch.device], list[_Marks]] = {}  # one piece's, the same for most layers
-
-    def __enter__(self) -> AttentionRecorder:
-        self._watch.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        self._target = None
-        self._watch.__exit__(kind, error, tb)
-
-    def expect(self, target: Target | None) -> None:
-        """Set what the next forward passes are to be measured for; None to pass through."""
-        self._target = target
-        self._marked.clear()
-
-    def reached(self, stop: int) -> None:
-        """The next forward pass ends with position `stop - 1` (contexts read in chunks end there piece by piece)."""
-        self._stop = stop
-        self._marked.clear()
-
-    def totals(self, lengths: Sequence[int]) -> Tensor:
-        """All sums as one flat float64 vector: by length, layer, needle or local mass, and head."""
-        sums = [self.sums[name].of(length).flatten() for length in lengths for name in self._layers()]
-        return torch.cat(sums) if sums else torch.zeros(0, dtype=torch.float64)
-
-    def mass(self, totals: Tensor, samples: Mapping[int, int]) -> AttentionMass | None:
-        """Means from `totals` (all ranks'), given the number of samples of every length; None without layers."""
-        layers = self._layers()
-        if not layers:
-            return None
-        lengths = sorted(samples)
-        sizes = [self.sums[name].heads for _ in lengths for name in layers for _ in range(2)]
-        sums = iter(totals.split(sizes))
-        needle: dict[int, list[list[float]]] = {length: [] for length in lengths}
-        local: dict[int, list[list[float]]] = {length: [] for length in lengths}
-        for length in lengths:
-            for _ in layers:
-                needle[length].append((next(sums) / samples[length]).tolist())
-                local[length].append((next(sums) / samples[length]).tolist())
-        return AttentionMass(self.window, tuple(_layer_order(name)[0] for name in layers), needle, local)
-
-    def _layers(self) -> list[str]:
-        return sorted(self.sums, key=_layer_order)
-
-    def _measure(self, call: AttentionCall) -> None:
-        target = self._target
-        if target is None:
-            return
-        sums = self.sums.setdefault(call.name, HeadSums(call.query.shape[1]))
-        first_query = self._stop - call.query.shape[2]
-        first_key = self._stop - call.key.shape[2]  # a sliding-window cache holds the latest keys only
-        piece = (first_query, first_key, call.key.device)
-        if piece not in self._marked:
-            self._marked[piece] = list(self._marks(target, *piece))
-        keys = torch.arange(first_key, self._stop, device=call.key.device)
-        for marks in self._marked[piece]:
-            masses = []
-            for heads in _head_chunks(sums.heads, call.key.shape[1], len(marks.at) * len(keys)):
-                probabilities = call.probabilities(marks.item, heads, marks.positions, marks.at, keys)
-                masses.append((probabilities * marks.counted[:, None]).sum((2, 3)))
-            sums.add(target.group, torch.cat(masses, 1) * marks.weight)
-
-    def _marks(self, target: Target, first_query: int, first_key: int, device: torch.device) -> Iterator[_Marks]:
-        keys = torch.arange(first_key, self._stop, device=device)
-        for item, (rows, needles, weight) in enumerate(zip(target.rows, target.needles, target.weights, strict=True)):
-            here = [r for r in rows if first_query <= r < self._stop]
-            if not here or not weight:
-                continue
-            positions = torch.tensor(here, device=device)
-            on_needle = torch.zeros(len(keys), dtype=torch.bool, device=device)
-            for start, stop in needles:
-                on_needle |= (keys >= start) & (keys < stop)
-            recent = (keys <= positions[:, None]) & (keys > positions[:, None] - self.window)
-            counted = torch.stack([on_needle.expand_as(recent), recent]).float()
-            yield _Marks(item, positions - first_query, positions, counted, weight / len(rows))
-
-
-@dataclass(frozen=True)
 class AttentionCall:
     """One call of a module's attention function; query, key and value are (batch, heads, positions, head size)."""
 
@@ -222,18 +75,7 @@ class AttentionCall:
         `positions` are the absolute positions of the rows `at` of `query`, `keys` those of all keys.
         """
         groups = self.query.shape[1] // self.key.shape[1]
-        bias, allowed = None, None
-        if isinstance(self.mask, Tensor) and self.mask.dim() == 4:
-            rows = _pick(self.mask, item, heads)[:, at, : len(keys)]
-            bias, allowed = (None, rows) if rows.dtype == torch.bool else (rows, None)
-        elif callable(getattr(self.mask, "mask_mod", None)):  # flex attention's BlockMask
-            zero = torch.zeros((), dtype=torch.long, device=keys.device)
-            allowed = self.mask.mask_mod(zero + item, zero, positions[:, None], keys[None])
-        elif not self.eager and self._causal():
-            allowed = keys <= positions[:, None]
-            width = self.options.get("sliding_window")
-            if width is not None:
-                allowed = allowed & (keys > positions[:, None] - width)
+        bias, allowed = self._mask(item, heads, positions, at, keys)
         position_bias = self.options.get("position_bias")
         if position_bias is not None:
             extra = _pick(position_bias, item, heads)[:, at]
@@ -248,6 +90,33 @@ class AttentionCall:
             softcap=self.options.get("softcap"),
             sinks=None if sinks is None else sinks.reshape(-1)[heads.start : heads.stop],
         )
+
+    def visible(self, item: int, heads: range, positions: Tensor, at: Tensor, keys: Tensor) -> Tensor:
+        """Which keys the rows may attend to: bool, (rows, keys) or (1 or heads, rows, keys); as `probabilities`."""
+        bias, allowed = self._mask(item, heads, positions, at, keys)
+        if bias is not None:
+            return bias > torch.finfo(bias.dtype).min / 2  # what a mask hides has the dtype's lowest number, or -inf
+        if allowed is not None:
+            return allowed
+        return torch.ones(len(positions), len(keys), dtype=torch.bool, device=keys.device)
+
+    def _mask(
+        self, item: int, heads: range, positions: Tensor, at: Tensor, keys: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(added to the scores, allowed): the mask that the model's own function applies; at most one of them."""
+        if isinstance(self.mask, Tensor) and self.mask.dim() == 4:
+            rows = _pick(self.mask, item, heads)[:, at, : len(keys)]
+            return (None, rows) if rows.dtype == torch.bool else (rows, None)
+        if callable(getattr(self.mask, "mask_mod", None)):  # flex attention's BlockMask
+            zero = torch.zeros((), dtype=torch.long, device=keys.device)
+            return None, self.mask.mask_mod(zero + item, zero, positions[:, None], keys[None])
+        if self.eager or not self._causal():
+            return None, None
+        allowed = keys <= positions[:, None]
+        width = self.options.get("sliding_window")
+        if width is not None:
+            allowed = allowed & (keys > positions[:, None] - width)
+        return None, allowed
 
     def _causal(self) -> bool:
         said = self.options.get("is_causal")
@@ -330,19 +199,7 @@ def layer_number(name: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
-def _layer_order(name: str) -> tuple[int, str]:
-    number = layer_number(name)
-    return (-1 if number is None else number, name)
-
-
 def _pick(per_head: Tensor, item: int, heads: range) -> Tensor:
     """(1 or heads, rows, keys) of one batch item from a 4-D tensor whose batch and head dimensions may be 1."""
     one = per_head[item if per_head.shape[0] > 1 else 0]
     return one[heads.start : heads.stop] if one.shape[0] > 1 else one
-
-
-def _head_chunks(heads: int, key_heads: int, cells: int) -> Sequence[range]:
-    """Ranges of query heads, whole key-value groups each, with at most `_CHUNK` probabilities where possible."""
-    groups = heads // key_heads
-    step = max(1, _CHUNK // max(1, cells * groups)) * groups
-    return [range(start, min(start + step, heads)) for start in range(0, heads, step)]

@@ -12,10 +12,10 @@ from torch import nn
 
 from qkguard.errors import QKGuardError
 from qkguard.probe.answer_formats import AllReduce, Continuations, elect, read_continuation
-from qkguard.probe.attention import AttentionRecorder
 from qkguard.probe.haystack import Prose, load_prose
 from qkguard.probe.passes import LastLogits, undisturbed
 from qkguard.probe.prompt import AnswerFormat, Encoder, make_template
+from qkguard.probe.recorder import AttentionRecorder
 from qkguard.probe.results import ProbeResult
 from qkguard.probe.samples import SampleKey, SampleMaker, plan
 from qkguard.probe.scoring import Assignment, Tally, alone, divide, score_batch
@@ -31,8 +31,8 @@ class Prober:
 
     Args:
         tokenizer: the model's tokenizer, or a processor holding it; it is not changed.
-        settings: which samples, and how they are run. `attention`, `batch_tokens` and `chunk` are attributes too, and
-            may be changed between runs; so may `sample_keys`, to ask fewer of the samples.
+        settings: which samples, and how they are run. `attention`, `questions`, `batch_tokens` and `chunk` are
+            attributes too, and may be changed between runs; so may `sample_keys`, to ask fewer of the samples.
 
     Raises:
         QKGuardError: settings that make no samples.
@@ -49,6 +49,7 @@ class Prober:
         settings = settings or ProbeSettings()
         self.sample_keys = plan(settings.tasks, settings.lengths, settings.depths, settings.samples)
         self.attention = settings.attention
+        self.questions = settings.questions
         self.local_window = settings.local_window
         self.batch_tokens = settings.batch_tokens
         self.chunk = settings.chunk
@@ -110,19 +111,29 @@ class Prober:
         batches = divide(self.sample_keys, rank, world, self.batch_tokens)
         tally = Tally(self.sample_keys, self.maker)
         forward = LastLogits(model, self.chunk)
-        recorder = AttentionRecorder(model, self.local_window) if self.attention else None
+        recorder = None
+        if self.attention:
+            recorder = AttentionRecorder(model, self.local_window, questions=self.questions)
         with undisturbed(model):
             with recorder or nullcontext():
                 for done, batch in enumerate(batches, 1):
                     samples = [self.maker.make(assignment.key) for assignment in batch]
-                    weights = [float(assignment.place is not None) for assignment in batch]
-                    tally.add(batch, score_batch(forward, samples, weights, recorder))
+                    places = [assignment.place for assignment in batch]
+                    tally.add(batch, score_batch(forward, samples, places, recorder))
                     if progress is not None:
                         progress(done, len(batches))
             tally.retry(forward, rank, world, all_reduce, self.batch_tokens)
-        correct, logprob, attention, other_formats = tally.reduce(recorder, all_reduce)
-        seconds = time.perf_counter() - began
-        return ProbeResult(self.sample_keys, correct, logprob, self.record(), attention, seconds, other_formats)
+        correct, logprob, attention, retrieval, other_formats = tally.reduce(recorder, all_reduce)
+        return ProbeResult(
+            self.sample_keys,
+            correct,
+            logprob,
+            self.record(),
+            attention,
+            time.perf_counter() - began,
+            other_formats,
+            retrieval=retrieval,
+        )
 
     def record(self) -> dict[str, Any]:
         """Everything that decides the samples, as JSON."""

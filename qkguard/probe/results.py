@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from qkguard.errors import QKGuardError
+from qkguard.probe.retrieval import RetrievalScores
 from qkguard.probe.samples import SampleKey
 from qkguard.probe.statistics import paired_interval, sign_test, wilson
 
@@ -33,21 +34,26 @@ class Group:
 
 @dataclass(frozen=True)
 class AttentionMass:
-    """Mean attention probability of the answer positions, per context length, softmax layer and query head.
+    """Where the answer positions look: means over samples, per context length, softmax layer and query head.
 
-    `needle[length][layer][head]` falls on the asked needles' tokens, `local[...]` on the `window` most recent
-    tokens. `layers` holds the layer numbers of the outer lists.
+    `needle[length][layer][head]` is the attention probability that falls on the asked needles' tokens, `local[...]` on
+    the `window` most recent tokens, `distance[...]` how many tokens back attention falls on average. `layers` holds
+    the layer numbers of the outer lists. Results of earlier versions have no distances.
     """
 
     window: int
     layers: tuple[int, ...]
     needle: dict[int, list[list[float]]]
     local: dict[int, list[list[float]]]
+    distance: dict[int, list[list[float]]] = field(default_factory=dict)
 
     def mean(self, kind: str) -> float:
-        """Mean over lengths, layers and heads of "needle" or "local"."""
-        values = [v for grid in getattr(self, kind).values() for row in grid for v in row]
-        return sum(values) / len(values)
+        """Mean over lengths, layers and heads of "needle", "local" or "distance"."""
+        return _mean([v for grid in getattr(self, kind).values() for row in grid for v in row])
+
+    def by_layer(self, kind: str, length: int) -> list[float]:
+        """The same at one length, layer by layer: means over heads."""
+        return [_mean(heads) for heads in getattr(self, kind)[length]]
 
     def strongest(self, kind: str = "needle") -> float:
         """Largest head's mass, mean over lengths: retrieval is the work of few heads."""
@@ -57,7 +63,7 @@ class AttentionMass:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> AttentionMass:
-        grids = {k: {int(n): g for n, g in data[k].items()} for k in ("needle", "local")}
+        grids = {k: {int(n): g for n, g in data.get(k, {}).items()} for k in ("needle", "local", "distance")}
         return cls(data["window"], tuple(data["layers"]), **grids)
 
 
@@ -98,6 +104,7 @@ class ProbeResult:
     output is not finite.
     `settings` records everything that decides the samples, among them `mode`, `forms` and `digest`: results with
     equal digests are of the same samples. `generated` holds RULER's own metric where generation was asked for.
+    `retrieval` scores the heads by where they look on the samples that were answered rightly.
     """
 
     sample_keys: tuple[SampleKey, ...]
@@ -108,6 +115,7 @@ class ProbeResult:
     seconds: float = 0.0
     other_formats: int = 0
     generated: dict[str, Any] = field(default_factory=dict)
+    retrieval: RetrievalScores | None = None
 
     @property
     def total(self) -> Group:
@@ -155,7 +163,7 @@ class ProbeResult:
         return {**bounds, "before": drop.before, "count": drop.count}
 
     def only(self, keys: Iterable[SampleKey]) -> ProbeResult:
-        """The result on some of the samples; attention and generation, which are of all, are left out."""
+        """The result on some of the samples; attention, its scores and generation, which are of all, are left out."""
         wanted = set(keys)
         if wanted.issuperset(self.sample_keys):
             return self
@@ -168,6 +176,7 @@ class ProbeResult:
             settings={key: value for key, value in self.settings.items() if key != "digest"},
             attention=None,
             generated={},
+            retrieval=None,
         )
 
     def pairs_with(self, earlier: ProbeResult) -> list[tuple[SampleKey, bool, bool]]:
@@ -210,6 +219,7 @@ class ProbeResult:
             "groups": groups,
             "samples": samples,
             "attention": None if self.attention is None else asdict(self.attention),
+            "retrieval": None if self.retrieval is None else asdict(self.retrieval),
             "generated": self.generated,
             "settings": self.settings,
             "seconds": self.seconds,
@@ -230,6 +240,7 @@ class ProbeResult:
             seconds=data["seconds"],
             other_formats=data["other_forms"],
             generated=data["generated"],
+            retrieval=RetrievalScores.from_json(data.get("retrieval")),  # files of earlier versions have none
         )
 
     def _group(self, members: Iterable[int]) -> Group:
@@ -245,6 +256,10 @@ def _drop(before: Sequence[bool], now: Sequence[bool]) -> Drop:
     lost, gained = differences.count(1), differences.count(-1)
     low, high = paired_interval(lost, gained, count)
     return Drop(sum(before) / count, sum(now) / count, low, high, sign_test(lost, gained), count, lost, gained)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _plain(value: float) -> float | None:

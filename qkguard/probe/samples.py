@@ -38,7 +38,8 @@ class Sample:
 
     `ids`: int32 (length,), the prompt followed by the answer's canonical tokens in one `format`: the last
     `answer_size` ones, of which the first `lead` come before the first value (": "). `needles`: tokens `start:stop` of
-    the needle sentences that are asked for. `answers`: the values. `prefix`: the last words of the prompt.
+    the needle sentences that are asked for. `answers`: the values. `prefix`: the last words of the prompt. `question`:
+    the token at which the question begins, after the context; None where it is not known.
     """
 
     key: SampleKey
@@ -49,6 +50,17 @@ class Sample:
     needles: tuple[tuple[int, int], ...]
     answers: tuple[str, ...]
     prefix: str
+    question: int | None = None
+
+    @property
+    def answer_rows(self) -> tuple[int, ...]:
+        """The positions whose next token is one of the values'."""
+        return tuple(range(len(self.ids) - self.answer_size + self.lead - 1, len(self.ids) - 1))
+
+    @property
+    def question_rows(self) -> tuple[int, ...]:
+        """The positions of question and answer prefix, up to the answer's."""
+        return () if self.question is None else tuple(range(self.question, self.answer_rows[0]))
 
     @property
     def prompt(self) -> Tensor:
@@ -148,14 +160,14 @@ class _ExactFit:
         import torch  # here, because the page of a run reads results and their keys without it
 
         units = self._last_words(self._whole_units(source, least))
-        prompt, needles = self._prompt(units)
+        prompt, needles, question = self._prompt(units)
         ids = self.encoder.encode(prompt)
         assert len(ids) == self.room
-        spans = tuple(self.encoder.token_spans(prompt, needles[: self.text.asked]))
+        *spans, (asked, _) = self.encoder.token_spans(prompt, [*needles[: self.text.asked], question])
         both = torch.tensor([*ids, *self.answer_ids], dtype=torch.int32)
         prefix, answers = self.text.answer_prefix, self.text.answers
         lead = self.encoder.answer_lead(prefix, self.format.before, answers[0])
-        return Sample(self.key, self.format, both, len(self.answer_ids), lead, spans, answers, prefix)
+        return Sample(self.key, self.format, both, len(self.answer_ids), lead, tuple(spans), answers, prefix, asked)
 
     def _whole_units(self, source: Iterator[str], least: int) -> list[Unit]:
         """The shortest list of whole units that is too long."""
@@ -222,13 +234,14 @@ class _ExactFit:
     def _unit(self, text: str) -> Unit:
         return text, self.encoder.size(self.separator + text)
 
-    def _prompt(self, units: list[Unit]) -> tuple[str, list[tuple[int, int]]]:
-        """Prompt text and the characters of every needle in it."""
+    def _prompt(self, units: list[Unit]) -> tuple[str, list[tuple[int, int]], tuple[int, int]]:
+        """Prompt text, the characters of every needle in it, and those of question and answer prefix."""
         context, spans = weave([text for text, _ in units], self.text, [size for _, size in units])
         template = self.encoder.template
         shift = len(template.head) + len(self.text.opening) + 1
         prompt = template.prompt(self.text.user_text(context), self.text.answer_prefix)
-        return prompt, [(start + shift, stop + shift) for start, stop in spans]
+        question = (shift + len(context) + 1, len(prompt))
+        return prompt, [(start + shift, stop + shift) for start, stop in spans], question
 
     def _count(self, units: list[Unit]) -> int:
         return len(self.encoder.encode(self._prompt(units)[0]))

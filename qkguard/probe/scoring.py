@@ -18,10 +18,11 @@ from torch import Tensor
 
 from qkguard.errors import QKGuardError
 from qkguard.probe.answer_formats import SLACK, AllReduce, other_format
-from qkguard.probe.attention import AttentionRecorder, Target
 from qkguard.probe.passes import LastLogits, input_device
 from qkguard.probe.prompt import AnswerFormat
+from qkguard.probe.recorder import AttentionRecorder, Target
 from qkguard.probe.results import AttentionMass
+from qkguard.probe.retrieval import RetrievalScores
 from qkguard.probe.samples import Sample, SampleKey, SampleMaker
 
 T = TypeVar("T")
@@ -77,14 +78,22 @@ def divide(keys: Sequence[SampleKey], rank: int, world: int, batch_tokens: int) 
 
 
 def score_batch(
-    forward: LastLogits, samples: Sequence[Sample], weights: Sequence[float], recorder: AttentionRecorder | None = None
+    forward: LastLogits,
+    samples: Sequence[Sample],
+    places: Sequence[int | None] = (),
+    recorder: AttentionRecorder | None = None,
 ) -> list[Outcome]:
-    """Score samples of one length in one pass; `weights` say how much each counts in the attention sums."""
-    length = samples[0].key.length
+    """Score samples of one length in one pass; `places` say under which number a recorder keeps each, if at all."""
     ids = torch.stack([s.ids for s in samples]).long()
     if recorder is not None:
-        rows = tuple(tuple(range(length - s.answer_size + s.lead - 1, length - 1)) for s in samples)
-        recorder.expect(Target(rows, tuple(s.needles for s in samples), tuple(weights), group=length))
+        recorder.expect(
+            Target(
+                rows=tuple(s.answer_rows for s in samples),
+                needles=tuple(s.needles for s in samples),
+                places=tuple(places),
+                questions=tuple(s.question_rows for s in samples),
+            )
+        )
     keep = max(s.answer_size for s in samples)
     before_piece = None if recorder is None else recorder.reached
     logits = forward(ids[:, :-1].to(input_device(forward.model)), keep, before_piece)
@@ -112,7 +121,7 @@ class Tally:
     def __init__(self, keys: Sequence[SampleKey], maker: SampleMaker) -> None:
         self.keys = keys
         self.maker = maker
-        self.lengths = sorted({key.length for key in keys})
+        self.lengths = [key.length for key in keys]
         self.verdicts = torch.zeros(5, len(keys), dtype=torch.float64)  # scored, correct, finite, logprob, retried
         self.retries: list[Retry] = []
 
@@ -133,13 +142,13 @@ class Tally:
         """
         for _ in range(_ROUNDS):
             due, self.retries = self.retries, []
-            counts = Counter(retry.assignment.key.length for retry in due)
-            table = torch.zeros(world, len(self.lengths), dtype=torch.float64)
-            table[rank] = torch.tensor([counts[n] for n in self.lengths], dtype=torch.float64)
+            counts, lengths = Counter(retry.assignment.key.length for retry in due), sorted(set(self.lengths))
+            table = torch.zeros(world, len(lengths), dtype=torch.float64)
+            table[rank] = torch.tensor([counts[n] for n in lengths], dtype=torch.float64)
             most = all_reduce(table.flatten()).view(world, -1).amax(0).long().tolist()
             if not any(most):
                 return
-            for length, count in zip(self.lengths, most, strict=True):
+            for length, count in zip(lengths, most, strict=True):
                 mine = [retry for retry in due if retry.assignment.key.length == length]
                 mine += [self._padding(length)] * (count - len(mine))
                 for batch in _batches(mine, length + SLACK, batch_tokens):
@@ -147,26 +156,27 @@ class Tally:
 
     def reduce(
         self, recorder: AttentionRecorder | None, all_reduce: AllReduce
-    ) -> tuple[tuple[bool, ...], tuple[float, ...], AttentionMass | None, int]:
-        """Verdicts, log-probabilities, attention and the number of samples right in another format.
+    ) -> tuple[tuple[bool, ...], tuple[float, ...], AttentionMass | None, RetrievalScores | None, int]:
+        """Verdicts, log-probabilities, attention, its scores, and the number of samples right in another format.
 
         ALL ranks must call this; all get the sums of all.
         """
         own = [self.verdicts.flatten()]
         if recorder is not None:
-            own.append(recorder.totals(self.lengths))
+            own.append(recorder.totals(self.lengths, self.verdicts[1].bool().tolist()))
         vector = all_reduce(torch.cat(own)).cpu()
         scored, correct, finite, logprob, retried = vector[: self.verdicts.numel()].view(5, -1)
         if not bool((scored == 1).all()):
             raise QKGuardError(
                 "The ranks did not score every probe sample exactly once; they must share all settings."
             )
-        attention = None
+        attention, retrieval = None, None
         if recorder is not None:
-            attention = recorder.mass(vector[self.verdicts.numel() :], Counter(key.length for key in self.keys))
+            totals = vector[self.verdicts.numel() :]
+            attention, retrieval = recorder.read(totals, self.lengths, right=int(correct.sum()))
         logprobs = torch.where(finite > 0, logprob, torch.nan)
         others = int((correct * retried).sum())
-        return tuple(bool(v) for v in correct), tuple(logprobs.tolist()), attention, others
+        return tuple(bool(v) for v in correct), tuple(logprobs.tolist()), attention, retrieval, others
 
     def _score_again(self, forward: LastLogits, batch: Sequence[Retry], length: int) -> None:
         pairs = [(self.maker.make(retry.assignment.key), retry.answer) for retry in batch]

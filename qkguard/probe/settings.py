@@ -41,7 +41,10 @@ class ProbeSettings:
     mode: str = "auto"
     """"chat" (the tokenizer's chat template), "plain", or "auto": chat where there is a template."""
     attention: bool = True
-    """Whether attention mass is measured in the same passes."""
+    """Whether attention mass and distance are measured in the same passes."""
+    questions: bool = False
+    """Whether the question's rows are measured too, for the scores of retrieval heads; it costs more than the answer's
+    alone."""
     local_window: int = 128
     """How many most recent tokens count as local attention."""
     batch_tokens: int = 16384

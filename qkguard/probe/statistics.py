@@ -7,6 +7,8 @@ import math
 Z = 1.959964  # of 95%, two-sided
 LEVEL = 0.05
 """Of significance, everywhere in the probe."""
+LEAST = 8
+"""Samples that anything is said of: were all of fewer lost, that would still be within noise at the end of a run."""
 LOW_RECALL = 0.1  # as much as `recall_alert` asks of a fall by default: below it there is none to be had
 
 

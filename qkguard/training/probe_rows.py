@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qkguard.probe.alerts import Fall
-from qkguard.probe.results import ProbeResult
+from qkguard.probe.results import AttentionMass, ProbeResult
 
 RAW, RESTORED = "", "_restored"
 """Which weights a probe measured, as a suffix of its metrics' names."""
@@ -30,6 +30,7 @@ def metrics_of(result: ProbeResult, suffix: str = RAW) -> dict[str, float]:
     if result.attention is not None:
         for kind in ("needle", "local"):
             metrics[f"qkguard/attention{suffix}/{kind}_mass"] = result.attention.mean(kind)
+        metrics[f"qkguard/attention{suffix}/distance"] = result.attention.mean("distance")
     return metrics | {f"qkguard/overhead/probe{suffix}_seconds": result.seconds}
 
 
@@ -47,6 +48,7 @@ def details_of(
         details[f"niah{suffix}_needle_mass"] = [
             {"length": n, "layers": layers, "heads": grid} for n, grid in result.attention.needle.items()
         ]
+        details[f"niah{suffix}_attention"] = _attention_by_layer(result.attention)
     if earlier is not None:
         details[f"niah{suffix}_change"] = result.change_since(earlier)
         same = earlier.only(result.sample_keys)
@@ -55,6 +57,20 @@ def details_of(
     if falls:
         details["niah_falls"] = [fall.to_json() for fall in falls]
     return details
+
+
+def _attention_by_layer(found: AttentionMass) -> list[dict[str, Any]]:
+    """By length, of every layer: the two masses and the distance in tokens, means over heads."""
+    return [
+        {
+            "length": length,
+            "layers": list(found.layers),
+            "needle_mass": found.by_layer("needle", length),
+            "local_mass": found.by_layer("local", length),
+            "distance": found.by_layer("distance", length),
+        }
+        for length in found.needle
+    ]
 
 
 def _grid(result: ProbeResult) -> list[dict[str, Any]]:

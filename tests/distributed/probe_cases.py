@@ -48,6 +48,7 @@ def new_prober() -> Prober:
             samples=1,
             tasks=["mk1", "mk2", "s1"],
             batch_tokens=600,
+            questions=True,
         ),
     )
     prober.sample_keys = prober.sample_keys[:-1]  # 29: neither 2 nor 3 ranks share it evenly
@@ -67,10 +68,16 @@ def check(found: ProbeResult, expected: ProbeResult) -> None:
     assert found.correct == expected.correct
     assert found.logprob == pytest.approx(expected.logprob, abs=1e-5)
     assert found.attention is not None and expected.attention is not None
-    for kind in ("needle", "local"):
+    for kind in ("needle", "local", "distance"):
         for length, grid in getattr(expected.attention, kind).items():
             for one, other in zip(getattr(found.attention, kind)[length], grid, strict=True):
-                assert one == pytest.approx(other, abs=1e-6)
+                assert one == pytest.approx(other, rel=1e-5, abs=1e-6)
+    assert found.retrieval is not None and expected.retrieval is not None
+    assert found.retrieval.modules == expected.retrieval.modules
+    assert 0 < found.retrieval.samples == expected.retrieval.samples == sum(expected.correct) < len(expected.correct)
+    for rows in ("answer", "question"):
+        for one, other in zip(getattr(found.retrieval, rows), getattr(expected.retrieval, rows), strict=True):
+            assert one == pytest.approx(other, abs=1e-6) and max(map(abs, one)) > 1e-3
 
 
 def shard(model: nn.Module, backend: str, default: bool) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,16 +12,20 @@ from transformers import CONFIG_MAPPING, AttentionInterface, AutoModelForCausalL
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qkguard.probe import attention
-from qkguard.probe.attention import AttentionRecorder, Target, attention_rows, layer_number
+from qkguard.probe import recorder as recording
+from qkguard.probe.attention import attention_rows, layer_number
 from qkguard.probe.passes import LastLogits, undisturbed
+from qkguard.probe.recorder import AttentionRecorder, Target
 from tests.support.models import SMALL, noised, tiny_config
 
 LENGTH, WINDOW = 90, 12
 TARGET = Target(
     rows=((80, 81, 82, 83), (70, 75, 89)),
     needles=(((20, 31),), ((3, 9), (60, 70))),
-    weights=(1.0, 1.0),
+    places=(0, 1),
+    questions=((45, 46, 60), (64, 68)),
 )
+COUNTS = ("needle", "chance", "local", "distance")
 EXTRA: dict[str, Any] = {
     "mistral": SMALL | {"sliding_window": 20, "head_dim": 16},
     "gemma2": SMALL
@@ -64,62 +69,91 @@ def full_matrices(model: nn.Module, ids: Tensor, **options: Any) -> list[Tensor]
     return [m for m in maps if m is not None and m.shape[2:] == (LENGTH, LENGTH)]  # linear layers give their states
 
 
-def expected(maps: list[Tensor], target: Target = TARGET) -> list[tuple[Tensor, Tensor]]:
+def expected(maps: list[Tensor], target: Target = TARGET) -> list[dict[str, Tensor]]:
+    """Per layer, by count, (samples, heads) means over a sample's rows; of the question's under "asked_needle"."""
     out = []
     for full in maps:
-        needle, local = torch.zeros(full.shape[1]), torch.zeros(full.shape[1])
-        for item, (rows, needles) in enumerate(zip(target.rows, target.needles, strict=True)):
-            for row in rows:
-                for start, stop in needles:
-                    needle += full[item, :, row, start:stop].sum(-1) / len(rows)
-                local += full[item, :, row, max(0, row - WINDOW + 1) : row + 1].sum(-1) / len(rows)
-        out.append((needle, local))
+        found = {name: torch.zeros(full.shape[:2], dtype=torch.float64) for name in (*COUNTS, "asked_needle")}
+        for item, needles in enumerate(target.needles):
+            for row in target.rows[item]:
+                seen = full[item, :, row].double()
+                share = 1 / len(target.rows[item])
+                found["needle"][item] += share * sum(seen[:, start:stop].sum(-1) for start, stop in needles)
+                found["local"][item] += share * seen[:, max(0, row - WINDOW + 1) : row + 1].sum(-1)
+                back = row - torch.arange(LENGTH, dtype=torch.float64)
+                found["distance"][item] += share * (seen * back).sum(-1) / seen.sum(-1)
+                found["chance"][item] += share * torch.tensor([chance_of(head, needles) for head in seen])
+            for row in target.questions[item]:
+                seen = full[item, :, row].double()
+                share = 1 / len(target.questions[item])
+                found["asked_needle"][item] += share * sum(seen[:, start:stop].sum(-1) for start, stop in needles)
+        out.append(found)
     return out
 
 
+def chance_of(seen: Tensor, needles: tuple[tuple[int, int], ...]) -> float:
+    """The needle's share of the keys with any probability: no scores here are so far apart that one has none."""
+    visible = seen > 0
+    return float(sum(visible[start:stop].sum() for start, stop in needles) / visible.sum())
+
+
 def record(model: nn.Module, ids: Tensor, target: Target = TARGET, chunk: int | None = None) -> AttentionRecorder:
-    recorder = AttentionRecorder(model, WINDOW)
+    recorder = AttentionRecorder(model, WINDOW, questions=True)
     with undisturbed(model), recorder:
         recorder.expect(target)
         LastLogits(model, chunk)(ids, 1, recorder.reached)
     return recorder
 
 
-def in_order(recorder: AttentionRecorder) -> list[tuple[Tensor, Tensor]]:
+def in_order(recorder: AttentionRecorder) -> list[dict[str, Tensor]]:
     names = sorted(recorder.sums, key=lambda n: layer_number(n) or 0)
-    return [(needle.float(), local.float()) for needle, local in (recorder.sums[n].of(0) for n in names)]
+    out = []
+    for name in names:
+        sums = recorder.sums[name]
+        found = dict(zip(COUNTS, sums.of("answer", (0, 1)).unbind(1), strict=True))
+        out.append(found | {"asked_needle": sums.of("question", (0, 1))[:, 0]})
+    return out
+
+
+def close(found: list[dict[str, Tensor]], truth: list[dict[str, Tensor]], atol: float) -> dict[str, bool]:
+    """By count, whether it is the same in all layers; distances are of the order of LENGTH, the rest of 1."""
+    assert len(found) == len(truth) > 0
+    scale = {"distance": LENGTH}
+    return {
+        name: all(
+            torch.allclose(a[name], b[name], atol=atol * scale.get(name, 1)) for a, b in zip(found, truth, strict=True)
+        )
+        for name in truth[0]
+    }
 
 
 @pytest.mark.parametrize(("implementation", "name"), CASES)
-def test_masses_equal_the_full_matrix(implementation: str, name: str) -> None:
+def test_counts_equal_the_full_matrix(implementation: str, name: str) -> None:
     model = build(name, implementation)
     ids = ids_of(model)
     truth = expected(full_matrices(model, ids))
-    found = in_order(record(model, ids))
-    assert len(found) == len(truth) > 0
-    for (needle, local), (true_needle, true_local) in zip(found, truth, strict=True):
-        assert torch.allclose(needle, true_needle, atol=1e-5) and torch.allclose(local, true_local, atol=1e-5)
-    assert sum(float(n.sum()) for n, _ in truth) > 0.1
-    moved = Target(TARGET.rows, (((21, 32),), ((4, 10), (61, 71))), TARGET.weights)
-    other = in_order(record(model, ids, moved))
-    assert any(not torch.allclose(a[0], b[0], atol=1e-4) for a, b in zip(other, truth, strict=True))
+    assert all(close(in_order(record(model, ids)), truth, 1e-5).values())
+    assert sum(float(layer["needle"].sum()) for layer in truth) > 0.1
+    moved = replace(TARGET, needles=(((21, 33),), ((4, 10), (61, 71))))
+    other = close(in_order(record(model, ids, moved)), truth, 1e-4)
+    assert not other["needle"] and not other["chance"] and not other["asked_needle"]
+    later = replace(TARGET, rows=((81, 82, 83, 84), (70, 76, 88)), questions=((45, 47), (63, 68)))
+    other = close(in_order(record(model, ids, later)), truth, 1e-4)
+    assert not other["local"] and not other["distance"] and not other["asked_needle"]
 
 
 def test_head_chunks_and_grouped_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama", "sdpa")
     whole = in_order(record(model, ids_of(model)))
-    monkeypatch.setattr(attention, "_CHUNK", 1)
-    for (a, b), (c, d) in zip(in_order(record(model, ids_of(model))), whole, strict=True):
-        assert torch.allclose(a, c, atol=1e-7) and torch.allclose(b, d, atol=1e-7)
+    monkeypatch.setattr(recording, "_CHUNK", 1)
+    assert all(close(in_order(record(model, ids_of(model))), whole, 1e-7).values())
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
-def test_contexts_read_in_chunks_give_the_same_masses(name: str) -> None:
+def test_contexts_read_in_chunks_give_the_same_counts(name: str) -> None:
     model = build(name, "sdpa")
     ids = ids_of(model)
-    whole, parts = in_order(record(model, ids)), in_order(record(model, ids, chunk=25))
-    for (a, b), (c, d) in zip(whole, parts, strict=True):
-        assert torch.allclose(a, c, atol=1e-5) and torch.allclose(b, d, atol=1e-5)
+    assert all(close(in_order(record(model, ids, chunk=25)), in_order(record(model, ids)), 1e-5).values())
 
 
 def test_padding_masks_are_obeyed() -> None:
@@ -128,15 +162,13 @@ def test_padding_masks_are_obeyed() -> None:
     mask = torch.ones_like(ids)
     mask[0, :25] = 0
     truth = expected(full_matrices(model, ids, attention_mask=mask))
-    recorder = AttentionRecorder(model, WINDOW)
+    recorder = AttentionRecorder(model, WINDOW, questions=True)
     with undisturbed(model), recorder:
         recorder.expect(TARGET)
         recorder.reached(LENGTH)
         model(input_ids=ids, attention_mask=mask, use_cache=False)
-    for found, true in zip(in_order(recorder), truth, strict=True):
-        assert torch.allclose(found[0], true[0], atol=1e-5) and torch.allclose(found[1], true[1], atol=1e-5)
-    unmasked = in_order(record(model, ids))
-    assert not torch.allclose(unmasked[0][0], truth[0][0], atol=1e-4)
+    assert all(close(in_order(recorder), truth, 1e-5).values())
+    assert not any(close(in_order(record(model, ids)), truth, 1e-4).values())
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -168,10 +200,41 @@ def test_other_models_and_uncounted_rows_pass_through() -> None:
         recorder.reached(LENGTH)
         other(input_ids=ids, use_cache=False)
         assert not recorder.sums
-    padded = record(model, ids, Target(TARGET.rows, TARGET.needles, (1.0, 0.0)))
-    only = record(model, ids[:1], Target(TARGET.rows[:1], TARGET.needles[:1], (1.0,)))
-    for (a, b), (c, d) in zip(in_order(padded), in_order(only), strict=True):
-        assert torch.allclose(a, c, atol=1e-6) and torch.allclose(b, d, atol=1e-6)
+    padded = record(model, ids, replace(TARGET, places=(0, None)))
+    first = [{name: found[:1] for name, found in layer.items()} for layer in in_order(record(model, ids))]
+    assert all(close(in_order(padded), first, 1e-6).values())
+    assert all(sums.of("answer", (1,)).shape[0] == 0 for sums in padded.sums.values())
+
+
+def test_totals_are_means_by_length_and_scores_of_right_samples() -> None:
+    model = build("llama", "sdpa")
+    recorder = record(model, ids_of(model))
+    layers = in_order(recorder)
+    mass, scores = recorder.read(recorder.totals([70, 90], [False, True]), [70, 90], right=1)
+    assert mass is not None and scores is not None and mass.layers == (0, 1, 2, 3) and scores.samples == 1
+    for i, layer in enumerate(layers):
+        for place, length in enumerate((70, 90)):
+            for kind in ("needle", "local", "distance"):
+                assert torch.allclose(torch.tensor(getattr(mass, kind)[length][i]).double(), layer[kind][place])
+        wanted = (layer["needle"][1] - layer["chance"][1]) / (1 - layer["chance"][1])
+        assert torch.allclose(torch.tensor(scores.answer[i]).double(), wanted)
+        other = (layer["needle"][0] - layer["chance"][0]) / (1 - layer["chance"][0])
+        assert not torch.allclose(torch.tensor(scores.answer[i]).double(), other)
+    both, _ = recorder.read(recorder.totals([90, 90], [True, True]), [90, 90], right=2)
+    assert both is not None and both.by_layer("distance", 90) == pytest.approx(
+        [float(layer["distance"].mean()) for layer in layers]
+    )
+    assert both.mean("distance") == pytest.approx(sum(both.by_layer("distance", 90)) / 4)
+
+
+def test_a_module_that_two_layers_share_is_measured_by_the_mean_of_its_calls() -> None:
+    model: Any = build("llama", "sdpa")
+    model.model.layers[2].self_attn = model.model.layers[1].self_attn
+    ids = ids_of(model)
+    first, second, third, last = expected(full_matrices(model, ids))
+    both = {name: (second[name] + third[name]) / 2 for name in second}
+    assert all(close(in_order(record(model, ids)), [first, both, last], 1e-5).values())
+    assert not all(close(in_order(record(model, ids)), [first, second, last], 1e-4).values())
 
 
 def test_rows_by_hand() -> None:

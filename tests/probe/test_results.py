@@ -12,6 +12,7 @@ from scipy.stats import binomtest
 
 from qkguard.errors import QKGuardError
 from qkguard.probe.results import AttentionMass, ProbeResult
+from qkguard.probe.retrieval import RetrievalScores
 from qkguard.probe.samples import plan
 
 CELLS = plan(["s1", "s2"], [256, 512], 5, 4)
@@ -37,13 +38,25 @@ def test_groups() -> None:
 
 
 def test_json_and_back() -> None:
-    mass = AttentionMass(8, (1, 3), {256: [[0.1, 0.2], [0.3, 0.4]]}, {256: [[0.5, 0.6], [0.7, 0.8]]})
+    distance = {256: [[10.0, 20.0], [30.0, 100.0]]}
+    mass = AttentionMass(8, (1, 3), {256: [[0.1, 0.2], [0.3, 0.4]]}, {256: [[0.5, 0.6], [0.7, 0.8]]}, distance)
+    scores = RetrievalScores(("layers.1.attn", "layers.3.attn"), [[0.1, 0.2], [0.3, 0.4]], [], 27)
     found = result(
-        [i % 3 == 0 for i in range(80)], attention=mass, seconds=1.5, other_formats=2, generated={"recall": 0.5}
+        [i % 3 == 0 for i in range(80)],
+        attention=mass,
+        seconds=1.5,
+        other_formats=2,
+        generated={"recall": 0.5},
+        retrieval=scores,
     )
     text = json.dumps(found.to_json(), allow_nan=False)
     assert ProbeResult.from_json(json.loads(text)) == found
     assert mass.mean("needle") == pytest.approx(0.25) and mass.strongest() == 0.4
+    assert mass.mean("distance") == 40 and mass.by_layer("distance", 256) == [15, 65]
+    older = json.loads(text)
+    del older["retrieval"], older["attention"]["distance"]
+    read = ProbeResult.from_json(older)
+    assert read.retrieval is None and read.attention == replace(mass, distance={})
     broken = replace(found, logprob=(math.nan, *found.logprob[1:]))
     again = ProbeResult.from_json(json.loads(json.dumps(broken.to_json(), allow_nan=False)))
     assert math.isnan(again.logprob[0]) and again.logprob[1:] == found.logprob[1:] and again.not_finite == 1

@@ -54,6 +54,9 @@ def test_lengths_are_exact_and_text_is_canonical(name: str) -> None:
             assert answer in prompt
         told = "".join(tokenizer.decode(sample.ids[a:b].tolist()) for a, b in sample.needles)
         assert all(answer in told for answer in sample.answers)
+        asked, prefix = tokenizer.decode(sample.ids[list(sample.question_rows)].tolist()), sample.prefix
+        assert asked.strip().startswith("What") and prefix[:-4] in asked and sample.answers[0] not in asked
+        assert sample.question_rows[-1] + 1 == sample.answer_rows[0] and sample.answer_rows[-1] == key.length - 2
 
 
 def test_plain_tokenizers_get_their_opening_but_no_closing_token() -> None:

@@ -49,7 +49,7 @@ def test_the_verdict_is_what_generate_says(name: str) -> None:
     model = lively(name)
     samples = samples_around_generation(model)
     with undisturbed(model):
-        outcomes = [o for i in range(0, 12, 4) for o in score_batch(LastLogits(model), samples[i : i + 4], [1.0] * 4)]
+        outcomes = [o for i in range(0, 12, 4) for o in score_batch(LastLogits(model), samples[i : i + 4])]
     for sample, outcome in zip(samples, outcomes, strict=True):
         generated = greedy_tokens(model, sample.prompt.tolist(), sample.answer_size)
         assert outcome.correct == (generated == sample.answer.tolist())
@@ -65,7 +65,7 @@ def test_logprob_is_that_of_the_full_logits(name: str) -> None:
     model = lively(name)
     samples = samples_around_generation(model, 4)
     with undisturbed(model):
-        outcomes = score_batch(LastLogits(model), samples, [1.0] * 4)
+        outcomes = score_batch(LastLogits(model), samples)
         for sample, outcome in zip(samples, outcomes, strict=True):
             logits = model(input_ids=sample.ids[None].long()).logits[0].double()
             rows = logits.log_softmax(-1)[-sample.answer_size - 1 : -1]
@@ -80,7 +80,7 @@ def test_only_the_answers_logits_are_computed() -> None:
     shapes = []
     model.lm_head.register_forward_hook(lambda module, args, out: shapes.append(tuple(out.shape)))
     with undisturbed(model):
-        score_batch(LastLogits(model), samples_around_generation(model, 4), [1.0] * 4)
+        score_batch(LastLogits(model), samples_around_generation(model, 4))
     assert shapes[-1] == (4, ANSWER, 256)
 
 
@@ -93,7 +93,7 @@ def test_adapters_are_probed_through_their_wrapper() -> None:
     shapes = []
     base.lm_head.register_forward_hook(lambda module, args, out: shapes.append(tuple(out.shape)))
     with undisturbed(adapted):
-        outcomes = score_batch(LastLogits(adapted), samples, [1.0] * 4)
+        outcomes = score_batch(LastLogits(adapted), samples)
     assert [o.correct for o in outcomes] == [True, False] * 2 and shapes == [(4, ANSWER, 256)]
 
 
@@ -103,7 +103,7 @@ def test_not_a_number_is_no_answer() -> None:
     with torch.no_grad():
         model.lm_head.weight[5] = torch.nan
     with undisturbed(model):
-        outcomes = score_batch(LastLogits(model), samples, [1.0] * 2)
+        outcomes = score_batch(LastLogits(model), samples)
     assert not any(o.correct for o in outcomes) and all(o.logprob != o.logprob for o in outcomes)
 
 
@@ -361,7 +361,7 @@ def test_retries_are_scored_like_first_tries() -> None:
     model = tiny_model("minimax").eval()
     samples = samples_around_generation(model, 6)
     with undisturbed(model):
-        first = score_batch(LastLogits(model), samples, [1.0] * 6)
+        first = score_batch(LastLogits(model), samples)
         again = score_retries(LastLogits(model), [(s, s.answer.tolist()) for s in samples], LENGTH)
     for a, b in zip(first, again, strict=True):
         assert (a.correct, a.left_at, a.said) == (b.correct, b.left_at, b.said)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from random import Random
@@ -13,10 +13,12 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from qkguard.probe import scoring
 from qkguard.probe.prober import Prober
 from qkguard.probe.prompt import AnswerFormat
 from qkguard.probe.results import ProbeResult
 from qkguard.probe.samples import Sample, SampleKey
+from qkguard.probe.scoring import Outcome
 from qkguard.probe.tasks import TASKS, example
 from qkguard.training.recall_monitor import RecallMonitor
 
@@ -133,6 +135,34 @@ def pretend(patch: Any, verdict: Callable[[int, SampleKey], bool]) -> list[int]:
 def no_floor(patch: Any) -> None:
     """Let trainings be probed on, although a tiny model of random weights finds no needles before them."""
     patch.setattr(RecallMonitor, "at_floor", False)
+
+
+def all_right(patch: Any) -> None:
+    """Let every answer count as right where it is scored, so that the heads' scores are of all samples."""
+
+    def right(logits: Any, answer: Any, lead: int) -> Outcome:
+        return Outcome(True, -0.1)
+
+    patch.setattr(scoring, "_judge", right)
+
+
+@torch.no_grad()
+def with_retrieval_head(model: Any, tokens: Sequence[int], layer: int, head: int, gain: float = 1.2) -> Any:
+    """A llama in which one head looks at these tokens wherever they are, and no other head has a purpose.
+
+    Two dimensions of the embeddings say "a token" and "one of these"; the head's queries read the first, its keys the
+    second. Both are written to the pair of dimensions that rotary embedding turns least.
+    """
+    embedding = model.get_input_embeddings().weight
+    embedding[:, :2] = torch.tensor([1.0, 0.0])
+    embedding[list(tokens), 1] = 1.0
+    attention = model.model.layers[layer].self_attn
+    size, groups = attention.head_dim, attention.num_key_value_groups
+    for weight, number, reads in ((attention.q_proj.weight, head, 0), (attention.k_proj.weight, head // groups, 1)):
+        rows = weight[number * size : (number + 1) * size]
+        rows.zero_()
+        rows[size // 2 - 1, reads] = gain
+    return model
 
 
 def always(number: int, key: SampleKey) -> bool:

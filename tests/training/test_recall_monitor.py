@@ -142,7 +142,14 @@ def test_probes_run_by_schedule_at_saves_and_at_both_ends(base, tmp_path):
     assert [step for step, _ in raw] == [0, 2, 3, 4, 5] and [step for step, _ in swapped] == [3, 5]
     assert len({value for _, value in raw}) == 5, "the weights moved, the probe did not"
     row = next(row for row in judge.metrics_rows(tmp_path / "run") if "qkguard/niah/recall" in row)
-    assert {"qkguard/niah/single_1/192", "qkguard/attention/needle_mass", "qkguard/attention/local_mass"} <= set(row)
+    kinds = ("needle_mass", "local_mass", "distance")
+    assert {"qkguard/niah/single_1/192", *(f"qkguard/attention/{kind}" for kind in kinds)} <= set(row)
+    by_length = row["niah_attention"]
+    assert [found["length"] for found in by_length] == sorted({found["length"] for found in row["niah_grid"]})
+    for kind in kinds:
+        of_layers = [value for found in by_length for value in found[kind]]
+        assert row[f"qkguard/attention/{kind}"] == pytest.approx(sum(of_layers) / len(of_layers))
+        assert len(of_layers) == len(by_length) * len(by_length[0]["layers"])
     assert row["qkguard/overhead/probe_seconds"] > 0 and row["niah_grid"][0]["depth"] == 0
     for step in (3, 5):
         manifest = json.loads((tmp_path / f"run/checkpoint-{step}/qk_restored/qkguard.json").read_text())["probe"]
