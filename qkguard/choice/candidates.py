@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 from qkguard.errors import QKGuardError, current_names
+from qkguard.layout.rows import RETRIEVAL
 from qkguard.restore.registry import check_options, get_method
 
 USUAL: dict[str, list[dict[str, Any]]] = {
@@ -18,8 +19,8 @@ USUAL: dict[str, list[dict[str, Any]]] = {
 }
 """What a method stands for in a grid where no options are given."""
 
-GRID = ("restore", "restore:projections=k", "qk-pro", "interpolate")
-"""The default grid: 8 candidates. Procrustes attends as restore does: it shows only as alignment of interpolate."""
+GRID = ("restore", "restore:layers=retrieval", "restore:projections=k", "qk-pro", "interpolate")
+"""The default grid: 9 candidates. Procrustes attends as restore does: it shows only as alignment of interpolate."""
 
 CONTROLS: dict[str, tuple[str, ...]] = {"q": ("q",), "k": ("k",), "v": ("v",), "o": ("o",), "vo": ("v", "o")}
 """The experiment's controls: single projections taken back whole."""
@@ -34,7 +35,8 @@ class Candidate:
     """One model to measure.
 
     `kind` is "base", "raw", "method", "control" or "layer". `tensors` are the projections that change, of q, k, v, o;
-    `layers` the decoder layers, None for all that are selected.
+    `layers` the decoder layers, None for all that are selected, "retrieval" for those that a measurement of the base
+    will name.
     """
 
     name: str
@@ -42,7 +44,12 @@ class Candidate:
     tensors: tuple[str, ...] = ()
     method: str = "restore"
     options: Mapping[str, Any] = field(default_factory=dict)
-    layers: tuple[int, ...] | None = None
+    layers: tuple[int, ...] | Literal["retrieval"] | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it treats queries and keys, in all layers that are selected."""
+        return len(self.tensors) == 2 and self.layers is None
 
     @property
     def recommendable(self) -> bool:
@@ -55,7 +62,8 @@ def method_candidates(methods: Sequence[str] | str | None = None) -> list[Candid
 
     Args:
         methods: entries `name` (that method's usual options) or `name:key=value:...`, several values of a key
-            separated by slashes: "qk-pro:ridge=0.3/1/3", "interpolate:alpha=0.5:align", "restore:projections=k".
+            separated by slashes: "qk-pro:ridge=0.3/1/3", "interpolate:alpha=0.5:align", "restore:projections=k",
+            "restore:layers=retrieval".
 
     Raises:
         QKGuardError: an entry that is not written so, or options that its method does not take.
@@ -104,16 +112,18 @@ def layer_candidates(layers: Iterable[int | None]) -> list[Candidate]:
 
 
 def method_candidate(method: str, options: Mapping[str, Any]) -> Candidate:
-    """One method with its options, `projections` among them; options that are None are the defaults."""
+    """One method with its options, `projections` and `layers` among them; options that are None are the defaults."""
     options = dict(options)
     projections = tuple(sorted(set(options.pop("projections", ("q", "k"))), reverse=True))
+    layers = options.pop("layers", None)
     chosen = check_options(method, options, projections)
     said = [f"{key} {value:g}" for key, value in chosen.items() if key in ("ridge", "alpha")]
     said += ["aligned"] if chosen.get("align") else []
     said += ["by layer"] if chosen.get("per_layer") else []
     said += ["" if len(projections) == 2 else f"{projections[0].upper()} only"]
+    said += ["in retrieval layers"] if layers == RETRIEVAL else []
     chosen = {key: value for key, value in chosen.items() if value is not None}
-    return Candidate(" ".join([method, *filter(None, said)]), "method", projections, method, chosen)
+    return Candidate(" ".join([method, *filter(None, said)]), "method", projections, method, chosen, layers)
 
 
 def _combinations(entry: str, settings: Sequence[str]) -> list[dict[str, Any]]:
@@ -127,8 +137,8 @@ def _combinations(entry: str, settings: Sequence[str]) -> list[dict[str, Any]]:
                 choices[name] = [_value(name, text) for text in texts]
             except (ValueError, KeyError):
                 raise QKGuardError(
-                    f"Invalid {setting!r} in {entry!r}: expected ridge=, alpha=, align or projections=, with several "
-                    "values separated by slashes."
+                    f"Invalid {setting!r} in {entry!r}: expected ridge=, alpha=, align, projections= or "
+                    "layers=retrieval, with several values separated by slashes."
                 ) from None
     return [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
 
@@ -138,6 +148,8 @@ def _value(key: str, text: str) -> Any:
         if not text or set(text) - {"q", "k"}:
             raise ValueError
         return tuple(text)
+    if key == "layers":
+        return {str(RETRIEVAL): RETRIEVAL}[text]
     if key == "align":
         return {"true": True, "false": False}[text]
     return {"ridge": float, "alpha": float}[key](text)

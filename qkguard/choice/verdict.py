@@ -170,7 +170,7 @@ def explain(points: Sequence[Measurement], chosen: Measurement, tolerance: float
     base = next((p for p in points if p.candidate.kind == "base"), None)
     methods = [p for p in points if p.candidate.recommendable]
     best = max(methods, key=_recall, default=None)
-    whole = next((p for p in methods if p.candidate.method == "restore" and len(p.candidate.tensors) == 2), None)
+    whole = next((p for p in methods if p.candidate.method == "restore" and p.candidate.is_whole), None)
     controls = [p for p in points if p.candidate.kind == "control" and set(p.candidate.tensors) & {"v", "o"}]
     sentences = []
     if base is not None:

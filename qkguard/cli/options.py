@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from qkguard.cli.output import warn
 from qkguard.errors import DROPPED, RENAMED, QKGuardError
-from qkguard.layout.rows import RowOptions, RowSelection
+from qkguard.layout.rows import RETRIEVAL, RowOptions, RowSelection
 
 Base = Annotated[
     str, typer.Option("--base", "-b", help="Checkpoint before SFT: a folder or a hub id (NAME@REVISION).")
@@ -78,9 +78,17 @@ Chunk = Annotated[
 
 
 def row_selection(
-    layers: str | None, norms: bool, sliding_window: bool, shared: str, projections: str | None = None
+    layers: str | None,
+    norms: bool,
+    sliding_window: bool,
+    shared: str,
+    projections: str | None = None,
+    *,
+    retrieval: bool = False,
 ) -> RowOptions:
     """The options that say which rows are restored, as `restore_checkpoint` takes them.
+
+    With `retrieval`, layers may be "retrieval", which is looked into later.
 
     Raises:
         QKGuardError: a value outside its choices.
@@ -93,7 +101,7 @@ def row_selection(
     }
     if projections is not None:
         options["projections"] = sorted(set(parse_names(projections)), reverse=True)
-    RowSelection.of(options)
+    RowSelection.of(options | ({"layers": None} if retrieval and options["layers"] == RETRIEVAL else {}))
     return options  # type: ignore[return-value]
 
 
@@ -137,10 +145,10 @@ def _expecting(option: str, text: str, what: str) -> Iterator[None]:
         raise QKGuardError(f"Invalid {option} {text!r}: expected {what}.") from None
 
 
-def parse_layers(text: str | None) -> list[int] | None:
-    """ "3,7,11-13" -> [3, 7, 11, 12, 13]."""
-    if text is None:
-        return None
+def parse_layers(text: str | None) -> list[int] | Literal["retrieval"] | None:
+    """ "3,7,11-13" -> [3, 7, 11, 12, 13]; "retrieval" as it is."""
+    if text is None or text == RETRIEVAL:
+        return text
     layers: set[int] = set()
     with _expecting("--layers", text, "layer numbers such as 3,7,11 or 0-15"):
         for item in parse_names(text):

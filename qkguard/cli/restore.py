@@ -24,7 +24,13 @@ def restore(
     align: opt.Align = False,
     per_layer: opt.PerLayer = None,
     projections: opt.Projections = "q,k",
-    layers: opt.Layers = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help='Decoder layers, counted from 0: 3,7,11 or 0-15. "retrieval": those that the guarded run around '
+            "--tuned chose. Default: every softmax layer."
+        ),
+    ] = None,
     include_norms: opt.Norms = False,
     sliding_window: opt.Sliding = True,
     shared: opt.Shared = "keep",
@@ -46,7 +52,7 @@ def restore(
 
     Example: qkguard restore --base Qwen/Qwen3-8B --tuned runs/sft/checkpoint-900 --out qwen3-8b-cot-restored
     """
-    rows = opt.row_selection(layers, include_norms, sliding_window, shared, projections)
+    rows = opt.row_selection(layers, include_norms, sliding_window, shared, projections, retrieval=True)
     quiet_transformers()
     from qkguard.offline.restore import restore_checkpoint
 

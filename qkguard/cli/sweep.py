@@ -32,7 +32,7 @@ def sweep(
             "--grid",
             help="Methods, with strengths where others than the usual are wanted: "
             "restore,qk-pro:ridge=0.3/1/3,interpolate:alpha=0.5:align.",
-            show_default="restore,restore:projections=k,qk-pro,interpolate",
+            show_default="restore,restore:layers=retrieval,restore:projections=k,qk-pro,interpolate",
         ),
     ] = None,
     controls: Annotated[
@@ -195,6 +195,8 @@ def _show(report: SweepReport, files: dict[str, list[Path]], written: Path | Non
         print_table(groups.head, groups.rows, title="groups of weights, taken back alone and left from SFT alone")
         for sentence in report.attribution.words:
             say(sentence)
+    if report.retrieval is not None and report.retrieval.layers is not None:
+        say(report.retrieval.words)
     for sentence in report.words:
         say(sentence)
     say(f"rule: {report.rule}")

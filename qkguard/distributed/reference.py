@@ -83,6 +83,13 @@ class Reference:
         deferred.agree()
         return cls(selection, maps, shards, slices)
 
+    def only(self, selection: Selection) -> Reference:
+        """The rows of some of its layers, in the same memory; every rank by itself."""
+        names = [pmap.name for _, pmaps in selection for pmap in pmaps]
+        shards = {name: self.shards[name] for name in names}
+        slices = {name: self.slices[name] for name in names}
+        return Reference(selection, {name: self.maps[name] for name in names}, shards, slices)
+
     @property
     def nbytes(self) -> int:
         """Bytes this rank keeps."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Unpack
@@ -14,10 +14,12 @@ from qkguard.checkpoint.staging import working_folder
 from qkguard.checkpoint.weights import NonfiniteScan
 from qkguard.checkpoint.write import BytesProgress, check_target, prepare, publish, write_files
 from qkguard.errors import QKGuardError, RearrangedError, current_names
-from qkguard.layout.rows import RowOptions, RowSelection
+from qkguard.layout.rows import RETRIEVAL, RowOptions, RowSelection
 from qkguard.layout.selection import select
 from qkguard.offline.pair import Folders, Pair, find_pair, folder_attention, open_folders
+from qkguard.offline.retrieval import choice_of_run
 from qkguard.offline.whole import refuse_incomplete
+from qkguard.probe.retrieval import RetrievalChoice
 from qkguard.restore.registry import check_options, get_method
 
 
@@ -57,7 +59,7 @@ def restore_checkpoint(
         extra: further keys for the manifest.
         progress: called with (bytes done, bytes in all).
         rows: which rows, as the fields of `RowSelection`: projections, layers, include_norms, include_sliding_window,
-            shared.
+            shared. layers="retrieval" takes the choice of the guarded run around `tuned`, where that made one.
 
     Tensor names that a wrapper left its mark in (`_orig_mod.`, `module.`, `base_model.model.`) are written as
     from_pretrained loads them.
@@ -72,6 +74,9 @@ def restore_checkpoint(
     target = Path(out)
     check_target([Path(folder) for folder in (base, tuned) if os.path.isdir(folder)], target, overwrite)
     given: dict[str, Any] = current_names(rows)
+    chosen_by_run = choice_of_run(tuned) if given.get("layers") == RETRIEVAL else None
+    if chosen_by_run is not None:
+        given["layers"] = chosen_by_run.layers
     per_layer = given.pop("per_layer", per_layer)  # under its old name
     chosen = RowSelection.of(given)
     options = {"ridge": ridge, "alpha": alpha, "align": align, "per_layer": per_layer}
@@ -103,8 +108,15 @@ def restore_checkpoint(
         )
         with prepare(plan, ahead.staging) as staging:
             records = write_files(plan, staging.folder, progress=progress, ahead=ahead.copies)
-            found = {"warnings": pair.warnings, "nonfinite": scan.result()}
+            found = {"warnings": pair.warnings, "nonfinite": scan.result(), **_told(chosen_by_run, pair.warnings)}
             return publish(plan, staging, records, {**(extra or {}), **found})
+
+
+def _told(choice: RetrievalChoice | None, warnings: Sequence[str]) -> dict[str, Any]:
+    """What the manifest says of a choice of layers, and a warning where it is of all."""
+    if choice is None:
+        return {}
+    return {"retrieval": choice.summary(), "warnings": [*warnings, *([] if choice.layers else [choice.words])]}
 
 
 def _through_transformers(folders: Folders, work: Path, rows: RowSelection, trust_remote_code: bool) -> Pair:

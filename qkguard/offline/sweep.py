@@ -36,11 +36,13 @@ from qkguard.offline.models import (
 )
 from qkguard.offline.pair import Folders, find_pair, open_folders
 from qkguard.offline.restore import restore_checkpoint
+from qkguard.offline.retrieval import are_wanted, choose_in_base, with_layers
 from qkguard.offline.sweep_swap import CandidateRows, CandidateSwap
 from qkguard.offline.task_rows import find_rows, read_rows
 from qkguard.offline.whole import refuse_incomplete
 from qkguard.probe.prober import Prober
 from qkguard.probe.results import ProbeResult
+from qkguard.probe.retrieval import RetrievalChoice
 from qkguard.probe.settings import (
     DEFAULT_TASKS,
     ProbeSettings,
@@ -57,12 +59,15 @@ VERSION = 1
 
 @dataclass(kw_only=True)
 class SweepReport(Verdict):
-    """What a sweep found. `warnings` are sentences for the user."""
+    """What a sweep found. `warnings` are sentences for the user; `retrieval` says which layers hold retrieval heads,
+    where a point restores these alone.
+    """
 
     base: str
     tuned: str
     settings: dict[str, Any]
     warnings: list[str] = field(default_factory=list)
+    retrieval: RetrievalChoice | None = None
     seconds: float = 0.0
     attribution: Attribution | None = None
 
@@ -79,6 +84,7 @@ class SweepReport(Verdict):
             "points": [point.to_json(self.tolerance) for point in self.points],
             "layers": rank_layers(self.points),
             "attribution": None if self.attribution is None else self.attribution.to_json(self.tolerance),
+            "retrieval": None if self.retrieval is None else self.retrieval.summary(),
             "settings": self.settings,
             "warnings": self.warnings,
             "seconds": self.seconds,
@@ -128,8 +134,8 @@ def sweep(
         data: rows held out from SFT, for task quality: a JSON-lines file or an iterable of mappings with "prompt" and
             "completion" or "answer", "messages", or "text" (`task.encode_rows`). "none" measures recall alone. By
             default those that the guarded run around `tuned` kept of its evaluation set.
-        methods: the grid (`candidates.method_candidates`); by default restore, keys only, and qk-pro and interpolate
-            at a few strengths.
+        methods: the grid (`candidates.method_candidates`); by default restore, restore of the retrieval layers alone
+            (`probe.retrieval`), keys only, and qk-pro and interpolate at a few strengths.
         controls: some of "q", "k", "v", "o", "vo", or "all": single projections taken back, to see what the cause is.
         each_layer: also restore one layer at a time.
         attribute: also swap whole groups of weights (queries and keys, values and outputs, mixers, MLPs, norms and
@@ -178,7 +184,11 @@ def sweep(
 
     model, prober, more = _open_base(folders, tokenizer, settings, load, chunk)
     measure = partial(_measure, prober, encoded, bar)
+    prober.attention = prober.questions = are_wanted(grid)
     measured = [Measurement(Candidate("base", "base"), *measure(model, "base"))]
+    retrieval = choose_in_base(model, measured[0].probe, selection, spec) if prober.questions else None
+    grid, left_out = with_layers(grid, retrieval)
+    prober.attention = prober.questions = False
     del model
     free_memory()
 
@@ -204,8 +214,9 @@ def sweep(
         tolerance=tolerance,
         data=plural(len(encoded or ()), "row") if encoded else "",
         settings=prober.record() | {"rows": len(encoded or ()), "tolerance": tolerance, "dtype": dtype},
-        warnings=[*warnings, *more, *_warnings(measured)],
         attribution=attribution,
+        warnings=[*warnings, *more, *left_out, *_warnings(measured)],
+        retrieval=retrieval,
     )
     if write is not None and report.recommended.candidate.recommendable:
         _write(report, write, overwrite=overwrite, rows=selection, spec=spec, trust_remote_code=trust_remote_code)
@@ -308,13 +319,17 @@ def _warnings(measured: Sequence[Measurement]) -> list[str]:
 
 def _write(report: SweepReport, out: str | os.PathLike[str], *, rows: RowSelection, **options: Any) -> None:
     candidate = report.recommended.candidate
+    extra: dict[str, Any] = {"sweep": report.summary()}
+    if candidate.layers is not None and report.retrieval is not None:
+        extra["retrieval"] = report.retrieval.summary()
+    layers = rows.layers if candidate.layers is None else candidate.layers
     restore_checkpoint(
         report.base,
         report.tuned,
         out,
         method=candidate.method,
-        extra={"sweep": report.summary()},
+        extra=extra,
         **dict(candidate.options),
         **options,
-        **(rows.to_json() | {"projections": candidate.tensors}),
+        **(rows.to_json() | {"projections": candidate.tensors, "layers": layers}),
     )

@@ -17,7 +17,7 @@ from qkguard.choice.candidates import Candidate
 from qkguard.choice.value_output import find_value_output
 from qkguard.errors import QKGuardError
 from qkguard.layout import disk_names, find_attention
-from qkguard.layout.rows import RowSelection
+from qkguard.layout.rows import RETRIEVAL, RowSelection
 from qkguard.layout.selection import select, unselected_norms
 from qkguard.layout.spec import ParamMap
 from qkguard.offline.pair import Folders, tensor_names
@@ -133,6 +133,7 @@ class CandidateSwap:
     def _prepare_attention(self, candidate: Candidate, projections: Sequence[str], out: CandidateRows) -> None:
         method = get_method(candidate.method)
         layers = self.rows.layers if candidate.layers is None else candidate.layers
+        assert layers != RETRIEVAL  # `with_layers` has put numbers in its place
         selection = select(self.specs, replace(self.rows, projections=tuple(projections), layers=layers))
         source = self._source([p for _, maps in selection for p in maps])
         tuned = self.folders.tuned

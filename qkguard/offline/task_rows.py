@@ -61,15 +61,20 @@ def own_labels(row: Mapping[str, Any]) -> list[int]:
 
 
 def find_rows(tuned: Path) -> Path | None:
-    """The rows kept by the run that wrote a folder, if it kept any; None for a hub id, whatever folders are around.
+    """The rows of its evaluation set that the run kept which wrote a folder, if it kept any."""
+    run = find_run(tuned)
+    return run / HELDOUT if run is not None and (run / HELDOUT).is_file() else None
+
+
+def find_run(tuned: Path) -> Path | None:
+    """The run folder of the guarded run that wrote a folder; None for a hub id, whatever folders are around.
 
     A folder is a run's by its place in it (its output folder, checkpoints and final models), else by the reference
     that the manifest of its restored model names. That it lies in or beside a run says nothing.
     """
     if not tuned.is_dir():
         return None
-    run = _run_by_place(tuned.resolve()) or _run_by_manifest(tuned)
-    return run / HELDOUT if run is not None and (run / HELDOUT).is_file() else None
+    return _run_by_place(tuned.resolve()) or _run_by_manifest(tuned)
 
 
 def _run_by_place(folder: Path) -> Path | None:

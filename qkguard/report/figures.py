@@ -29,6 +29,7 @@ def run_figures(run: Run) -> dict[str, Figure]:
         "drift": drift_curves(run),
         "drift_layers": drift_heatmap(run),
         "needle_mass": needle_heatmap(run),
+        "retrieval": retrieval_heatmap(run),
     }
     return {name: figure for name, figure in made.items() if figure is not None}
 
@@ -119,6 +120,15 @@ def needle_heatmap(run: Run) -> Figure | None:
     layers = next(iter(shown.values())).needle_mass[0]["layers"]
     panels = {WEIGHTS[weights]: [grid["heads"] for grid in probe.needle_mass] for weights, probe in shown.items()}
     return head_panels(panels, layers, "attention on the needle")
+
+
+def retrieval_heatmap(run: Run) -> Figure | None:
+    """Layer x head: the scores by which `layers="retrieval"` was chosen."""
+    if run.retrieval is None or not run.retrieval.scores:
+        return None
+    scores = run.retrieval.scores
+    panels = {f"{WEIGHTS['before']} (threshold {run.retrieval.threshold:g})": [[found.heads for found in scores]]}
+    return head_panels(panels, [found.layer for found in scores], "retrieval score")
 
 
 def comparison_figures(runs: Mapping[str, Run]) -> dict[str, Figure]:

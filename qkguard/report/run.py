@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from qkguard.checkpoint.manifest import MANIFEST, load_manifest
 from qkguard.errors import QKGuardError
+from qkguard.probe.retrieval import RetrievalChoice
 from qkguard.probe.statistics import at_floor, wilson
 
 logger = logging.getLogger(__name__)
@@ -22,6 +23,9 @@ RUN_FOLDER = "_qkguard"
 """Where a run's own files lie in its output folder; `push_to_hub` leaves out what begins with an underscore."""
 
 METRICS = "metrics.jsonl"
+
+RETRIEVAL_LAYERS = "retrieval.json"
+"""In a run folder, which layers `layers="retrieval"` stands for in this run."""
 
 DRIFT = "qkguard/drift/"
 SUFFIXES: dict[Literal["raw", "restored"], str] = {"raw": "", "restored": "_restored"}
@@ -54,11 +58,13 @@ class ProbeRow:
     """One probe of the raw or the restored weights, as a row of metrics.jsonl tells it.
 
     `groups`: {"task", "length", "depth", "recall", "count"}; `needle_mass`: {"length", "layers", "heads"}, the
-    attention on the needle by layer and head; `change`: {"value", "low", "high", "before", "count"}, the paired
-    difference of recall with its 95% interval: raw weights against the probe before training, restored ones against
-    the raw ones of that step; `before` is the recall that is compared with, on the `count` samples that both have.
-    `before`: groups of the probe before training on these samples, where it asked more. `falls`: where recall has
-    fallen beyond noise, {"where", "before", "now", "low", "high", "count"}, the largest first.
+    attention on the needle by layer and head; `attention`: {"length", "layers", "needle_mass", "local_mass",
+    "distance"}, means over heads by layer, distances in tokens; `change`: {"value", "low", "high", "before",
+    "count"}, the paired difference of recall with its 95% interval: raw weights against the probe before training,
+    restored ones against the raw ones of that step; `before` is the recall that is compared with, on the `count`
+    samples that both have. `before`: groups of the probe before training on these samples, where it asked more.
+    `falls`: where recall has fallen beyond noise, {"where", "before", "now", "low", "high", "count"}, the largest
+    first.
     """
 
     step: int
@@ -66,6 +72,7 @@ class ProbeRow:
     recall: float
     groups: Sequence[Mapping[str, Any]]
     needle_mass: Sequence[Mapping[str, Any]]
+    attention: Sequence[Mapping[str, Any]]
     change: Mapping[str, float] | None
     before: Sequence[Mapping[str, Any]] = ()
     falls: Sequence[Mapping[str, Any]] = ()
@@ -128,7 +135,7 @@ class Run:
         return next((p for p in reversed(self.probes) if p.weights == weights and p.step > 0), None)
 
     def probes_with(self, detail: str) -> dict[str, ProbeRow]:
-        """Those probes of "before", "raw" and "restored" that hold "groups" or "needle_mass"."""
+        """Those probes of "before", "raw" and "restored" that hold "groups", "needle_mass" or "attention"."""
         found = {weights: self.probe_of(weights) for weights in ("before", "raw", "restored")}
         return {weights: probe for weights, probe in found.items() if probe is not None and getattr(probe, detail)}
 
@@ -142,6 +149,12 @@ class Run:
         if not found or any(row["step"] > self.rows[found[-1][0]]["step"] for row in self.rows):
             return None
         return found[-1][1]
+
+    @cached_property
+    def retrieval(self) -> RetrievalChoice | None:
+        """Which layers `layers="retrieval"` stands for, with the scores; None in a run without it."""
+        found = [row["retrieval"] for row in self.rows if row.get("retrieval")]
+        return RetrievalChoice.from_json(found[-1]) if found else None
 
     @cached_property
     def layers(self) -> list[str]:
@@ -191,6 +204,7 @@ def probes_in(row: Mapping[str, Any]) -> Iterable[ProbeRow]:
                 recall=recall,
                 groups=row.get(f"niah{suffix}_grid", ()),
                 needle_mass=row.get(f"niah{suffix}_needle_mass", ()),
+                attention=row.get(f"niah{suffix}_attention", ()),
                 change=row.get(f"niah{suffix}_change"),
                 before=row.get(f"niah{suffix}_before_grid", ()),
                 falls=row.get(f"niah{suffix}_falls", ()),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 
 from qkguard.errors import QKGuardError
 from qkguard.report.figures import KINDS, WEIGHTS, comparison_figures, run_figures
@@ -21,6 +22,7 @@ CAPTIONS = {
     "drift": "How far queries, keys and their product (routing) have moved, relative to before training.",
     "drift_layers": "The same, layer by layer over the steps.",
     "needle_mass": "Attention from the answer's positions to the needle, by layer and head, mean over lengths.",
+    "retrieval": "Attention on the needle beyond chance, of answer or question, on samples answered rightly.",
 }
 
 
@@ -50,6 +52,7 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
         recall=_recall_table(run),
         pictures=pictures,
         layers=_layer_table(run),
+        attention=_attention_table(run),
         written=_written(run),
         last_restored=run.restored_folders[-1] if run.restored_folders else None,
         cost=_cost_table(run),
@@ -170,6 +173,23 @@ def _layer_table(run: Run) -> Table | None:
         for label in run.layers
     ]
     return Table(["", *KINDS.values()], rows) if rows else None
+
+
+def _attention_table(run: Run) -> Table | None:
+    """Where the answer's positions look, layer by layer: before, raw and restored in one cell, means over lengths."""
+    shown = run.probes_with("attention")
+    if not shown:
+        return None
+    layers = next(iter(shown.values())).attention[0]["layers"]
+    rows = []
+    for i, layer in enumerate(layers):
+        row = [f"layer {layer}"]
+        for kind, form in (("needle_mass", ".3f"), ("local_mass", ".3f"), ("distance", ",.0f")):
+            means = [fmean(found[kind][i] for found in probe.attention) for probe in shown.values()]
+            row.append(" / ".join(format(mean, form) for mean in means))
+        rows.append(row)
+    weights = " / ".join(WEIGHTS[name] for name in shown)
+    return Table([weights, "on the needle", "on recent tokens", "distance (tokens)"], rows)
 
 
 def _written(run: Run) -> list[str]:

@@ -13,7 +13,7 @@ USE_RESTORED = (
 
 def describe(run: Run) -> list[str]:
     """Sentences for people, each true of the files it was made from."""
-    return [*_recall(run), *_alerts(run), *_restored(run), *_drift(run)]
+    return [*_recall(run), *_alerts(run), *_restored(run), *_retrieval(run), *_drift(run)]
 
 
 def _recall(run: Run) -> list[str]:
@@ -116,6 +116,11 @@ def _why_alike(run: Run, raw: ProbeRow, restored: ProbeRow) -> str:
         lost = "as far as this probe can tell, what was restored is not what recall was lost through"
         return f"{lost}. Use the raw model."
     return "there was no loss to repair. Use the raw model."
+
+
+def _retrieval(run: Run) -> list[str]:
+    """Which layers are restored, where the run chose them."""
+    return [] if run.retrieval is None else [run.retrieval.words]
 
 
 def _drift(run: Run) -> list[str]:

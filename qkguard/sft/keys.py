@@ -11,7 +11,7 @@ import types
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -143,7 +143,8 @@ def guard_settings(section: Any, arguments: Sequence[str], recipe: Path | None) 
         for key in given.keys() - hints.keys():
             raise QKGuardError(where + unknown_key(f"{SECTION}.{key}", (), dash="" if where else "--"))
         for key in given.keys() & hints.keys():
-            if list in kinds_of(hints[key]) and isinstance(given[key], str | int | float):
+            is_word = given[key] in words_of(hints[key])
+            if list in kinds_of(hints[key]) and isinstance(given[key], str | int | float) and not is_word:
                 given[key] = [given[key]]  # `layers: 3` for `layers: [3]`
     try:
         QKGuardConfig(**section)
@@ -197,6 +198,12 @@ def kinds_of(hint: Any) -> set[Any]:
     """The plain types a hint allows: `dict[str, int] | None` -> {dict, NoneType}."""
     members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     return {get_origin(member) or member for member in members}
+
+
+def words_of(hint: Any) -> list[Any]:
+    """The values that a hint allows by name: `list[int] | Literal["all"]` -> ["all"]."""
+    members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return [word for member in members if get_origin(member) is Literal for word in get_args(member)]
 
 
 def unknown_key(key: str, known: Iterable[str], dash: str = "") -> str:

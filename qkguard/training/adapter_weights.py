@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ from qkguard.checkpoint.staging import Staging
 from qkguard.choice.candidates import Candidate, final_candidates, method_candidate
 from qkguard.distributed import ranks
 from qkguard.errors import QKGuardError
-from qkguard.layout.selection import Selection, show_layers
+from qkguard.layout.selection import Selection, select, show_layers
 from qkguard.offline.merge import merge_adapter, mergeable_weights
 from qkguard.training.background import BackgroundWriter, Save, Write
 from qkguard.training.loader_check import loaded_from
@@ -57,6 +58,7 @@ class AdapterWeights:
         drift_monitor: measures drift of the effective weights; None if no adapter is on queries or keys.
         usual: the restore of checkpoints, as configured.
         share: how much of the adapters' effect on queries and keys stays in it.
+        selection, rows: what is restored: all that is guarded, or fewer layers (`restrict`).
         swap: opens a context in which adapters move queries and keys only by the share that stays; None where no such
             context is possible.
         staging: where folders are assembled (`FolderPlan`); set when a `train()` begins.
@@ -78,11 +80,13 @@ class AdapterWeights:
         _check_settings(config)
         self.background = background
         self.config, self.model, self.folder, self.writers, self.selection = config, model, folder, writers, selection
+        self.rows = config.rows
         self.staging: Path | None = None
         self.usual = method_candidate(config.restore_method, _options(config))
         self.share = _share(self.usual)
         self.weights = adapted_weights(model, selection, merging=config.merge_at_end)
         self.adapted = [weight for weight in self.weights if weight.layer is not None]
+        self._restorable = self.weights
         self.writable = bool(self.adapted) and self._check_writable()
         self._loaded_from: str | None = None
         if config.merge_at_end:
@@ -109,9 +113,23 @@ class AdapterWeights:
             return []
         return final_candidates(self.usual, ("qk-pro", "interpolate") if self._has_dora() else ("qk-pro",))
 
+    def restrict(self, layers: Sequence[int]) -> str:
+        """Restore these of the guarded layers alone from now on; the drift stays that of all.
+
+        Every rank by itself. Returns why it cannot be, in a clause; "" where it is done.
+        """
+        rows = replace(self.rows, layers=tuple(layers))
+        selection = select([spec for spec, _ in self.selection], rows)
+        names = {pmap.name for _, pmaps in selection for pmap in pmaps}
+        restorable = [weight for weight in self.weights if weight.pmap.name in names]
+        if self.adapted and not any(weight.layer is not None for weight in restorable):
+            return f"no adapter is on the queries and keys of layers {show_layers(layers)}, which hold retrieval heads"
+        self.selection, self.rows, self._restorable = selection, rows, restorable
+        return ""
+
     def swapped(self, candidate: Candidate) -> AbstractContextManager[None]:
         """A context in which adapters move queries and keys as after a restore."""
-        return scaled_adapters(self.weights, _share(candidate))
+        return scaled_adapters(self._restorable, _share(candidate))
 
     def _check_writable(self) -> bool:
         """Whether the adapters have a form without queries and keys; without one, only merges are written."""
@@ -249,7 +267,7 @@ class AdapterWeights:
         """All but the rename, in a thread."""
         chosen = save.chosen or self.usual
         is_raw = not chosen.tensors
-        method = {"name": "raw" if is_raw else chosen.method, **self.config.rows.to_json()}
+        method = {"name": "raw" if is_raw else chosen.method, **self.rows.to_json()}
         selection, share = ((), 1.0) if is_raw else (self.selection, _share(chosen))
         try:
             for raw, made in zip(raws, stagings, strict=True):
@@ -265,10 +283,9 @@ class AdapterWeights:
         (adapter,) = self.model.active_adapters
         extra = {"trained_drift" if key == "drift" else key: value for key, value in record.items()}
         if self._is_quantised():
-            extra["warnings"] = [
-                "The adapter was trained on a quantised base and merged onto the unquantised weights."
-            ]
-        settings = {"overwrite": True, "spec": self.config.spec, "extra": extra, **self.config.rows.to_json()}
+            quantised = "The adapter was trained on a quantised base and merged onto the unquantised weights."
+            extra["warnings"] = [*extra.get("warnings", ()), quantised]
+        settings = {"overwrite": True, "spec": self.config.spec, "extra": extra, **self.rows.to_json()}
         merge = partial(merge_adapter, self._merge_base(), final / "raw" / adapter, **settings)
         whole, restored = final / "merged_raw", final / MERGED_RESTORED
         self.writers.run(f"merging into {whole}", partial(merge, whole, keep_qk=True))

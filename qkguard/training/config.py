@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
 
 from qkguard.errors import QKGuardError, current_names
-from qkguard.layout.rows import RowOptions, RowSelection, Shared
+from qkguard.layout.rows import RETRIEVAL, RowOptions, RowSelection, Shared
 from qkguard.restore.registry import DEFAULTS, check_options, get_method
 from qkguard.training.checked import STRICT, refusal
 
@@ -108,8 +108,9 @@ class QKGuardConfig:
     projections: Annotated[list[Literal["q", "k"]], AnySequence, Field(min_length=1)] = Field(default=["q", "k"])
     """Which projections to restore: q, k or both."""
 
-    layers: Annotated[list[Count], AnySequence] | None = None
-    """Decoder layers to restore, counted from 0. Default: every softmax layer."""
+    layers: Annotated[list[Count], AnySequence] | Literal["retrieval"] | None = None
+    """Decoder layers to restore, counted from 0. Default: every softmax layer. "retrieval" are those with a head that
+    looks up the needle, as the probe before training finds it; all where it finds none, which is said."""
 
     include_norms: bool = False
     """Also restore the gains of q/k normalization (the paper restores W_Q and W_K only)."""
@@ -234,12 +235,18 @@ class QKGuardConfig:
 
     @property
     def rows(self) -> RowSelection:
-        """Which rows are restored."""
+        """Which rows are guarded: those that are restored, and with layers="retrieval" those that may be."""
         return RowSelection.of(self._row_options())
+
+    @property
+    def wants_retrieval_layers(self) -> bool:
+        """Whether the probe before training chooses which of the guarded layers are restored."""
+        return self.layers == RETRIEVAL
 
     def to_json(self) -> dict[str, Any]:
         """All settings as plain values."""
         return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
 
     def _row_options(self) -> Any:
-        return {name: getattr(self, name) for name in RowOptions.__annotations__}
+        options = {name: getattr(self, name) for name in RowOptions.__annotations__}
+        return options | ({"layers": None} if self.wants_retrieval_layers else {})

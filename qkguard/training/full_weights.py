@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from qkguard.choice.swap import restored
 from qkguard.distributed import ranks
 from qkguard.distributed.reference import Reference
 from qkguard.layout import disk_names
-from qkguard.layout.selection import unselected_norms
+from qkguard.layout.selection import select, unselected_norms
 from qkguard.restore.registry import get_method
 from qkguard.training.background import BackgroundWriter, Save, Write
 from qkguard.training.drift_monitor import DriftMonitor
@@ -68,7 +68,7 @@ class FullWeights:
     Attributes:
         drift_monitor: measures drift from the reference.
         usual: the restore of checkpoints, as configured.
-        swap: opens a context in which the live model has the queries and keys of `usual`.
+        selection, rows: what is restored: all that is guarded, or fewer layers (`restrict`).
         restored_folder: the restored model's folder in `final`.
         writable: whether there is one at every save, as adapters may have none.
         staging: where folders are assembled (`FolderPlan`); set when a `train()` begins.
@@ -90,10 +90,11 @@ class FullWeights:
         self.config, self.model, self.folder, self.writers = config, model, folder, writers
         self.background = background
         self.reference, self.origin, self.selection = reference, origin, reference.selection
+        self.rows = config.rows
         self.drift_monitor = DriftMonitor(reference)
         options = {**config.method_options, "projections": config.rows.projections}
         self.usual = method_candidate(config.restore_method, options)
-        self.swap = partial(self.swapped, self.usual)
+        self._restorable = reference
         self.staging: Path | None = None
         self._shared: dict[Path, bool] = {}
 
@@ -115,9 +116,31 @@ class FullWeights:
         """The restores that the verdict measures."""
         return final_candidates(self.usual)
 
+    def restrict(self, layers: Sequence[int]) -> str:
+        """Restore these of the guarded layers alone from now on; the reference and the drift stay those of all.
+
+        Every rank by itself. Returns why it cannot be, in a clause; "" where it is done.
+        """
+        rows = replace(self.rows, layers=tuple(layers))
+        selection = select([spec for spec, _ in self.selection], rows)
+        self._restorable = self.reference.only(selection)
+        self.selection, self.rows = selection, rows
+        options = dict(self.usual.options)
+        own = {
+            layer: strength for layer, strength in (options.pop("per_layer", None) or {}).items() if layer in layers
+        }
+        self.usual = method_candidate(
+            self.usual.method, {**options, "per_layer": own or None, "projections": rows.projections}
+        )
+        return ""
+
+    def swap(self) -> AbstractContextManager[None]:
+        """A context in which the live model has the queries and keys of `usual`; ALL ranks enter and leave it."""
+        return self.swapped(self.usual)
+
     def swapped(self, candidate: Candidate) -> AbstractContextManager[None]:
         """A context in which the live model has the queries and keys of a restore; ALL ranks enter and leave it."""
-        return restored(self.model, self.reference, method=candidate.method, **candidate.options)
+        return restored(self.model, self._restorable, method=candidate.method, **candidate.options)
 
     def write_checkpoint(self, folder: Path, save: Save, processing_class: Any) -> list[Path]:
         """Begin `qk_restored/` in a folder that Trainer has just written, and write `raw/` if it holds no weights.
@@ -200,7 +223,7 @@ class FullWeights:
         """What restoring changes in the files of `raw`; reads their headers, the same on every rank."""
         weights, base = open_weights(raw), ReferenceFile(self.folder)
         if not chosen.tensors:
-            return plan_unrestored(weights, out, base, rows=self.config.rows, staging=self.staging, overwrite=True)
+            return plan_unrestored(weights, out, base, rows=self.rows, staging=self.staging, overwrite=True)
         maps = [pmap for _, pmaps in self.selection for pmap in pmaps]
         if get_method(chosen.method).needs_gains(chosen.options):
             maps += unselected_norms(self.selection)
@@ -212,7 +235,7 @@ class FullWeights:
             base,
             method=chosen.method,
             options=chosen.options,
-            rows=self.config.rows,
+            rows=self.rows,
             staging=self.staging,
             overwrite=True,
         )

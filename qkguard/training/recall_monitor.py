@@ -318,7 +318,9 @@ class RecallMonitor:
         """Probe the model before SFT and keep the result for resumed runs; ALL ranks must call this."""
         assert self.prober is not None
         self._find_formats()
+        self.prober.questions = self.config.wants_retrieval_layers
         result = self._run("the probe before the first step")
+        self.prober.questions = False
         data = {"state": self.prober.state(), "baseline": result.to_json()}
         ranks.on_rank_zero("keeping the probe's baseline", partial(write_json, self.folder / STATE, data))
         return result

@@ -24,7 +24,8 @@ from qkguard.layout import find_attention, select
 from qkguard.layout.selection import Selection
 from qkguard.layout.spec import AttentionSpec
 from qkguard.offline.task_rows import HELDOUT
-from qkguard.report.run import METRICS
+from qkguard.probe.retrieval import RetrievalChoice
+from qkguard.report.run import METRICS, RETRIEVAL_LAYERS
 from qkguard.restore.registry import check_per_layer
 from qkguard.training.attempt import LATER, attempt
 from qkguard.training.background import BackgroundWriter, Save, Write
@@ -34,6 +35,7 @@ from qkguard.training.metrics_log import MetricsLog
 from qkguard.training.recall_monitor import RecallMonitor
 from qkguard.training.reference import PendingReference, establish_reference
 from qkguard.training.resume import remove_leftovers, saved_folder, set_aside, set_aside_restored
+from qkguard.training.retrieval_layers import settle_layers
 from qkguard.training.run_folder import FINAL, RECOMMENDED, RESTORED, run_folder
 from qkguard.training.start_checks import warnings_at_start
 from qkguard.training.start_lines import measuring_line
@@ -67,6 +69,7 @@ class Session:
         saved: step -> the checkpoint that Trainer saved then, of this `train()`.
         final_verdict: measures which model to ship when this `train()` ends.
         verdict: what it found; None before, and where there is none.
+        retrieval: which layers `layers="retrieval"` stands for; None with other settings, and before it is settled.
 
     Raises:
         QKGuardError: on all ranks, when the model's layout, its sharding or its reference cannot be established.
@@ -106,6 +109,7 @@ class Session:
             self.weights = FullWeights(
                 config, self.model, self.folder, self.writers, self.reference, origin, self.background
             )
+        self.retrieval: RetrievalChoice | None = None
         self._log_start(args, collator, time.perf_counter() - started)
         swap, publish = self.weights.swap, self.publish
         self.recall_monitor = RecallMonitor(
@@ -143,8 +147,20 @@ class Session:
         self.final_verdict = FinalVerdict(self.config, self.folder, self.model, self.weights, self.recall_monitor)
         self.verdict: RunVerdict | None = None
         self.recall_monitor.at_start(args, state)
+        self._settle_layers(state)
         if ranks.rank() == 0 and (line := self.final_verdict.announcement()):
             logger.info("%s", line)
+
+    def _settle_layers(self, state: TrainerState) -> None:
+        """What `layers="retrieval"` stands for in this run, before anything is restored; ALL ranks must call this."""
+        if not self.config.wants_retrieval_layers:
+            return
+        if self.retrieval is None:
+            untrained, strict = state.global_step == 0, self.config.strict
+            self.retrieval = settle_layers(
+                self.weights, self.recall_monitor, self.folder, untrained=untrained, strict=strict
+            )
+        self.publish({}, state.global_step, {"retrieval": self.retrieval.to_json()})
 
     def _open_folders(self, args: TrainingArguments, state: TrainerState) -> MetricsLog | None:
         """Clear up after earlier trainings on every writer, and open rank 0's log."""
@@ -153,8 +169,10 @@ class Session:
         if ranks.rank() != 0:
             return None
         step = state.global_step
-        if step == 0 and (self.folder / HELDOUT).is_file():  # an earlier training's, which may have had other data
-            set_aside(self.folder / HELDOUT, self.folder, HELDOUT)
+        earlier = [HELDOUT] if self.retrieval is not None else [HELDOUT, RETRIEVAL_LAYERS]
+        for name in earlier:  # an earlier training's, which may have had other data and settings
+            if step == 0 and (self.folder / name).is_file():
+                set_aside(self.folder / name, self.folder, name)
         log = MetricsLog(self.folder, args.report_to or [], self.output_dir, step, self.config.to_json())
         for moved in set_aside_restored(self.output_dir, self.folder, step):
             logger.warning("A restored model that an earlier training left was moved to %s.", moved)
@@ -340,6 +358,9 @@ class Session:
         """What manifests say of the training so far; a copy, because the training goes on."""
         record: dict[str, Any] = {"step": step, "drift": self.drift}
         probes = self.recall_monitor.summary
+        if self.retrieval is not None:
+            record["retrieval"] = self.retrieval.summary()
+            record |= {"warnings": [self.retrieval.words]} if self.retrieval.layers is None else {}
         if self.verdict is not None:
             record["verdict"] = self.verdict.summary()
             if self.verdict.written != self.weights.usual:  # the monitor has probed another restore

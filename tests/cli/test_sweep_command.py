@@ -161,6 +161,7 @@ def test_mistakes_are_one_line(tuned: Path, tmp_path: Path, run: Run) -> None:
         ((*rows, "--lengths", "much"), "expected token counts such as 512,4096,32K."),
         ((*rows, "--html", tmp_path / "no" / "a.html"), "there is no folder"),
         ((*rows, "--write", tuned), "is or contains"),
+        ((*rows, "--layers", "retrieval"), "--methods restore:layers=retrieval"),
         ((*rows, "--layers", "0"), "Layers [0] have no softmax attention; those that have it: 2, 5"),
     ):
         assert message in one_line(*run(*pair, *args))

@@ -22,11 +22,12 @@ from qkguard import QKGuardCallback, restored
 from qkguard.distributed import sharding
 from qkguard.probe import Prober, ProbeSettings
 from qkguard.probe.passes import undisturbed
+from qkguard.training import retrieval_layers
 from tests.distributed.cases import STEPS, base_model, deepspeed_config, rank, reset
 from tests.distributed.launch import sharded_at_loading, sharding_of
 from tests.distributed.lora_cases import lora_config
-from tests.support import judge
-from tests.support.probing import bpe_tokenizer, no_floor
+from tests.support import judge, oracle
+from tests.support.probing import all_right, bpe_tokenizer, no_floor, with_retrieval_head
 from tests.support.training import arguments, make_trainer
 
 PROBES: dict[str, Any] = {"probe_lengths": [192], "probe_depths": 5, "probe_samples": 1, "probe_tasks": ["s1"]}
@@ -172,6 +173,49 @@ def check_numbers(folder: Path, base: Path, haystack: Path, restored: str) -> No
     assert max(abs(a - b) for a, b in pairs) > 1e-4, "raw and restored weights cannot be told apart"
     manifest = json.loads((raw / restored / "qkguard.json").read_text())["probe"]
     assert manifest["raw"]["step"] == manifest["restored"]["step"] == STEPS
+
+
+def retrieval(folder: Path, backend: str, *flags: str) -> None:
+    """`layers="retrieval"`: rank 0 chooses, all restore its layer alone, in the live model too."""
+    base = base_model(folder, "llama", **TINY)
+    if rank() == 0:
+        reset()
+        digits = bpe_tokenizer().convert_tokens_to_ids(list("0123456789"))
+        with_retrieval_head(AutoModelForCausalLM.from_pretrained(base), digits, 2, 1).save_pretrained(base)
+    dist.barrier()
+    adapters = {"peft_config": lora_config("llama", ())} if "lora" in flags else {}
+    guard = QKGuardCallback(
+        strict=True, layers="retrieval", verdict=False, **PROBES | {"probe_samples": 2}, probe_budget=None
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        all_right(patch)
+        if rank() != 0:
+            patch.setattr(retrieval_layers, "choose_layers", None)
+        trained(folder, base, backend, guard, None, **adapters)
+    chosen: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(chosen, (guard.session.retrieval.to_json(), guard.session.weights.rows.layers))
+    assert all(found == chosen[0] for found in chosen) and chosen[0][1] == (2,)
+    assert max(found["heads"][1] for found in chosen[0][0]["scores"]) > 0.5
+    if rank() == 0:
+        check_restored(base, folder / f"run/checkpoint-{STEPS}", "lora" in flags)
+        summary = judge.metrics_rows(folder / "run")
+        assert [row["retrieval"]["layers"] for row in summary if "retrieval" in row] == [[2]]
+    dist.barrier()
+
+
+def check_restored(base: Path, raw: Path, is_adapter: bool) -> None:
+    """Layer 2's queries and keys are the base's; all else is raw's."""
+    reset()
+    if is_adapter:
+        manifest = json.loads((raw / "qk_restored/default/qkguard.json").read_text())
+        assert {name.split(".")[2] for name in manifest["removed"]} == {"2"} and manifest["method"]["layers"] == [2]
+        return
+    before, tuned, found = (oracle.load_folder(where) for where in (base, raw, raw / "qk_restored"))
+    restored_names = {name for name, tensor in found.items() if not torch.equal(tensor, tuned[name])}
+    assert restored_names == {f"model.layers.2.self_attn.{part}_proj.weight" for part in "qk"}
+    assert all(torch.equal(found[name], before[name]) for name in restored_names)
+    manifest = json.loads((raw / "qk_restored/qkguard.json").read_text())
+    assert manifest["retrieval"]["layers"] == [2] and manifest["probe"]["restored"]["step"] == STEPS
 
 
 class Swaps(TrainerCallback):

@@ -124,6 +124,42 @@ def test_queries_and_keys_that_are_not_the_cause(tmp_path: Path) -> None:
     assert "http" not in page.replace("https://arxiv.org", "") and page.count("src=") == 1
 
 
+def test_a_point_restores_the_layers_that_retrieve_in_the_base(tmp_path: Path) -> None:
+    """The demo's layer 2 looks up needles, its layer 5 does not."""
+    tuned = damaged_copy(tmp_path / "tuned", {"q_proj": 3.0, "k_proj": 3.0})
+    grid = "restore,restore:layers=retrieval,interpolate:alpha=0:layers=retrieval"
+    options = SMALL | {"data": "none", "methods": grid}
+    report = sweep(MODEL, tuned, **options)
+    assert report.retrieval is not None and report.retrieval.layers == (2,) and report.warnings == []
+    points = by_name(report)
+    names = [f"{name} in retrieval layers" for name in ("restore", "interpolate alpha 0")]
+    assert list(points) == ["base", "raw", "restore", *names]
+    point = points["restore in retrieval layers"]
+    assert point["layers"] == [2] and [did["layer"] for did in point["did"]] == [2]
+    assert points["interpolate alpha 0 in retrieval layers"]["same_as"] == "raw"
+    assert points["raw"]["recall"]["value"] < point["recall"]["value"]
+    assert report.to_json()["retrieval"] == report.retrieval.summary()
+    assert report.retrieval.words.replace('"', "&#34;") in html_page(report)
+
+    written = sweep(MODEL, tuned, **options | {"methods": "restore:layers=retrieval", "write": tmp_path / "out"})
+    assert written.recommended.name == "restore in retrieval layers" and "whole" not in " ".join(written.words)
+    restore_checkpoint(MODEL, tuned, tmp_path / "by hand", layers=[2])
+    made = load_folder(tmp_path / "out")
+    assert same(made, load_folder(tmp_path / "by hand")) and not same(made, load_folder(MODEL))
+    manifest = json.loads((tmp_path / "out/qkguard.json").read_text())
+    assert manifest["retrieval"] == report.retrieval.summary() and manifest["method"]["layers"] == [2]
+
+    other = sweep(MODEL, tuned, **options | {"layers": [5]})
+    assert other.retrieval is not None and other.retrieval.layers is None
+    assert list(by_name(other)) == ["base", "raw", "restore"]
+    assert len(other.warnings) == 2 and "restore in retrieval layers is left out: no head passes" in other.warnings[0]
+    poor = sweep(tuned, MODEL, **options | {"methods": "restore:layers=retrieval"})
+    assert poor.retrieval is not None and poor.retrieval.layers is None and list(by_name(poor)) == ["base", "raw"]
+    assert "restore in retrieval layers is left out: " in poor.warnings[0] and "samples were" in poor.warnings[0]
+    with pytest.raises(QKGuardError, match="layers=retrieval, with several values"):
+        method_candidates("restore:layers=2")
+
+
 # -- swapping -----------------------------------------------------------------------------------------------------
 
 
@@ -407,7 +443,8 @@ def test_layers_are_ranked_by_gain_per_loss() -> None:
 
 def test_the_grid_as_written() -> None:
     default = method_candidates()
-    assert [p.name for p in default[:2]] == ["restore", "restore K only"] and len(default) == 8
+    assert [p.name for p in default[:3]] == ["restore", "restore in retrieval layers", "restore K only"]
+    assert len(default) == 9 and [p.layers for p in default[:3]] == [None, "retrieval", None]
     found = method_candidates("qk-pro:ridge=0.3/1,interpolate:alpha=0.25:align,procrustes")
     assert [(p.method, p.options.get("ridge")) for p in found[:2]] == [("qk-pro", 0.3), ("qk-pro", 1.0)]
     assert found[2].options == {"alpha": 0.25, "align": True} and found[2].name == "interpolate alpha 0.25 aligned"
