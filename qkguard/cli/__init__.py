@@ -11,7 +11,7 @@ from types import FrameType
 
 import typer
 
-from qkguard.cli import demo, drift, inspect, merge, probe, recipes, report, restore, sft, sweep, verify
+from qkguard.cli import demo, drift, inspect, integrations, merge, probe, recipes, report, restore, sft, sweep, verify
 from qkguard.cli.options import current_flags
 from qkguard.errors import QKGuardError
 
@@ -27,6 +27,7 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("sft", context_settings=sft.PASSED_ON)(sft.sft)
 app.add_typer(recipes.app, name="recipes")
+app.command("integrations")(integrations.integrations)
 app.command("report")(report.report)
 
 CHECKPOINTS = "Checkpoints on disk"

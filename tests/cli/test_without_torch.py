@@ -78,19 +78,23 @@ def test_what_moves_bytes_does_without(pair: tuple[Path, Path], known: Path, tmp
         ["report", run],
         ["recipes", "--json"],
         ["recipes", "show", "qwen3/cot-sft/full"],
+        ["integrations"],
+        ["integrations", "ms-swift"],
         # the twin: what computes brings torch, and it would be seen
         ["restore", *sides, "--out", tmp_path / "half", "--method", "interpolate", "--alpha", "0.5", "--json"],
     ]
     *found, computed = run_all(*commands)
-    assert [(ran.code, ran.brought) for ran in found] == [(0, [])] * 6, found
+    assert [(ran.code, ran.brought) for ran in found] == [(0, [])] * 8, found
     assert computed.code == 0 and "torch" in computed.brought
     for file in known.glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
+    assert Path(found[7].out.strip()).is_file() and "--external_plugins" in found[6].out
     assert json.loads(found[1].out)["mean"]["routing_rel"] > 0
     assert (run / "_qkguard/report.html").stat().st_size > 1000 and len(json.loads(found[4].out)["recipes"]) > 3
 
 
 COMMANDS = ["", "restore", "drift", "verify", "report", "recipes", "sft", "sweep", "probe", "merge", "inspect", "demo"]
+COMMANDS += ["integrations"]
 HELP: list[Sequence[object]] = [[*command.split(), "--help"] for command in COMMANDS]
 
 REFUSED = [
@@ -102,6 +106,7 @@ REFUSED = [
     ("verify /none", "no such folder: /none"),
     ("report /none", "no such folder"),
     ("recipes show none", "none"),
+    ("integrations none", "There is no file for 'none'; expected axolotl, ms-swift, llama-factory."),
     ("merge --base {base} --adapter /none --out out", "no such folder: /none"),
     ("merge --base {base} --adapter {tuned} --out out", "adapter_config.json"),
     ("merge --base {base} --adapter {tuned} --out {base}", "is or contains"),

@@ -1,0 +1,57 @@
+"""The guard in axolotl: a plugin, and its section of the YAML.
+
+plugins:
+  - qkguard.integrations.axolotl.QKGuardPlugin
+qkguard:
+  restore_on: end
+  probe_lengths: [1024, 4096]
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, TypeAdapter, WithJsonSchema
+
+from qkguard.errors import QKGuardError
+from qkguard.integrations.frameworks import needed
+from qkguard.integrations.settings import checked
+from qkguard.training.callback import QKGuardCallback
+from qkguard.training.config import QKGuardConfig
+
+with needed("axolotl", "axolotl"):
+    from axolotl.integrations.base import BasePlugin
+
+
+def _section(given: Any) -> dict[str, Any]:
+    try:
+        return checked(given)
+    except QKGuardError as error:
+        raise ValueError(str(error)) from None  # pydantic collects these, and axolotl prints them
+
+
+# The section stays the dict that the user wrote: axolotl hands its config on without what is None, and an explicit
+# null (probe_budget) would be lost in a model of its own. Check and schema are QKGuardConfig's.
+Section = Annotated[
+    dict[str, Any],
+    BeforeValidator(_section),
+    WithJsonSchema(TypeAdapter(QKGuardConfig).json_schema()),
+]
+
+
+class QKGuardArgs(BaseModel):
+    """What the plugin adds to axolotl's config: the section `qkguard`, whose keys are the fields of QKGuardConfig."""
+
+    qkguard: Section | None = None
+
+
+class QKGuardPlugin(BasePlugin):
+    """Adds the guard to the trainer that axolotl builds."""
+
+    def get_input_args(self) -> str:
+        """The pydantic model that axolotl checks the config with."""
+        return f"{__name__}.{QKGuardArgs.__name__}"
+
+    def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[QKGuardCallback]:
+        """A guard for every trainer."""
+        return [QKGuardCallback(**checked(cfg.get("qkguard")))]
