@@ -25,14 +25,15 @@ from docs.command_line import reference
 
 ROOT = Path(__file__).parents[1]
 DOCS, PAGES = ROOT / "docs", ROOT / "build" / "docs"
-ELSEWHERE = (
-    "CHANGELOG.md",
-    "CONTRIBUTING.md",
-    "recipes/README.md",
-    "recipes/amnesia-lab/README.md",
-    "recipes/demo/README.md",
-    "recipes/hypenet/README.md",
-)
+ELSEWHERE = {
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "recipes/README.md": "recipes.md",
+    "recipes/amnesia-lab/README.md": "amnesia-lab.md",
+    "recipes/demo/README.md": "demo-model.md",
+    "recipes/hypenet/README.md": "hypenet.md",
+}
+"""Pages that lie elsewhere in the repository -> their names on the site."""
 MADE = {"cli.md": reference}
 LINK = re.compile(r"(!?\[[^\]]*\]\()([^)\s]+)(\))")
 CODE = re.compile(r"^( *)```.*?^\1```|`[^`\n]*`", re.DOTALL | re.MULTILINE)
@@ -46,7 +47,7 @@ def sources() -> dict[str, str]:
     """A page's place in the repository -> its place on the site, for every page that is not made from the code."""
     found = {f"docs/{path.relative_to(DOCS).as_posix()}": path for path in DOCS.rglob("*.md")}
     places = {place: place.removeprefix("docs/") for place in sorted(found)}
-    return places | {place: place for place in ELSEWHERE}
+    return places | ELSEWHERE
 
 
 def assemble(pages: Path = PAGES) -> None:
@@ -134,7 +135,10 @@ def main() -> int:
     if "--pages" in sys.argv[1:]:
         return 0
     command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean"]
-    return subprocess.run(command, cwd=ROOT, check=False).returncode
+    built = subprocess.run(command, cwd=ROOT, check=False, stderr=subprocess.PIPE, text=True)
+    sys.stderr.write(built.stderr)
+    # Zensical's strict mode knows nothing of what mkdocstrings finds wrong in a docstring
+    return built.returncode or int("griffe:" in built.stderr)
 
 
 if __name__ == "__main__":

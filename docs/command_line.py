@@ -22,9 +22,9 @@ INTRO = """\
 Made from the commands. `qkguard COMMAND --help` prints the same in a terminal, and `qkguard --install-completion` sets
 up completion of commands and options in bash, zsh, fish and PowerShell.
 
-Exit codes: 0 is done, 2 is bad input (one line on stderr that says what to do), 1 is an answer that is not "yes" (a
-check that failed, or a sweep with `--write` that recommends the tuned checkpoint as it is), 130 is interrupted.
-With `--json` a command prints JSON on stdout and nothing else.
+Exit codes: 0 is done, 2 is bad input or a check that failed (one line on stderr that says what to do), 1 is `sweep
+--write` where the tuned checkpoint is recommended and nothing was written, 130 is interrupted. With `--json` a command
+prints JSON on stdout and nothing else ([its schemas](formats.md)).
 """
 
 
@@ -72,7 +72,7 @@ def body(text: str) -> str:
 
 def table(params: list[Any], kinds: Mapping[str, Any]) -> str:
     """Arguments and options: what to type, what it means, the default."""
-    rows = ["| | | default |", "|---|---|---|"]
+    rows = ["| option | what it does | default |", "|---|---|---|"]
     for param in params:
         is_argument = param.param_type_name == "argument"
         names = [metavar(param, kinds)] if is_argument else [*param.opts, *param.secondary_opts]

@@ -5,10 +5,11 @@ python docs/config_reference.py
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -16,6 +17,7 @@ from qkguard import QKGuardConfig
 from qkguard.sft.data import DataArguments
 from qkguard.training.checked import helps
 
+BREAK = "<br>"  # a line of its own within a cell
 TARGET = Path(__file__).with_name("CONFIG.md")
 INTRO = """\
 # Settings
@@ -42,25 +44,24 @@ environment variables that are set where they are not set yet.
 def table(kind: Any) -> str:
     """A table of a checked dataclass's fields: name, type, default, help."""
     hints, notes = get_type_hints(kind), helps(kind)
-    rows = ["| key | type | default | |", "|---|---|---|---|"]
+    rows = ["| key | what it takes and does |", "|---|---|"]
     for name, field in kind.__pydantic_fields__.items():
         default = field.get_default(call_default_factory=True, validated_data={})
-        cells = (f"`{name}`", f"`{shown(hints[name])}`", f"`{default!r}`", notes[name])
-        rows.append(
-            "| "
-            + " | ".join(cell.replace("|", "\\|").replace("\n", "\\n").replace("<", "&lt;") for cell in cells)
-            + " |"
-        )
+        takes = f"{shown(hints[name])}; default `{default!r}`"
+        cells = (f"`{name}`", f"{takes}{BREAK}{notes[name].replace('<', '&lt;')}")
+        rows.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", "\\n") for cell in cells) + " |")
     return "\n".join(rows) + "\n"
 
 
 def shown(hint: Any) -> str:
-    """A type as one writes it: `int | None`."""
+    """A type in pieces that a table can wrap: `int` or `None`; `"save"`, `"best"`."""
     if get_origin(hint) in (Union, UnionType):
-        return " | ".join(shown(member) for member in get_args(hint))
+        return " or ".join(shown(member) for member in get_args(hint))
+    if get_origin(hint) is Literal:
+        return ", ".join(f"`{json.dumps(value)}`" for value in get_args(hint))
     if isinstance(hint, type) and not get_args(hint):
-        return hint.__name__.replace("NoneType", "None")
-    return str(hint).replace("typing.", "")
+        return f"`{hint.__name__}`".replace("NoneType", "None")
+    return f"`{hint}`".replace("typing.", "")
 
 
 def document() -> str:

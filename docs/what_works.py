@@ -1,4 +1,4 @@
-"""Writes the README's table of what was seen to work on real ranks, from the list of cases that the tests run.
+"""Writes the table in docs/sharding.md of what works on real ranks, from the list of cases that the tests run.
 
 python docs/what_works.py
 """
@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.distributed.test_ranks import CASES
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).with_name("sharding.md")
 START, END = "<!-- what works: python docs/what_works.py -->", "<!-- end -->"
 BACKENDS = {
     "ddp": "DDP",
@@ -55,10 +55,10 @@ def table() -> str:
 
 
 def written(text: str) -> str:
-    """The README with a fresh table."""
+    """The page with a fresh table."""
     pattern = re.compile(f"{re.escape(START)}.*?{re.escape(END)}", re.DOTALL)
-    return pattern.sub(lambda _: f"{START}\n{table()}\n{END}", text)
+    return pattern.sub(lambda _: f"{START}\n\n{table()}\n\n{END}", text)
 
 
 if __name__ == "__main__":
-    README.write_text(written(README.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

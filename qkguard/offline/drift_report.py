@@ -28,12 +28,14 @@ def drift_report(
     """How far the queries and keys of one checkpoint are from another's, per tensor, layer and head.
 
     Args:
-        base, tuned: folders or hub ids. The base is read in the tuned checkpoint's dtype, so 0 means that a restore
-            would change nothing.
+        base: a folder or hub id, read in the tuned checkpoint's dtype, so 0 means that a restore would change nothing.
+        tuned: a folder or hub id.
         routing: also report routing drift per head and the top singular values of W - W0. These float64 products
             take most of the time.
         progress: called with the number of layers done and of all layers.
-        spec, trust_remote_code, rows: as in `restore_checkpoint`.
+        spec: as in `restore_checkpoint`.
+        trust_remote_code: likewise.
+        rows: likewise.
 
     Returns:
         {"base", "tuned", "layers": [...], "mean": {...}, "max": {...}, "warnings"}. A layer has its drift under the

@@ -46,7 +46,8 @@ def merge_adapter(
     Everything merged has the bits of PEFT's `merge_and_unload(safe_merge=True)` on a base held in its files' dtypes.
 
     Args:
-        base, adapter: folders or hub ids; the base unquantised, in safetensors.
+        base: a folder or hub id, unquantised, in safetensors.
+        adapter: a folder or hub id.
         out: the folder to write; it must not exist, or with `overwrite` be an earlier one of qkguard's.
         keep_qk: merge queries and keys too.
         alpha: 1 leaves queries and keys out, 0 merges them, between them LoRA's scaling is multiplied by 1 - alpha

@@ -44,13 +44,14 @@ def restore_checkpoint(
     """Write the tuned checkpoint with the base's queries and keys to a new folder, in bounded memory.
 
     Args:
-        base, tuned: folders, or hub ids whose safetensors the hub or its cache has.
+        base: the checkpoint before SFT: a folder, or a hub id whose safetensors the hub or its cache has.
+        tuned: the one after it, likewise.
         out: the folder to write; it must not exist, or with `overwrite` be an earlier restored one.
         method: a restore method: restore, qk-pro, procrustes or interpolate.
         ridge: of qk-pro: 0 is restore, larger keeps more of the tuned queries, in units of the mean eigenvalue of the
             keys' Gram matrix.
-        alpha, align: of interpolate: from 0 (tuned) to 1 (before SFT), after rotating the base's queries and keys
-            towards the tuned ones if `align`.
+        alpha: of interpolate: from 0 (tuned) to 1 (before SFT).
+        align: of interpolate: first rotate the base's queries and keys towards the tuned ones.
         per_layer: ridge or alpha of single layers, in place of the common one.
         spec: a layout by hand, for models that cannot be probed.
         device: where the arithmetic of methods beyond copying runs ("cuda"); one layer is in memory at a time.

@@ -130,7 +130,8 @@ def sweep(
     before it and let go. Equal settings and seeds give equal numbers.
 
     Args:
-        base, tuned: folders, or hub ids, in safetensors.
+        base: the checkpoint before SFT, a folder or hub id, in safetensors.
+        tuned: the one after it, likewise.
         data: rows held out from SFT, for task quality: a JSON-lines file or an iterable of mappings with "prompt" and
             "completion" or "answer", "messages", or "text" (`task.encode_rows`). "none" measures recall alone. By
             default those that the guarded run around `tuned` kept of its evaluation set.
@@ -144,11 +145,13 @@ def sweep(
         tolerance: how much task quality the recommended one may lose: a share of accuracy, or nats per token of loss.
         write: write the recommended checkpoint there (`restore_checkpoint`), unless it is raw.
         overwrite: replace an earlier restored folder at `write`.
-        lengths, depths, samples, tasks, haystack, mode, seed, batch_tokens: of the probe (`ProbeSettings`); lengths
-            default to what fits the model of 512, 1024 and 2048 tokens. `seed` also draws the bootstrap.
-        rows, max_length: at most so many rows, of at most so many tokens.
+        lengths: of the probe's contexts; by default what fits the model of 512, 1024 and 2048 tokens.
+        depths: of the probe (`ProbeSettings`), as are `samples`, `tasks`, `haystack`, `mode` and `batch_tokens`.
+        seed: of the probe; it also draws the bootstrap.
+        rows: at most so many of the data.
+        max_length: longer rows, in tokens, are left out.
         spec: a layout by hand (`restore_checkpoint`).
-        dtype, device, trust_remote_code: how the models are loaded (`LoadOptions`).
+        dtype: how the models are loaded (`LoadOptions`), as `device` and `trust_remote_code` say too.
         chunk: read longer contexts in pieces of this many tokens, where the model's cache allows it (0 for never).
         bar: called with a label, gives a context with a progress function.
         selected: which rows are restored, as fields of `RowSelection` but `projections`, which the candidates choose.
