@@ -35,6 +35,7 @@ LANGUAGES = {"python", "bash", "yaml", "json", "text"}
 SMALLER = {
     r"max_steps=\d+": "max_steps=1",
     r"save_steps=\d+": "save_steps=1",
+    r"lengths=\(1024, 4096\)": 'lengths=(256,), tasks=("single_2",), depths=1, samples=1',
     r"QKGuardCallback\(\)": "QKGuardCallback(probe_lengths=[256], probe_depths=2, probe_samples=1, probe_budget=None)",
 }
 """What makes a page's training a matter of seconds."""
@@ -57,6 +58,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     root = make_stand_ins(tmp_path_factory.mktemp("blocks"))
     guarded_run(root / "runs/first", steps=1)
     shutil.copytree(root / "runs/first", root / "runs/second")
+    shutil.copy(ROOT / "recipes/qwen3/cot-sft/full.yaml", root / "mine.yaml")
     shutil.copytree(ROOT / "recipes/accelerate_configs", root / "recipes/accelerate_configs")
     small = {"lengths": (256,), "depths": 1, "samples": 1, "problems": 2, "batch": 2, "tasks": ("s2",)}
     with pytest.MonkeyPatch.context() as patch:

@@ -24,7 +24,8 @@ jsonschema = pytest.importorskip("jsonschema", reason="of the extra dev; an envi
 SCHEMAS = Path(__file__).parents[2] / "docs" / "schemas"
 PROBE = "--lengths 256 --samples 1 --depths 1 --tasks single_2"
 PAIR = "--base BASE --tuned TUNED"
-SWEEP = f"sweep {PAIR} --data heldout.jsonl {PROBE} --methods restore --each-layer --controls vo"
+METHODS = "--methods restore,restore:layers=retrieval --each-layer --controls vo --attribute"
+SWEEP = f"sweep {PAIR} --data heldout.jsonl {PROBE} {METHODS}"
 COMMANDS = [
     ("inspect", "inspect MODEL --verify", 0),
     ("restore", f"restore {PAIR} --out OUT", 0),
@@ -84,7 +85,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Stand-ins, prompts and a guarded run; the working directory of the commands."""
     root = make_stand_ins(tmp_path_factory.mktemp("formats"))
     (root / "prompts.jsonl").write_text(json.dumps({"input": "m = 3 ; n", "outputs": ["4"]}) + "\n")
-    guarded_run(root / "run")
+    guarded_run(root / "run", layers="retrieval")
     guarded_run(root / "run-lora", peft_config=LoraConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj"]))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
@@ -121,7 +122,7 @@ def test_an_adapter_s_manifest_is_described(place: Path) -> None:
 
 def test_metrics_are_described(place: Path) -> None:
     rows = [json.loads(line) for line in (place / "run/_qkguard/metrics.jsonl").read_text().splitlines()]
-    assert {"niah_grid", "niah_restored_change", "verdict", "saved_step"} <= set().union(*rows)
+    assert {"niah_grid", "niah_restored_change", "verdict", "saved_step", "retrieval"} <= set().union(*rows)
     assert [complaint for row in rows for complaint in complaints("metrics", row)] == []
 
 

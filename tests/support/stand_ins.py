@@ -43,7 +43,7 @@ def make_stand_ins(root: Path) -> Path:
     return root
 
 
-def guarded_run(folder: Path, steps: int = 2, peft_config: Any = None) -> Path:
+def guarded_run(folder: Path, steps: int = 2, peft_config: Any = None, **settings: Any) -> Path:
     """A guarded training of the demo's model, with an evaluation set, a save, probes and a verdict."""
     rows = Dataset.from_list([{"prompt": ROW["prompt"], "completion": ROW["answer"]}] * 8)
     args = SFTConfig(
@@ -59,9 +59,8 @@ def guarded_run(folder: Path, steps: int = 2, peft_config: Any = None) -> Path:
         disable_tqdm=True,
         report_to="none",
     )
-    guard = QKGuardCallback(
-        routing_drift_steps="logging", probe_lengths=[256], probe_depths=2, probe_samples=2, probe_budget=None
-    )
+    small = {"probe_lengths": [256], "probe_depths": 2, "probe_samples": 2, "probe_budget": None}
+    guard = QKGuardCallback(routing_drift_steps="logging", **small | settings)
     data = {"train_dataset": rows, "eval_dataset": rows.select(range(2))}
     SFTTrainer(str(DEMO), args, peft_config=peft_config, callbacks=[guard], **data).train()
     return folder

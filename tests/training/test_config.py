@@ -29,7 +29,7 @@ def test_it_would_notice_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
         """One | more."""
 
     monkeypatch.setattr(config_reference, "QKGuardConfig", Changed)
-    assert "| `another` | `int` | `3` | One \\| more. |" in document() != TARGET.read_text(encoding="utf-8")
+    assert "| `another` | `int`; default `3`<br>One \\| more. |" in document() != TARGET.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("kind", [QKGuardConfig, DataArguments])
