@@ -17,7 +17,6 @@ from qkguard.errors import QKGuardError, RearrangedError, current_names
 from qkguard.layout.rows import RETRIEVAL, RowOptions, RowSelection
 from qkguard.layout.selection import select
 from qkguard.offline.pair import Folders, Pair, find_pair, folder_attention, open_folders
-from qkguard.offline.retrieval import choice_of_run
 from qkguard.offline.whole import refuse_incomplete
 from qkguard.probe.retrieval import RetrievalChoice
 from qkguard.restore.registry import check_options, get_method
@@ -75,9 +74,12 @@ def restore_checkpoint(
     target = Path(out)
     check_target([Path(folder) for folder in (base, tuned) if os.path.isdir(folder)], target, overwrite)
     given: dict[str, Any] = current_names(rows)
-    chosen_by_run = choice_of_run(tuned) if given.get("layers") == RETRIEVAL else None
-    if chosen_by_run is not None:
-        given["layers"] = chosen_by_run.layers
+    chosen_by_run = None
+    if given.get("layers") == RETRIEVAL:
+        from qkguard.offline.retrieval import choice_of_run  # imports torch, which copying rows does without
+
+        chosen_by_run = choice_of_run(tuned)
+        given |= {} if chosen_by_run is None else {"layers": chosen_by_run.layers}
     per_layer = given.pop("per_layer", per_layer)  # under its old name
     chosen = RowSelection.of(given)
     options = {"ridge": ridge, "alpha": alpha, "align": align, "per_layer": per_layer}

@@ -16,6 +16,8 @@ from qkguard.probe.retrieval import RetrievalScores, beyond_chance
 
 _CHUNK = 1 << 22  # probabilities held at a time (16 MiB in float32), so that few keys are copied to float32 at once
 
+_GROUP = 16  # query heads that share a key head, in most models at most; these are looked at together
+
 Role = Literal["answer", "question"]
 NEEDLE, CHANCE, LOCAL, DISTANCE = range(4)
 """What is kept of the answer's rows, in this order; of the question's rows only the first two."""
@@ -63,7 +65,7 @@ class LayerSums:
 
 @dataclass(frozen=True)
 class _Marks:
-    """Of one batch item and role in one piece of the context: which rows to look at, and which keys count.
+    """Some rows of one batch item and role in one piece of the context: where they are, and which keys count.
 
     `at`: indices of the rows in the piece's queries; `positions`: their places in the context; `needle`: indices of
     the needle's keys; `recent`: bool (rows, keys), each row's recent keys.
@@ -195,7 +197,7 @@ class AttentionRecorder:
 
     def _marks(self, target: Target, first_query: int, first_key: int, device: torch.device) -> Iterator[_Marks]:
         keys = torch.arange(first_key, self._stop, device=device)
-        all_keys = range(first_key, self._stop)
+        most = max(1, _CHUNK // _GROUP // len(keys))
         rows_of: dict[Role, tuple[tuple[int, ...], ...]] = {"answer": target.rows}
         if self.questions:
             rows_of["question"] = target.questions
@@ -203,15 +205,16 @@ class AttentionRecorder:
             for item, (rows, needles, place) in enumerate(
                 zip(rows_of_items, target.needles, target.places, strict=True)
             ):
-                here = [r for r in rows if first_query <= r < self._stop]
-                if not here or place is None:
+                if place is None:
                     continue
-                positions = torch.tensor(here, device=device)
-                on_needle = sorted({n - first_key for span in needles for n in range(*span) if n in all_keys})
-                recent = (keys <= positions[:, None]) & (keys > positions[:, None] - self.window)
+                here = [r for r in rows if first_query <= r < self._stop]
+                spans = ((max(start, first_key), min(stop, self._stop)) for start, stop in needles)
+                on_needle = sorted({n - first_key for start, stop in spans for n in range(start, stop)})
                 needle = torch.tensor(on_needle, dtype=torch.long, device=device)
-                at = positions - first_query
-                yield _Marks(item, place, role, at, positions, needle, recent)
+                for begin in range(0, len(here), most):
+                    positions = torch.tensor(here[begin : begin + most], device=device)
+                    recent = (keys <= positions[:, None]) & (keys > positions[:, None] - self.window)
+                    yield _Marks(item, place, role, positions - first_query, positions, needle, recent)
 
 
 def _counts(probabilities: Tensor, chance: Tensor, marks: _Marks, keys: Tensor) -> Tensor:

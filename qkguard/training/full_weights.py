@@ -68,7 +68,8 @@ class FullWeights:
     Attributes:
         drift_monitor: measures drift from the reference.
         usual: the restore of checkpoints, as configured.
-        selection, rows: what is restored: all that is guarded, or fewer layers (`restrict`).
+        selection, rows, restorable: what is restored, its rows from before SFT: all that is guarded, or fewer layers
+            (`restrict`).
         restored_folder: the restored model's folder in `final`.
         writable: whether there is one at every save, as adapters may have none.
         staging: where folders are assembled (`FolderPlan`); set when a `train()` begins.
@@ -94,7 +95,7 @@ class FullWeights:
         self.drift_monitor = DriftMonitor(reference)
         options = {**config.method_options, "projections": config.rows.projections}
         self.usual = method_candidate(config.restore_method, options)
-        self._restorable = reference
+        self.restorable = reference
         self.staging: Path | None = None
         self._shared: dict[Path, bool] = {}
 
@@ -123,7 +124,7 @@ class FullWeights:
         """
         rows = replace(self.rows, layers=tuple(layers))
         selection = select([spec for spec, _ in self.selection], rows)
-        self._restorable = self.reference.only(selection)
+        self.restorable = self.reference.only(selection)
         self.selection, self.rows = selection, rows
         options = dict(self.usual.options)
         own = {
@@ -140,7 +141,7 @@ class FullWeights:
 
     def swapped(self, candidate: Candidate) -> AbstractContextManager[None]:
         """A context in which the live model has the queries and keys of a restore; ALL ranks enter and leave it."""
-        return restored(self.model, self._restorable, method=candidate.method, **candidate.options)
+        return restored(self.model, self.restorable, method=candidate.method, **candidate.options)
 
     def write_checkpoint(self, folder: Path, save: Save, processing_class: Any) -> list[Path]:
         """Begin `qk_restored/` in a folder that Trainer has just written, and write `raw/` if it holds no weights.

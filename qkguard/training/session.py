@@ -57,7 +57,7 @@ class Session:
     one, the recall monitor with its baseline. `begin` starts all that belongs to one `train()`.
 
     Attributes:
-        reference: the queries and keys from before SFT; None for adapters, which need none.
+        reference: the queries and keys from before SFT that are restored; None for adapters, which need none.
         pending: its file, which is written and compared with the base beside the first steps; None for adapters.
         background: makes the restored models of saves beside the training.
         weights: how full weights, or adapters, are measured, swapped and written.
@@ -160,6 +160,8 @@ class Session:
             self.retrieval = settle_layers(
                 self.weights, self.recall_monitor, self.folder, untrained=untrained, strict=strict
             )
+            if isinstance(self.weights, FullWeights):
+                self.reference = self.weights.restorable
         self.publish({}, state.global_step, {"retrieval": self.retrieval.to_json()})
 
     def _open_folders(self, args: TrainingArguments, state: TrainerState) -> MetricsLog | None:

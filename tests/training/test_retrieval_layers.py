@@ -14,6 +14,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import qkguard
 from qkguard import QKGuardCallback, QKGuardConfig, QKGuardError, restore_checkpoint, verify
 from qkguard.report.run import load_run
 from qkguard.report.sentences import describe
@@ -124,6 +125,9 @@ def test_the_live_swap_is_of_that_layer_alone_and_takes_its_strengths(base, tmp_
     assert moved == {f"model.layers.{LAYER}.self_attn.{part}_proj.weight" for part in "qk"}
     assert all(torch.equal(inside[name], written[name]) for name in moved)
     assert all(torch.equal(p, tuned[name]) for name, p in trainer.model.named_parameters())
+    with qkguard.restored(trainer.model, guard.session.reference):
+        inside = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, tuned[name])}
+    assert inside == moved
 
 
 def test_a_resumed_run_reads_its_choice_back_and_without_the_file_says_so(base, tmp_path, monkeypatch, said):
