@@ -11,7 +11,21 @@ from types import FrameType
 
 import typer
 
-from qkguard.cli import demo, drift, inspect, integrations, merge, probe, recipes, report, restore, sft, sweep, verify
+from qkguard.cli import (
+    demo,
+    diagnose,
+    drift,
+    inspect,
+    integrations,
+    merge,
+    probe,
+    recipes,
+    report,
+    restore,
+    sft,
+    sweep,
+    verify,
+)
 from qkguard.cli.options import current_flags
 from qkguard.errors import QKGuardError
 
@@ -31,6 +45,7 @@ app.command("integrations")(integrations.integrations)
 app.command("report")(report.report)
 
 CHECKPOINTS = "Checkpoints on disk"
+app.command("diagnose", rich_help_panel=CHECKPOINTS)(diagnose.diagnose)
 app.command("inspect", rich_help_panel=CHECKPOINTS)(inspect.inspect)
 app.command("restore", rich_help_panel=CHECKPOINTS)(restore.restore)
 app.command("merge", rich_help_panel=CHECKPOINTS)(merge.merge)

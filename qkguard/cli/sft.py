@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from qkguard.cli.output import print_json, say, warn
+from qkguard.cli.output import no_loading_bars, print_json, progress_bar, say, warn
 from qkguard.errors import QKGuardError
 
 if TYPE_CHECKING:
@@ -46,8 +46,19 @@ def sft(
         int | None, typer.Option("--main-process-port", "--main_process_port", help="Its port. Default: 29500.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything and print the plan; load no weights.")
+        bool,
+        typer.Option("--dry-run", help="Check everything and print the plan; load no weights without --diagnose."),
     ] = False,
+    diagnose: Annotated[
+        bool,
+        typer.Option(
+            "--diagnose",
+            help="With --dry-run: load the model and measure how near the data makes its attention look.",
+        ),
+    ] = False,
+    against: Annotated[
+        Path | None, typer.Option(help="With --diagnose: ordinary text to compare with (.txt, .md, JSON lines).")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print the plan as JSON.")] = False,
 ) -> None:
     """Chain-of-thought SFT from a recipe, under guard.
@@ -60,6 +71,8 @@ def sft(
     """
     if as_json and not dry_run:
         raise QKGuardError("--json prints the plan of --dry-run; add --dry-run.")
+    if (diagnose and not dry_run) or (against is not None and not diagnose):
+        raise QKGuardError("--diagnose measures before a training, and --against is for it: add --dry-run --diagnose.")
     if accelerate is None and (num_processes is not None or nodes > 1):
         raise QKGuardError(
             "--num-processes and --nodes start ranks through accelerate; add --accelerate zero3 (or another config)."
@@ -74,14 +87,22 @@ def sft(
         check_settings(context.args, recipe)  # in a second; what follows imports TRL
     start = Launch(accelerate, num_processes, nodes, node_rank, main_ip, main_port) if accelerate else None
     if dry_run:
-        _print_plan(context.args, recipe, start, as_json)
+        _print_plan(context.args, recipe, start, as_json, diagnose, against)
     elif start is not None:
         _launch(context.args, recipe, start)
     else:
         _train(context.args, recipe)
 
 
-def _print_plan(arguments: list[str], recipe: Path | None, start: Launch | None, as_json: bool) -> None:
+def _print_plan(
+    arguments: list[str],
+    recipe: Path | None,
+    start: Launch | None,
+    as_json: bool,
+    diagnose: bool,
+    against: Path | None,
+) -> None:
+    from qkguard.cli.diagnose import show
     from qkguard.sft.arguments import parse
     from qkguard.sft.launch import ranks_per_node
     from qkguard.sft.plan import describe, plan
@@ -89,12 +110,22 @@ def _print_plan(arguments: list[str], recipe: Path | None, start: Launch | None,
 
     settings = parse(arguments, recipe)
     processes = ranks_per_node(start) * start.nodes if start else 1
-    found = plan(settings, preflight(settings), accelerate=start.config if start else None, processes=processes)
+    checked = preflight(settings)
+    found = plan(settings, checked, accelerate=start.config if start else None, processes=processes)
+    diagnosis = None
+    if diagnose:
+        from qkguard.sft.diagnosis import diagnose_training
+
+        no_loading_bars()
+        diagnosis = diagnose_training(settings, checked, against, progress_bar)
     if as_json:
-        print_json(found)
+        print_json(found if diagnosis is None else found | {"diagnosis": diagnosis.to_json()})
         return
     warn(found["warnings"])
-    say(f"{describe(found)}\n\nNothing was trained. Leave out --dry-run to start.")
+    say(f"{describe(found)}\n")
+    if diagnosis is not None:
+        show(diagnosis)
+    say("Nothing was trained. Leave out --dry-run to start.")
 
 
 def _launch(arguments: list[str], recipe: Path | None, start: Launch) -> NoReturn:

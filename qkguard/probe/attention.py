@@ -30,16 +30,45 @@ def attention_rows(
     """Softmax attention probabilities of a few query rows, in float32.
 
     Args:
+        query, key, allowed, scaling, bias, softcap: as of `attention_scores`.
+        sinks: (heads,) GPT-OSS's extra logits, which take probability without being keys.
+
+    Returns:
+        (heads, rows, keys); rows sum to 1 (to less with sinks).
+    """
+    scores = attention_scores(query, key, allowed, scaling=scaling, bias=bias, softcap=softcap)
+    return softmax_with_sinks(scores, sinks)
+
+
+def softmax_with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Probabilities of `attention_scores`; sinks (heads,) take some of them without being keys."""
+    if sinks is None:
+        return scores.softmax(-1)
+    sink = sinks.float()[:, None, None].expand(-1, scores.shape[1], 1)
+    return torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
+
+
+def attention_scores(
+    query: Tensor,
+    key: Tensor,
+    allowed: Tensor | None,
+    *,
+    scaling: float,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """What enters the softmax for a few query rows, in float32; -inf where a row must not look.
+
+    Args:
         query: (heads, rows, head size), after rotary embedding and normalisation.
         key: (key-value heads, keys, head size); query heads share key heads in order, as in `repeat_kv`.
         allowed: bool (rows, keys) or (1 or heads, rows, keys); None where every row sees every key.
         scaling: of the scores.
         bias: added to the scaled scores, broadcastable to (heads, rows, keys).
         softcap: Gemma's bound on scores, before masking.
-        sinks: (heads,) GPT-OSS's extra logits, which take probability without being keys.
 
     Returns:
-        (heads, rows, keys); rows sum to 1 (to less with sinks).
+        (heads, rows, keys).
     """
     groups = query.shape[0] // key.shape[0]
     grouped = query.float().reshape(key.shape[0], groups * query.shape[1], -1)
@@ -50,10 +79,7 @@ def attention_rows(
         scores = scores + bias.float()
     if allowed is not None:
         scores = scores.masked_fill(~allowed, -torch.inf)
-    if sinks is not None:
-        sink = sinks.float()[:, None, None].expand(-1, scores.shape[1], 1)
-        return torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
-    return scores.softmax(-1)
+    return scores
 
 
 @dataclass(frozen=True)
@@ -75,20 +101,36 @@ class AttentionCall:
         `positions` are the absolute positions of the rows `at` of `query`, `keys` those of all keys.
         """
         groups = self.query.shape[1] // self.key.shape[1]
+        query = self.query[item, heads.start : heads.stop, at]
+        key = self.key[item, heads.start // groups : -(-heads.stop // groups)]
+        return softmax_with_sinks(self.scores(item, heads, positions, at, keys, query, key), self.sinks(heads))
+
+    def sinks(self, heads: range) -> Tensor | None:
+        """(heads,) GPT-OSS's extra logits, where there are any."""
+        sinks = self.options.get("s_aux")
+        return None if sinks is None else sinks.reshape(-1)[heads.start : heads.stop]
+
+    def scores(
+        self, item: int, heads: range, positions: Tensor, at: Tensor, keys: Tensor, query: Tensor, key: Tensor
+    ) -> Tensor:
+        """(heads, rows, keys) what enters the softmax for these rows of `query` and keys, -inf where masked.
+
+        As `probabilities`; `query` (heads, rows, size) and `key` (key-value heads, keys, size) are this item's own,
+        or stand in for them.
+        """
         bias, allowed = self._mask(item, heads, positions, at, keys)
         position_bias = self.options.get("position_bias")
         if position_bias is not None:
             extra = _pick(position_bias, item, heads)[:, at]
             bias = extra if bias is None else bias + extra
-        scaling, sinks = self.options.get("scaling"), self.options.get("s_aux")
-        return attention_rows(
-            self.query[item, heads.start : heads.stop, at],
-            self.key[item, heads.start // groups : -(-heads.stop // groups)],
+        scaling = self.options.get("scaling")
+        return attention_scores(
+            query,
+            key,
             allowed,
             scaling=float(self.query.shape[-1] ** -0.5 if scaling is None else scaling),
             bias=bias,
             softcap=self.options.get("softcap"),
-            sinks=None if sinks is None else sinks.reshape(-1)[heads.start : heads.stop],
         )
 
     def visible(self, item: int, heads: range, positions: Tensor, at: Tensor, keys: Tensor) -> Tensor:
@@ -124,8 +166,14 @@ class AttentionCall:
 
 
 @contextmanager
-def watch_attention(model: nn.Module, on_call: Callable[[AttentionCall], None]) -> Iterator[None]:
+def watch_attention(
+    model: nn.Module,
+    on_call: Callable[[AttentionCall], None],
+    on_output: Callable[[AttentionCall, Tensor], None] | None = None,
+) -> Iterator[None]:
     """Tell `on_call` of every softmax attention of a model, before its own function computes the output.
+
+    `on_output` is told of the same call after it, with the output (batch, positions, heads, value size).
 
     That function is wrapped under its own name in transformers' `AttentionInterface`, in the registries that the
     model's modules read: neither the configuration nor the masks, which transformers chooses by that name, change.
@@ -145,10 +193,14 @@ def watch_attention(model: nn.Module, on_call: Callable[[AttentionCall], None]) 
         **options: Any,
     ) -> Any:
         compute = own or _eager_function(module)
-        if id(module) in names:
-            name = names[id(module)]
-            on_call(AttentionCall(name, module, query, key, value, attention_mask, own is None, options))
-        return compute(module, query, key, value, attention_mask, *args, **options)
+        if id(module) not in names:
+            return compute(module, query, key, value, attention_mask, *args, **options)
+        seen = AttentionCall(names[id(module)], module, query, key, value, attention_mask, own is None, options)
+        on_call(seen)
+        out = compute(module, query, key, value, attention_mask, *args, **options)
+        if on_output is not None:
+            on_output(seen, out[0])
+        return out
 
     with ExitStack() as stack:
         for registry in _registries(model):
