@@ -16,17 +16,20 @@ from qkguard.checkpoint.weights import resolve_folder
 from qkguard.diagnosis.curves import Estimate, difference
 from qkguard.diagnosis.measure import Measured, TextRow, measure
 from qkguard.errors import QKGuardError, first_line
+from qkguard.layout import find_attention
 from qkguard.offline.diagnosed_rows import check_text, spread, text_windows, training_rows
 from qkguard.offline.models import LoadOptions, OpenBar, load_model, load_tokenizer, no_bar
 from qkguard.offline.task_rows import read_rows
 from qkguard.probe.prober import Prober
-from qkguard.probe.results import AttentionMass
+from qkguard.probe.retrieval import LayerScore, choose_layers
 from qkguard.probe.settings import ProbeSettings, default_lengths
 from qkguard.probe.statistics import at_floor
 from qkguard.probe.words import floor_clause
 
 VERSION = 1
 NUMBERS = ("w_corr", "w_grad", "far_share")
+SHOWN_HEADS = 8
+NO_OVERLAP = "no overlap with retrieving heads"
 NO_FORECAST = (
     "These are measurements, not a forecast: no study has shown yet that one of them predicts the loss of recall "
     "better than the learning rate, the number of steps and the share of repeated phrases do."
@@ -40,10 +43,10 @@ class Retrieval:
 
     Attributes:
         recall: share of needles found.
-        overlap: of two distributions over heads, needle attention and the norm of the gradient: the sum of the smaller
+        overlap: of two distributions over heads, retrieval scores and the norm of the gradient: the sum of the smaller
             of both, from 0 (other heads) to 1 (the same). `overlap_far`: of the gradient from far keys.
         even: the overlap of a gradient that is the same for all heads.
-        heads: of the heads that put most on needles: layer, head, needle (attention), gradient (share of all heads').
+        heads: those with the highest scores: layer, head, score (`probe.retrieval`), gradient (share of all heads').
     """
 
     recall: float
@@ -220,42 +223,48 @@ def find_retrieval(
         lengths = default_lengths(model)[:1]
         if not lengths:
             raise QKGuardError("the model has no room for contexts of 512 tokens")
-        prober = Prober(tokenizer, ProbeSettings(lengths=lengths, depths=5, samples=1, seed=seed))
+        settings = ProbeSettings(lengths=lengths, depths=5, samples=1, seed=seed, questions=True)
+        prober = Prober(tokenizer, settings)
         prober.find_formats(model)
         result = prober.run(model, progress=progress)
     except QKGuardError as error:
-        warnings.append(f"no overlap with retrieving heads: {first_line(error)}")
+        warnings.append(f"{NO_OVERLAP}: {first_line(error)}")
         return None
     if at_floor(result.total.hits, result.total.count):
-        said = floor_clause(result.total.hits, result.total.count, "the model")
-        warnings.append(f"no overlap with retrieving heads: {said}")
+        warnings.append(f"{NO_OVERLAP}: {floor_clause(result.total.hits, result.total.count, 'the model')}")
         return None
-    assert result.attention is not None  # all layers go through the interface, or measuring would have refused
-    return compare_heads(data, result.attention, result.recall)
+    choice = choose_layers(result.retrieval, find_attention(model))
+    found = compare_heads(data, choice.scores, result.recall)
+    if found is None:
+        warnings.append(f"{NO_OVERLAP}: {choice.why or 'W_Q is not made head by head'}")
+    return found
 
 
-def compare_heads(data: Measured, mass: AttentionMass, recall: float) -> Retrieval | None:
-    """Overlap of attention on needles with the gradient of W_Q, over the heads that both know; None where none."""
-    needle = {layer: np.mean([grid[i] for grid in mass.needle.values()], 0) for i, layer in enumerate(mass.layers)}
-    places, on_needle, everywhere, far = [], [], [], []
-    for layer, all_norms, far_norms in zip(data.layers, data.all_heads, data.far_heads, strict=True):
-        found = needle.get(layer.layer)
-        if found is None or len(found) != len(all_norms):
+def compare_heads(data: Measured, scores: Sequence[LayerScore], recall: float) -> Retrieval | None:
+    """Overlap of retrieval scores with the gradient of W_Q, over the heads that have both; None where none has."""
+    by_layer = {found.layer: found.heads for found in scores}
+    places: list[tuple[int, int]] = []
+    retrieve: list[float] = []
+    everywhere: list[float] = []
+    far: list[float] = []
+    for measured, all_norms, far_norms in zip(data.layers, data.all_heads, data.far_heads, strict=True):
+        heads = by_layer.get(measured.layer, ())
+        if not heads or len(heads) != len(all_norms):
             continue
-        places += [(layer.layer, head) for head in range(len(found))]
-        on_needle += found.tolist()
+        places += [(measured.layer, head) for head in range(len(heads))]
+        retrieve += [max(0.0, score) for score in heads]
         everywhere += all_norms.tolist()
         far += far_norms.tolist()
     if not places:
         return None
-    shares = [_share(values) for values in (on_needle, everywhere, far, [1.0] * len(places))]
+    shares = [_share(values) for values in (retrieve, everywhere, far, [1.0] * len(places))]
     overlap, overlap_far, even = (float(np.minimum(shares[0], other).sum()) for other in shares[1:])
-    order = np.argsort(on_needle)[::-1][:8]
-    heads = [
-        {"layer": places[i][0], "head": places[i][1], "needle": on_needle[i], "gradient": float(shares[1][i])}
-        for i in order
-    ]
-    return Retrieval(recall, overlap, overlap_far, even, heads)
+    best = np.argsort(retrieve)[::-1][:SHOWN_HEADS]
+    found = []
+    for i in best:
+        (layer, head), gradient = places[i], float(shares[1][i])
+        found.append({"layer": layer, "head": head, "score": retrieve[i], "gradient": gradient})
+    return Retrieval(recall, overlap, overlap_far, even, found)
 
 
 def _share(values: Sequence[float]) -> np.ndarray:

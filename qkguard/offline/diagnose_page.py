@@ -31,7 +31,7 @@ def sentences(found: Diagnosis) -> list[str]:
     retrieval = found.retrieval
     if retrieval is not None:
         said.append(
-            f"The gradient of W_Q and the attention on needles (recall {retrieval.recall:.0%}) overlap by "
+            f"The gradient of W_Q and the retrieval scores (recall {retrieval.recall:.0%}) overlap by "
             f"{retrieval.overlap:.2f} over heads, its far part by {retrieval.overlap_far:.2f}; spread evenly, a "
             f"gradient would by {retrieval.even:.2f}."
         )
@@ -73,13 +73,13 @@ def layer_table(found: Diagnosis) -> Table:
 
 
 def heads_table(found: Diagnosis) -> Table | None:
-    """The heads that put most attention on needles, and their share of the gradient of W_Q."""
+    """The heads that look up needles best, and their share of the gradient of W_Q."""
     if found.retrieval is None:
         return None
     rows = [
-        [str(h["layer"]), str(h["head"]), f"{h['needle']:.2f}", f"{h['gradient']:.1%}"] for h in found.retrieval.heads
+        [str(h["layer"]), str(h["head"]), f"{h['score']:.2f}", f"{h['gradient']:.1%}"] for h in found.retrieval.heads
     ]
-    return Table(["layer", "head", "attention on the needle", "share of the gradient"], rows)
+    return Table(["layer", "head", "retrieval score", "share of the gradient"], rows)
 
 
 def curves_figure(found: Diagnosis) -> Figure:
@@ -99,6 +99,7 @@ def curves_figure(found: Diagnosis) -> Figure:
     right.set(ylabel="gradient on attention logits", yscale="log")
     for axis in (left, right):
         axis.set(xlabel="distance in tokens", xscale="symlog")
+        axis.set_xlim(left=0)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(fontsize=8, frameon=False)

@@ -105,7 +105,7 @@ def text_windows(tokenizer: Any, text: str, lengths: Sequence[int], name: str) -
     begun = list(tokenizer("a")["input_ids"])
     opening = [bos] if bos is not None and begun[:1] == [bos] else []
     text = text[: _CHARACTERS * sum(lengths)]
-    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     wanted = [max(2, length) - len(opening) for length in lengths]
     fitting, room = [], len(ids)
     for length in wanted:

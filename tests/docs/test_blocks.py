@@ -43,6 +43,7 @@ QUICK = {
     "qkguard sweep": "--lengths 256 --samples 1 --depths 1 --tasks single_2 --methods restore",
     "qkguard demo": "--steps 1",
     "qkguard probe": "--lengths 256 --samples 1 --depths 1 --tasks single_2",
+    "qkguard diagnose": "--rows 2 --no-heads",
     "qkguard restore": "--overwrite",
     "qkguard merge": "--overwrite",
     # a recipe's own model and data are on the hub

@@ -18,7 +18,7 @@ from qkguard.errors import QKGuardError
 from qkguard.offline.diagnose import NO_FORECAST, compare_heads, diagnose
 from qkguard.offline.diagnose_page import html_page, layer_table, sentences
 from qkguard.offline.diagnosed_rows import spread, text_windows, training_rows
-from qkguard.probe.results import AttentionMass
+from qkguard.probe.retrieval import LayerScore
 from tests.support.models import tiny_model
 from tests.support.probing import CHATML, bpe_tokenizer
 
@@ -115,7 +115,7 @@ def test_a_diagnosis_and_its_page(data: Path) -> None:
     )
     assert len(values["data"]["curves"]["gradient"]) == len(values["data"]["curves"]["similarity"]) + 1
     assert found.retrieval is not None and found.retrieval.recall > 0.5
-    assert 0 <= found.retrieval.overlap <= 1 and found.retrieval.heads[0]["needle"] > 0.3
+    assert 0 <= found.retrieval.overlap <= 1 and found.retrieval.heads[0]["score"] > 0.3
     page = html_page(found)
     assert NO_FORECAST in page and page.count("data:image/png;base64,") == 2 and "Heads that find needles" in page
     assert "prose: W_grad" in page and "http" not in page
@@ -155,13 +155,12 @@ def test_overlap_of_distributions() -> None:
         all_heads = (np.array([3.0, 1.0, 0.0, 0.0]),)
         far_heads = (np.array([0.0, 0.0, 1.0, 1.0]),)
 
-    mass = AttentionMass(128, (3,), {512: [[0.3, 0.1, 0.0, 0.0]]}, {512: [[0.0] * 4]})
-    found = compare_heads(Found(), mass, 1.0)  # type: ignore[arg-type]
+    found = compare_heads(Found(), [LayerScore(3, (0.3, 0.1, 0.0, -0.2))], 1.0)  # type: ignore[arg-type]
     assert found is not None
     assert (found.overlap, found.overlap_far, found.even) == pytest.approx((1.0, 0.0, 0.5))
-    assert found.heads[0] == {"layer": 3, "head": 0, "needle": 0.3, "gradient": 0.75}
-    other = AttentionMass(128, (4,), {512: [[0.3, 0.1, 0.0, 0.0]]}, {512: [[0.0] * 4]})
-    assert compare_heads(Found(), other, 1.0) is None  # type: ignore[arg-type]
+    assert found.heads[0] == {"layer": 3, "head": 0, "score": 0.3, "gradient": 0.75}
+    for other in (LayerScore(4, (0.3, 0.1, 0.0, 0.0)), LayerScore(3, (0.3,))):
+        assert compare_heads(Found(), [other], 1.0) is None  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("setting", "value"), [("rows", 0), ("max_length", 1), ("far", -1)])

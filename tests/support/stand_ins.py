@@ -35,6 +35,9 @@ def make_stand_ins(root: Path) -> Path:
     save_file(weights, root / "TUNED/model.safetensors", {"format": "pt"})
     save_adapter(root / "BASE", root / "ADAPTER", target_modules=LINEAR)
     (root / "heldout.jsonl").write_text(json.dumps(ROW) + "\n")
+    rows = ({"prompt": ROW["prompt"], "completion": f"m = {i} ; n = {i} + 1 ; 4"} for i in range(4))
+    (root / "cot.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (root / "prose.txt").write_text("The old farmer walked to the market. The night was cold. " * 20)
     tiny_config("qwen3_5").save_pretrained(root / "qwen3.5")
     for file in DEMO.glob("tokenizer*"):
         shutil.copy(file, root / "qwen3.5")
