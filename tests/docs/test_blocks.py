@@ -28,7 +28,7 @@ from qkguard import QKGuardConfig
 from qkguard.cli import app
 from qkguard.demo import DemoSettings
 from tests.conftest import Run
-from tests.support.pages import ROOT, Block, blocks, blocks_of, commands_in
+from tests.support.pages import ROOT, Block, blocks, blocks_of, commands_in, read
 from tests.support.stand_ins import guarded_run, make_stand_ins
 
 LANGUAGES = {"python", "bash", "yaml", "json", "text"}
@@ -162,7 +162,8 @@ def is_known(words: list[str]) -> bool:
     if program.endswith("python") and words[1] == "-m":
         return words[2] in ("pip", "pytest", "http.server", "build") or importlib.util.find_spec(words[2]) is not None
     if program.endswith("python"):
-        return words[1] == "sft.py" or (ROOT / words[1]).is_file()
+        options = {word for word in words[2:] if word.startswith("--")}
+        return words[1] == "sft.py" or all(f'"{option}"' in read(words[1]) for option in options)
     return program == "pip" or program in OTHERS
 
 

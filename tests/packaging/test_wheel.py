@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -50,14 +51,16 @@ def test_it_installs_in_an_empty_environment(wheel: Path, tmp_path: Path) -> Non
     clean["QKGUARD_CACHE"] = str(tmp_path / "cache")
 
     def called(*command: str) -> str:
-        done = subprocess.run(command, cwd=tmp_path, env=clean, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, cwd=tmp_path, env=clean, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, (command, done.stderr)
         return done.stdout
 
     assert called(str(qkguard_), "--version").strip() == f"qkguard {qkguard.__version__}"
     assert "smollm2/cot-sft/full" in called(str(qkguard_), "recipes")
     model = called(str(python), "-c", "import qkguard.demo as d; print(d.MODEL)").strip()
     assert str(tmp_path) in model
-    called(str(qkguard_), "restore", "--base", model, "--tuned", model, "--out", "out")
+    shutil.copytree(model, tmp_path / "tuned")
+    called(str(qkguard_), "restore", "--base", model, "--tuned", "tuned", "--out", "out")
     assert "whole" in called(str(qkguard_), "verify", "out", "--load")
     callback = "from qkguard import QKGuardCallback; print(QKGuardCallback().config.method)"
     assert called(str(python), "-c", callback).strip() == "restore"

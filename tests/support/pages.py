@@ -9,7 +9,8 @@ from pathlib import Path
 from textwrap import dedent
 
 ROOT = Path(__file__).parents[2]
-WITH_CODE = ("README.md", "CONTRIBUTING.md", "recipes/README.md", "recipes/hypenet/README.md")
+RECIPES = ("README.md", "amnesia-lab/README.md", "demo/README.md", "hypenet/README.md")
+WITH_CODE = ("README.md", "CONTRIBUTING.md", *(f"recipes/{page}" for page in RECIPES))
 FENCE = re.compile(r"(?:^(?P<note> *<!--[^\n]*-->)\n+)?^ *```(?P<language>\w*)\n(?P<text>.*?)^ *```$", re.M | re.S)
 ONLY_PARSED = re.compile(r"<!-- only parsed: (\S.*?) -->")
 
