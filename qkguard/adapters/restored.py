@@ -32,7 +32,7 @@ from qkguard.adapters.meta_model import quiet
 from qkguard.arrays import Array
 from qkguard.checkpoint.card import adapter_card, read_card
 from qkguard.checkpoint.files import copy_auxiliary, copy_named, link_or_copy, write_text
-from qkguard.checkpoint.manifest import FORMAT, MANIFEST, describe_file, dump, versions
+from qkguard.checkpoint.manifest import FORMAT, MANIFEST, describe_file, dump, public_name, versions
 from qkguard.checkpoint.safetensors_io import SafetensorsWriter, read_header
 from qkguard.checkpoint.staging import Staging
 from qkguard.checkpoint.write import check_target, readable_errors
@@ -102,7 +102,7 @@ def assemble_restored_adapter(
             "format": FORMAT,
             "kind": "adapter",
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "base": {"id": adapter.base or "unknown"},
+            "base": {"id": public_name(adapter.base) if adapter.base else "unknown"},
             "raw": {
                 "path": os.path.relpath(raw.resolve(), out.resolve()),
                 "files": {ADAPTER_TENSORS: describe_file(raw / ADAPTER_TENSORS, adapter.header)},

@@ -20,22 +20,29 @@ def model_card(manifest: Mapping[str, Any], raw_card: str | None = None) -> str:
     """README.md from the manifest; `raw_card` is the text of the raw checkpoint's own card."""
     old, base = _metadata(raw_card), str(manifest["base"].get("id", ""))
     kept = {key: old[key] for key in KEPT if key in old}
-    base_model = base if _is_hub_id(base) else old.get("base_model")
-    if base_model:
-        kept |= {"base_model": base_model, "base_model_relation": "finetune"}
+    kept |= _lineage(base, old, "finetune")
     tags = old.get("tags") or []
-    tags = {*(tags if isinstance(tags, list) else [tags]), *OWN_TAGS}
-    return _card({**kept, "library_name": "transformers", "tags": sorted(tags)}, _body(manifest, base))
+    tags = [str(tag) for tag in (tags if isinstance(tags, list) else [tags])]
+    # PEFT writes "base_model:adapter:/its/local/path"; the hub makes such tags itself
+    tags = sorted({*(tag for tag in tags if not tag.startswith("base_model:")), *OWN_TAGS})
+    return _card({**kept, "library_name": "transformers", "tags": tags}, _body(manifest, base))
 
 
 def adapter_card(manifest: Mapping[str, Any], raw_card: str | None = None) -> str:
     """README.md of a restored adapter."""
     old, base = _metadata(raw_card), str(manifest["base"]["id"])
     kept = {key: old[key] for key in KEPT if key in old}
-    if _is_hub_id(base):
-        kept |= {"base_model": base, "base_model_relation": "adapter"}
+    kept |= _lineage(base, old, "adapter")
     metadata = {**kept, "library_name": "peft", "tags": sorted({"lora", *OWN_TAGS})}
     return _card(metadata, _render("adapter_card", manifest={"verdict": {}, **manifest}, base=_short_name(base)))
+
+
+def _lineage(base: str, old: Mapping[str, Any], relation: str) -> dict[str, str]:
+    """`base_model`, where the manifest or the raw folder's card knows its hub id, and how the model comes from it."""
+    for known in (base, old.get("base_model")):
+        if isinstance(known, str) and _is_hub_id(known):
+            return {"base_model": known, "base_model_relation": relation}
+    return {}
 
 
 def _card(metadata: Mapping[str, Any], body: str) -> str:

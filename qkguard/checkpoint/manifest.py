@@ -26,6 +26,31 @@ def describe_file(path: Path, header: Header) -> dict[str, Any]:
         return {"size": size, "header_sha256": header.sha256, "sample_sha256": sample_sha256(fd, size)}
 
 
+def public_name(model: str) -> str:
+    """A hub id as it is, of a local folder the last part: manifests and cards are uploaded, paths are private."""
+    return Path(model).resolve().name if os.path.isabs(model) or os.path.exists(model) else model
+
+
+def describe_base(base: Mapping[str, Any], out: Path) -> dict[str, Any]:
+    """What the manifest in `out` says of the base (`BaseRows.describe`): no absolute path of this machine."""
+    described = dict(base)
+    if "id" in base:
+        described["id"] = public_name(str(base["id"]))
+    if "reference" in base:
+        described["reference"] = os.path.relpath(Path(base["reference"]).resolve(), out.resolve())
+    return described
+
+
+def reference_of(folder: Path) -> Path | None:
+    """The file with the rows before SFT that the restored model in `folder` was made with, if its manifest names one.
+
+    Raises:
+        QKGuardError: no manifest, or none that can be read.
+    """
+    named = load_manifest(folder)["base"].get("reference")
+    return None if named is None else (folder / named).resolve()
+
+
 def build_manifest(
     *,
     raw: str,
@@ -42,7 +67,7 @@ def build_manifest(
 
     Args:
         raw: path of the raw folder, relative to the new one.
-        base: what the base's rows say of themselves (`BaseRows.describe`).
+        base: what is said of the base (`describe_base`).
         method: its name and options.
         records: one per weight file (`write_files`).
         auxiliary, left_out: other files copied and not copied.

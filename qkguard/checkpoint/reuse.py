@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qkguard.checkpoint.files import link_or_copy
-from qkguard.checkpoint.manifest import describe_file, dump, load_manifest
+from qkguard.checkpoint.manifest import describe_base, describe_file, dump, load_manifest
 from qkguard.checkpoint.safetensors_io import read_header
 from qkguard.checkpoint.staging import Staging
 from qkguard.checkpoint.write import FolderPlan, Record, complete, readable_errors
@@ -23,10 +23,8 @@ def records_of(made: Path, plan: FolderPlan) -> list[Record] | None:
     """
     try:
         manifest = load_manifest(made)
-        same_settings = all(
-            manifest[key] == json.loads(dump({key: wanted}))[key]
-            for key, wanted in (("base", plan.base), ("method", plan.method), ("partial", plan.partial))
-        )
+        settings = {"base": describe_base(plan.base, made), "method": plan.method, "partial": plan.partial}
+        same_settings = all(manifest[key] == wanted for key, wanted in json.loads(dump(settings)).items())
         names = sorted(file.target for file in plan.files)
         if not same_settings or sorted(manifest["files"]) != names or any(file.make for file in plan.files):
             return None

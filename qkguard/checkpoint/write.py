@@ -24,7 +24,7 @@ from typing import Any
 from qkguard.checkpoint.card import model_card, read_card
 from qkguard.checkpoint.copying import BytesCopied, Copies, FileCopy, can_clone
 from qkguard.checkpoint.files import auxiliary_files, copy_named, link_or_copy, write_text
-from qkguard.checkpoint.manifest import MANIFEST, build_manifest, describe_file, dump
+from qkguard.checkpoint.manifest import MANIFEST, build_manifest, describe_base, describe_file, dump
 from qkguard.checkpoint.safetensors_io import Header, TensorEntry, read_header, rename_tensors
 from qkguard.checkpoint.staging import Staging
 from qkguard.checkpoint.weights import WeightFolder
@@ -348,7 +348,7 @@ def complete(
         auxiliary, left_out = _write_other_files(plan, staging.folder)
         manifest = build_manifest(
             raw=os.path.relpath(plan.weights.folder.resolve(), plan.out.resolve()),
-            base=plan.base,
+            base=describe_base(plan.base, plan.out),
             method=plan.method,
             records=sorted(records, key=itemgetter("file")),
             auxiliary=auxiliary,

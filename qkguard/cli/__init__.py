@@ -34,6 +34,7 @@ app = typer.Typer(
     help="Keep long-range recall through chain-of-thought SFT: track how far queries and keys drift, and write "
     "checkpoints in which they are as before.",
     no_args_is_help=True,
+    rich_markup_mode=None,  # its boxes are twice as long, and unreadable at 80 columns
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -44,15 +45,14 @@ app.add_typer(recipes.app, name="recipes")
 app.command("integrations")(integrations.integrations)
 app.command("report")(report.report)
 
-CHECKPOINTS = "Checkpoints on disk"
-app.command("diagnose", rich_help_panel=CHECKPOINTS)(diagnose.diagnose)
-app.command("inspect", rich_help_panel=CHECKPOINTS)(inspect.inspect)
-app.command("restore", rich_help_panel=CHECKPOINTS)(restore.restore)
-app.command("merge", rich_help_panel=CHECKPOINTS)(merge.merge)
-app.command("drift", rich_help_panel=CHECKPOINTS)(drift.drift)
-app.command("verify", rich_help_panel=CHECKPOINTS)(verify.verify)
-app.command("probe", rich_help_panel=CHECKPOINTS)(probe.probe)
-app.command("sweep", rich_help_panel=CHECKPOINTS)(sweep.sweep)
+app.command("diagnose")(diagnose.diagnose)
+app.command("inspect")(inspect.inspect)
+app.command("restore")(restore.restore)
+app.command("merge")(merge.merge)
+app.command("drift")(drift.drift)
+app.command("verify")(verify.verify)
+app.command("probe")(probe.probe)
+app.command("sweep")(sweep.sweep)
 
 
 @app.callback(invoke_without_command=True)

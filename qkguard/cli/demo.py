@@ -32,6 +32,10 @@ def demo(
     Chain-of-thought SFT on generated arithmetic through TRL's SFTTrainer with QKGuardCallback, as in a script of your
     own; then needle recall and CoT accuracy before SFT, after it, and with queries and keys restored. What it prints
     is what it measured.
+
+    \b
+    Example:
+      qkguard demo --out my-demo
     """
     if steps < 1:
         raise QKGuardError(f"Invalid --steps {steps}: expected a whole number >= 1.")

@@ -34,6 +34,10 @@ def drift(
     q_rel and k_rel are |W - W0| / |W0|; 1mcos is 1 - cosine; routing_rel is the same ratio for W_Q^T W_K, averaged
     over heads: what retrieval feels, and what a mere rotation of queries and keys leaves at 0; top_sv is the largest
     singular value of W - W0. JSON has the numbers per tensor and head too.
+
+    \b
+    Example:
+      qkguard drift --base Qwen/Qwen3-8B --tuned runs/sft/checkpoint-900
     """
     rows = opt.row_selection(layers, include_norms, sliding_window, shared, projections)
     quiet_transformers()

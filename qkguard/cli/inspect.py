@@ -25,10 +25,14 @@ def inspect(
     ] = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Show which layers have softmax attention and which rows of which tensors make their queries and keys.
+    """Show which rows of which tensors are queries and keys.
 
     Found by what the model's code does on an empty copy; no weights are needed. Rows that are neither query nor key
     (values, output gates) are not listed and never touched.
+
+    \b
+    Example:
+      qkguard inspect Qwen/Qwen3-Next-80B-A3B-Instruct
     """
     quiet_transformers()
     from qkguard.layout import find_attention

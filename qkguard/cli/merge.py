@@ -30,13 +30,15 @@ def merge(
     trust_remote_code: opt.RemoteCode = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Merge a LoRA adapter into its base model, leaving queries and keys as they are in the base.
+    """Merge a LoRA adapter into its base without its queries and keys.
 
     Everything merged has the bits of PEFT's own merge; the query and key rows of softmax-attention layers have the
     base's. The base is read a tensor at a time, so memory stays at the largest one. OUT appears complete or not at
     all, and loads with from_pretrained.
 
-    Example: qkguard merge --base Qwen/Qwen3-8B --adapter runs/sft/checkpoint-900 --out qwen3-8b-cot
+    \b
+    Example:
+      qkguard merge -b Qwen/Qwen3-8B -a runs/sft/checkpoint-900 -o merged
     """
     rows = opt.row_selection(layers, False, sliding_window, shared, projections)
     quiet_transformers()

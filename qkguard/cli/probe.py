@@ -47,10 +47,14 @@ def probe(
     trust_remote_code: opt.RemoteCode = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Measure needle-in-a-haystack recall: RULER's tasks, decided by one forward pass per sample.
+    """Measure needle-in-a-haystack recall of models.
 
-    A sample counts as right if and only if greedy decoding would begin with the true answer. Of several models each is
-    compared with the first, on the same samples.
+    The tasks are RULER's, decided by one forward pass per sample. A sample counts as right if and only if greedy
+    decoding would begin with the true answer. Of several models each is compared with the first, on the same samples.
+
+    \b
+    Example:
+      qkguard probe Qwen/Qwen3-8B runs/sft/checkpoint-900 --lengths 4K,32K
     """
     quiet_transformers()
     for file in (png, html):

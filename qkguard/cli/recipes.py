@@ -11,14 +11,25 @@ from qkguard.cli import options as opt
 from qkguard.cli.output import print_json, print_table, say
 from qkguard.errors import QKGuardError
 
-app = typer.Typer(help="The bundled recipes for `qkguard sft`.", invoke_without_command=True, add_completion=False)
+app = typer.Typer(
+    help="The bundled recipes for `qkguard sft`.",
+    invoke_without_command=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
 
 Name = Annotated[str, typer.Argument(help="Name of a recipe, such as qwen3/cot-sft/full.")]
 
 
 @app.callback()
 def recipes(context: typer.Context, as_json: opt.Json = False) -> None:
-    """List the bundled recipes, each with what it trains and on what."""
+    """List the bundled recipes, each with what it trains and on what.
+
+    \b
+    Examples:
+      qkguard recipes
+      qkguard recipes show qwen3/cot-sft/full
+    """
     if context.invoked_subcommand:
         return
     from qkguard.sft.recipes import headline, recipe_names

@@ -23,6 +23,11 @@ def report(
 
     A single run's goes to _qkguard/report.html in its folder, pictures beside it; the run writes it by itself when
     training ends. With several runs it goes to --out (compare.html).
+
+    \b
+    Examples:
+      qkguard report runs/sft
+      qkguard report runs/sft runs/sft-low-rate --out compare.html
     """
     from qkguard.report.run import load_run
     from qkguard.report.run_page import write_comparison, write_report

@@ -50,7 +50,10 @@ def restore(
     needs (--ridge). interpolate goes part of the way (--alpha, --align). procrustes is restore through rotated
     heads. Which one keeps recall and skill is a matter of the run: measure with qkguard sweep.
 
-    Example: qkguard restore --base Qwen/Qwen3-8B --tuned runs/sft/checkpoint-900 --out qwen3-8b-cot-restored
+    \b
+    Examples:
+      qkguard restore -b Qwen/Qwen3-8B -t runs/sft/checkpoint-900 -o restored
+      qkguard restore -b base -t tuned -o half --method interpolate --alpha 0.5
     """
     rows = opt.row_selection(layers, include_norms, sliding_window, shared, projections, retrieval=True)
     quiet_transformers()

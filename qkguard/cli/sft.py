@@ -67,7 +67,10 @@ def sft(
     TRL's SFTConfig and ModelConfig, of the data (dataset_name, datasets, *_column, ...) and, in the section qkguard,
     of QKGuardConfig. A key that nothing reads is an error.
 
-    Example: qkguard sft --config qwen3/cot-sft/full --accelerate zero3 --output_dir runs/first
+    \b
+    Examples:
+      qkguard sft --config qwen3/cot-sft/full --dry-run
+      qkguard sft --config qwen3/cot-sft/full --accelerate zero3
     """
     if as_json and not dry_run:
         raise QKGuardError("--json prints the plan of --dry-run; add --dry-run.")

@@ -83,13 +83,16 @@ def sweep(
     trust_remote_code: opt.RemoteCode = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Find the restore that keeps recall and skill on this run, by measurement.
+    """Find the restore that keeps recall and skill, by measurement.
 
     Needle recall and task quality of the base, the tuned checkpoint and a grid of restores, swapped into one loaded
     model; which points no other beats, and a recommendation by a stated rule, which may well be to leave the tuned
     checkpoint as it is. With --write, exit code 1 where that is so and nothing was written.
 
-    Example: qkguard sweep --base B --tuned T --data heldout.jsonl --lengths 1K,4K --out sweep --write restored
+    \b
+    Examples:
+      qkguard sweep -b Qwen/Qwen3-8B -t runs/sft/checkpoint-900 -o sweep
+      qkguard sweep -b base -t tuned --lengths 1K,4K --write restored
     """
     quiet_transformers()
     selected = opt.row_selection(layers, include_norms, sliding_window, shared)

@@ -28,10 +28,14 @@ def verify(
     trust_remote_code: opt.RemoteCode = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Check that a restored checkpoint is whole and what its manifest says.
+    """Check that a restored checkpoint is whole and as recorded.
 
     Recomputes the hashes of all restored rows, file sizes, headers and sampled bytes, here and in the raw checkpoint,
     where that is still in its place. Exit code 0 only if everything agrees.
+
+    \b
+    Example:
+      qkguard verify runs/sft/checkpoint-900/qk_restored --load
     """
     from qkguard.offline.verify import verify as check
 

@@ -17,7 +17,7 @@ from qkguard.adapters.files import ADAPTER_CONFIG, ADAPTER_TENSORS, Adapter
 from qkguard.adapters.meta_model import AdaptedParam, MergeStep, MetaPeftModel
 from qkguard.arrays import as_tensor, sha256_of
 from qkguard.checkpoint.files import auxiliary_files
-from qkguard.checkpoint.manifest import describe_file
+from qkguard.checkpoint.manifest import describe_file, public_name
 from qkguard.checkpoint.restored import describe_rows
 from qkguard.checkpoint.safetensors_io import SafetensorsWriter, write_rows
 from qkguard.checkpoint.weights import INDEX_FILE, BaseFolder, WeightFolder, identify
@@ -229,8 +229,8 @@ def _untied_config(folder: Path) -> str:
 def describe_adapter(adapter: Adapter) -> dict[str, Any]:
     """What the manifest says of the adapter."""
     return {
-        "id": identify(str(adapter.folder), adapter.folder)["id"],
-        "base": adapter.base,
+        "id": public_name(identify(str(adapter.folder), adapter.folder)["id"]),
+        "base": public_name(adapter.base) if adapter.base else None,
         "config_sha256": hashlib.sha256((adapter.folder / ADAPTER_CONFIG).read_bytes()).hexdigest(),
         **describe_file(adapter.folder / ADAPTER_TENSORS, adapter.header),
     }
@@ -241,7 +241,9 @@ def _warnings(merge: Merge) -> Iterator[str]:
     named, untied = merge.adapter.base, merge.untied
     same = named and identify(named, Path(named))["id"] == identify(merge.base_id, merge.weights.folder)["id"]
     if named and not same:
-        yield f"the adapter names {named} as its base; it was merged onto {merge.base_id}"
+        onto = public_name(merge.base_id)
+        another = f"another model called {onto}" if onto == public_name(named) else onto
+        yield f"the adapter names {public_name(named)} as its base; it was merged onto {another}"
     if untied:
         yield (
             f"{', '.join(untied)} was trained or kept apart from what it had been tied to: the merged model's "

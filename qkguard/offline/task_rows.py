@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from qkguard.checkpoint.manifest import load_manifest
+from qkguard.checkpoint.manifest import reference_of
 from qkguard.choice.task import IGNORED, ROW_FORMATS
 from qkguard.errors import QKGuardError
 from qkguard.report.run import METRICS, RUN_FOLDER
@@ -105,9 +105,9 @@ def _run_by_manifest(folder: Path) -> Path | None:
     """The run folder whose reference the restored model in `folder`, or in its `qk_restored`, was made with."""
     for restored in (folder, folder / "qk_restored"):
         with suppress(QKGuardError):  # no manifest, or none that this version reads
-            reference = load_manifest(restored)["base"].get("reference")
-            if reference is not None and (Path(reference).parent / METRICS).is_file():
-                return Path(reference).parent
+            reference = reference_of(restored)
+            if reference is not None and (reference.parent / METRICS).is_file():
+                return reference.parent
     return None
 
 

@@ -80,7 +80,8 @@ def drift_curves(run: Run) -> Figure | None:
         for key, look in ((kind, {"label": name}), (f"{kind}/max", {"lw": 0.8, "ls": "--"})):
             points = run.series(DRIFT + key)
             if points:
-                axis.plot(*zip(*points, strict=True), color=f"C{i}", **look)
+                marker = "o" if len(points) == 1 else None  # a line through one point is nothing
+                axis.plot(*zip(*points, strict=True), color=f"C{i}", marker=marker, **look)
     _finish(axis, "step", "relative drift (dashed: largest layer)")
     axis.legend(fontsize=8, frameon=False)
     return figure

@@ -12,7 +12,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
-from qkguard.checkpoint.manifest import MANIFEST, load_manifest
+from qkguard.checkpoint.manifest import MANIFEST, load_manifest, reference_of
 from qkguard.errors import QKGuardError
 from qkguard.probe.retrieval import RetrievalChoice
 from qkguard.probe.statistics import at_floor, wilson
@@ -235,10 +235,10 @@ def load_run(folder: Path) -> Run:
 def _is_made_with(run_folder: Path, manifest: Path) -> bool:
     """Whether a restored model's rows come from the reference in a run folder."""
     try:
-        reference = load_manifest(manifest.parent)["base"].get("reference")
+        reference = reference_of(manifest.parent)
     except QKGuardError:
         return False
-    return reference is not None and Path(reference).parent.resolve() == run_folder.resolve()
+    return reference is not None and reference.parent == run_folder.resolve()
 
 
 def _manifests(folder: Path, pattern: str) -> list[Path]:

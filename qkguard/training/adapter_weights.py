@@ -35,7 +35,6 @@ from qkguard.offline.merge import merge_adapter, mergeable_weights
 from qkguard.training.background import BackgroundWriter, Save, Write
 from qkguard.training.loader_check import loaded_from
 from qkguard.training.run_folder import RESTORED
-from qkguard.training.start_lines import saving_line
 from qkguard.training.writers import Writers
 
 if TYPE_CHECKING:
@@ -167,32 +166,35 @@ class AdapterWeights:
             raise QKGuardError("Nothing names the base model, which merge_at_end merges onto. Set base_model to it.")
         return str(base)
 
-    def describe(self) -> list[str]:
-        """Lines for the log: which adapters move queries and keys, and what will be written."""
-        config, names = self.config, ", ".join(self.model.peft_config)
+    @property
+    def restored_place(self) -> str | None:
+        """Where restored adapters appear in a checkpoint; None where there are none."""
+        return f"{RESTORED}/<adapter>" if self.writable else None
+
+    def merges(self) -> str:
+        """What is merged at the end, in words."""
+        return f"models merged onto {self._merge_base()} when training ends" if self.config.merge_at_end else ""
+
+    def describe(self, seconds: float) -> list[str]:
+        """Lines for the log: which adapters move queries and keys; `seconds` are those of setting it up."""
+        names = ", ".join(self.model.peft_config)
         layers = show_layers(spec.layer for spec, _ in self.selection)
         if not self.adapted:
             return [
-                f"PEFT model (adapters: {names}). No adapter is on the queries and keys of the softmax-attention "
-                f"layers ({layers}), so these cannot drift. Nothing is restored."
+                f"Layers: adapters {names}, none on the queries and keys of the softmax-attention layers ({layers}), "
+                "so these cannot drift, and nothing is restored."
             ]
         adapted = {weight.pmap.name for weight in self.adapted}
         on = show_layers(spec.layer for spec, maps in self.selection if adapted & {pmap.name for pmap in maps})
-        dora = ", DoRA" if self._has_dora() else ""
+        dora = " (DoRA)" if self._has_dora() else ""
         base = ", on the dequantised base" if self._is_quantised() else ""
         lines = [
-            f"PEFT model (adapters: {names}{dora}). {len(adapted)} of {len(self.weights)} query and key weights carry "
-            f"adapters, in softmax-attention layers {on} of {layers}.",
-            "The base's queries and keys are frozen, so no reference is kept. Drift is that of the effective weights"
-            f"{base}.",
+            f"Layers: adapters {names}{dora} on {len(adapted)} of {len(self.weights)} query and key weights, in "
+            f"softmax-attention layers {on} of {layers}.",
+            f"Reference: the frozen base; drift is that of the effective weights{base} (set up in {seconds:.1f} s).",
         ]
-        merges = f"merged models onto {self._merge_base()}" if config.merge_at_end else ""
-        if self.writable:
-            place = f"checkpoint-N/{RESTORED}/<adapter>"
-            lines.append(saving_line("Restored adapters", config, place, self.folder / "final", merges))
-        else:
+        if not self.writable:
             lines.append("Restored adapters: none, because DoRA has no such form here.")
-            lines += [f"At the end: {merges}."] if merges else []
         return lines
 
     def _is_quantised(self) -> bool:

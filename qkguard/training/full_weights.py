@@ -27,12 +27,13 @@ from qkguard.distributed import ranks
 from qkguard.distributed.reference import Reference
 from qkguard.layout import disk_names
 from qkguard.layout.selection import select, unselected_norms
+from qkguard.report.numbers import human_bytes
 from qkguard.restore.registry import get_method
 from qkguard.training.background import BackgroundWriter, Save, Write
 from qkguard.training.drift_monitor import DriftMonitor
 from qkguard.training.export import export_model, holds_weights, link_checkpoint
 from qkguard.training.run_folder import RESTORED
-from qkguard.training.start_lines import layers_of, saving_line, size_of
+from qkguard.training.start_lines import layers_of, shown
 from qkguard.training.writers import Writers, disk_is_shared
 
 if TYPE_CHECKING:
@@ -99,18 +100,24 @@ class FullWeights:
         self.staging: Path | None = None
         self._shared: dict[Path, bool] = {}
 
-    def describe(self) -> list[str]:
-        """Lines for the log: what is guarded, what it is compared with, and what will be written."""
-        reference, config = self.reference, self.config
+    restored_place = RESTORED
+    """Where restored models appear in a checkpoint."""
+
+    def merges(self) -> str:
+        """What is merged at the end, in words: nothing."""
+        return ""
+
+    def describe(self, seconds: float) -> list[str]:
+        """Lines for the log: what is guarded, and what it is compared with; `seconds` are those of setting it up."""
+        reference = self.reference
         maps = reference.maps.values()
         kept = sum(pmap.numel * reference.slices[pmap.name].element_size() for pmap in maps)
-        here = "" if ranks.world_size() == 1 else f", {size_of(reference.nbytes)} of it on this rank"
+        here = "" if ranks.world_size() == 1 else f", {human_bytes(reference.nbytes)} of it on this rank"
         layers = layers_of([spec.layer for spec, _ in self.selection], _layer_count(self.model))
         return [
-            f"Guarding the queries and keys of {layers}: {sum(pmap.numel for pmap in maps):,} elements in {len(maps)} "
-            f"parameters. Kept in CPU memory: {size_of(kept)}{here}.",
-            f"Reference: {self.origin}. File: {self.folder / REFERENCE}.",
-            saving_line("Restored checkpoints", config, f"checkpoint-N/{RESTORED}", self.folder / "final"),
+            f"Layers: the queries and keys of {layers}; {sum(pmap.numel for pmap in maps):,} elements, "
+            f"{human_bytes(kept)} in CPU memory{here}.",
+            f"Reference: {self.origin}; in {shown(self.folder / REFERENCE)} (set up in {seconds:.1f} s).",
         ]
 
     def candidates(self) -> list[Candidate]:

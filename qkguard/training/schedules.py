@@ -19,6 +19,17 @@ def pace(schedule: int | Literal["logging"]) -> str:
     return {"logging": "every logging step", 0: "never", 1: "every step"}.get(schedule, f"every {schedule} steps")
 
 
+def probe_pace(probe_steps: float | Literal["eval"], evaluates: bool) -> str:
+    """The schedule of probes in words, beside those before training, at saves and at its end."""
+    if probe_steps == 0:
+        return "never"
+    if isinstance(probe_steps, int):
+        return pace(probe_steps)
+    if probe_steps == "eval" and evaluates:
+        return "at every evaluation"
+    return f"every {0.1 if probe_steps == 'eval' else probe_steps:.3g} of the training"
+
+
 def interval(probe_steps: float | Literal["eval"], evaluates: bool, max_steps: int) -> int | None:
     """Steps between scheduled probes; None where evaluations set the pace."""
     if isinstance(probe_steps, int):

@@ -38,7 +38,7 @@ from qkguard.training.resume import remove_leftovers, saved_folder, set_aside, s
 from qkguard.training.retrieval_layers import settle_layers
 from qkguard.training.run_folder import FINAL, RECOMMENDED, RESTORED, run_folder
 from qkguard.training.start_checks import warnings_at_start
-from qkguard.training.start_lines import measuring_line
+from qkguard.training.start_lines import files_line, schedule_line
 from qkguard.training.writers import Writers
 
 if TYPE_CHECKING:  # pydantic and PEFT double the time that `from qkguard import QKGuardCallback` takes
@@ -119,12 +119,15 @@ class Session:
     def _log_start(self, args: TrainingArguments, collator: Any, seconds: float) -> None:
         if ranks.rank() != 0:
             return
-        lines = self.weights.describe()
-        if self.weights.drift_monitor is not None:
-            lines.append(measuring_line(self.config, args.report_to or []))
-        for line in lines:
+        weights, config = self.weights, self.config
+        place, merges = weights.restored_place, weights.merges()
+        drifts, restores = weights.drift_monitor is not None, place is not None
+        for line in (
+            *weights.describe(seconds),
+            schedule_line(config, args, drifts=drifts, restores=restores),
+            files_line(config, args, self.folder, place, merges),
+        ):
             logger.info("%s", line)
-        logger.info("The guard was set up in %.1f s.", seconds)
         for warning in warnings_at_start(self.model, args, collator):
             logger.warning("%s", warning)
 

@@ -16,6 +16,7 @@ from qkguard.demo import MODEL
 from qkguard.demo.arithmetic import problems
 from qkguard.offline.restore import restore_checkpoint
 from tests.conftest import Run
+from tests.support import judge
 from tests.support.models import save_pair
 from tests.support.oracle import differences, load_folder
 
@@ -97,6 +98,7 @@ def test_sweep_recommends_and_writes(tuned: Path, tmp_path: Path, run: Run) -> N
         tmp_path / "out",
     )
     assert (code, err) == (0, "")
+    judge.no_private_paths(tmp_path / "out")
     assert "Recommended: restore." in text and "rule: highest recall" in text and "layer 5 alone" in text
     assert re.search(r"^restore +1\.000 .*recommended, Pareto$", text, re.M)
     assert "Is it queries and keys? Yes: taken back alone" in text and "MLPs, experts and routers" in text

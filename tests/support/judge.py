@@ -22,6 +22,14 @@ def weight_hashes(folder: Path) -> dict[str, str]:
     return {path.name: file_sha256(path) for path in sorted(Path(folder).glob("*.safetensors"))}
 
 
+def no_private_paths(folder: Path) -> None:
+    """Nothing that people upload of a restored folder names a place on this machine."""
+    for name in ("qkguard.json", "README.md"):
+        text = (folder / name).read_text()
+        assert not re.search(r"[\s\"'`(]/(?!/)\w", text), f"{folder / name} holds an absolute path"
+        assert str(Path.home()) not in text and str(folder.parents[1]) not in text
+
+
 def metrics_rows(run: Path) -> list[dict]:
     return [json.loads(line) for line in (Path(run) / "_qkguard" / "metrics.jsonl").read_text().splitlines()]
 

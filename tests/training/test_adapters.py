@@ -87,6 +87,8 @@ def test_a_run_writes_adapters_and_merges_that_stock_peft_loads(tmp_path, kind):
         assert verify(adapter)["raw"] == "unchanged"
     for folder in ("merged_raw", "merged_qk_restored"):
         verify(final / folder, full=True)
+        judge.no_private_paths(final / folder)
+    judge.no_private_paths(final / "qk_restored/default")
     raw, kept = (load_file(p / "adapter_model.safetensors") for p in (run / "checkpoint-3", final / "raw/default"))
     assert not oracle.differences(raw, kept)
     rows = [r for r in judge.metrics_rows(run) if "qkguard/drift/q_rel" in r]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 from qkguard import QKGuardCallback, QKGuardConfig, QKGuardError
+from qkguard.checkpoint.manifest import reference_of
 from tests.support import judge, oracle
 from tests.support.models import noised
 from tests.support.training import arguments, make_trainer, save_base, train
@@ -35,6 +37,9 @@ def test_sft_run_writes_reference_metrics_and_both_checkpoints(base, tmp_path):
     for step in (2, 3):
         check_pair(base, run / f"checkpoint-{step}", run / f"checkpoint-{step}/qk_restored")
     check_pair(base, run / "_qkguard/final/raw", run / "_qkguard/final/qk_restored")
+    for folder in (run / "checkpoint-3/qk_restored", run / "_qkguard/final/qk_restored"):
+        judge.no_private_paths(folder)
+        assert reference_of(folder) == run / "_qkguard/reference.safetensors"
     assert (run / "_qkguard/final/raw/tokenizer.json").is_file()
     rows = judge.metrics_rows(run)
     drift = [r for r in rows if "qkguard/drift/q_rel" in r]
@@ -103,9 +108,9 @@ def test_every_node_writes_its_own_files(base, tmp_path):
 @pytest.mark.parametrize(
     ("options", "saves", "said"),
     [
-        ({"restore_on": "end"}, [], "(restore): none before the end, final models in "),
-        ({"restore_on": "never"}, [], "(restore): none."),
-        ({"restore_on": "save", "final_export": False}, [1, 2, 3], "/qk_restored at every save."),
+        ({"restore_on": "end"}, [], "restored models (restore) at the end."),
+        ({"restore_on": "never"}, [], "restored models (restore) never."),
+        ({"restore_on": "save", "final_export": False}, [1, 2, 3], "restored models (restore) at every save."),
     ],
 )
 def test_when_restored_folders_are_written(base, tmp_path, options, saves, said, caplog, monkeypatch):
@@ -381,3 +386,23 @@ def test_temporary_names_never_survive(base, tmp_path):
     run = tmp_path / "run"
     assert {p.name for p in run.iterdir() if "qkguard" in p.name} == {"_qkguard"}
     assert not list((run / "checkpoint-3").rglob("_*"))
+
+
+def test_the_start_is_told_in_four_short_lines(base, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("qkguard"), "propagate", True)
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level(logging.INFO, logger="qkguard")
+    train(base, arguments(tmp_path, save_steps=1), QKGuardCallback(strict=True, probe_steps=0, final_export=False))
+    lines = [record.getMessage() for record in caplog.records][:4]
+    assert [line.split(":")[0] for line in lines] == ["Layers", "Reference", "Schedule", "Files"]
+    assert lines[0].startswith("Layers: the queries and keys of 2 softmax-attention layers (1, 3) of 4; ")
+    assert re.search(r"[\d,]+ elements, [\d.]+ KB in CPU memory\.$", lines[0])
+    assert re.fullmatch(
+        r"Reference: taken from the live weights; in run/_qkguard/reference.safetensors \(set up in [\d.]+ s\)\.",
+        lines[1],
+    )
+    assert lines[2] == (
+        "Schedule: drift every logging step, routing drift every 100 steps, recall never, restored models (restore) "
+        "at every save."
+    )
+    assert lines[3] == "Files: checkpoint-N/qk_restored; metrics in run/_qkguard/metrics.jsonl."
