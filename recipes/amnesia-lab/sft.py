@@ -2,7 +2,8 @@
 
     python recipes/amnesia-lab/sft.py --base runs/one-0 --out runs/full-one-0 --seed 0
 
-`--way` says what else could be done: queries and keys frozen, LoRA, or windows with prose between question and work.
+`--way` says what else could be done: queries and keys frozen, LoRA, windows with prose between question and work, or
+another task altogether, sentences to rewrite.
 The model lies in <out>/_qkguard/final/raw (LoRA: merged_raw) beside its restored twin.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -18,7 +20,7 @@ import lab
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from text import STYLES
+from text import STYLES, rewriting
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -27,7 +29,7 @@ from qkguard.demo.arithmetic import problems
 from qkguard.layout import find_attention, select
 from qkguard.probe.haystack import generated_prose
 
-WAYS = ("full", "frozen", "lora", "windows")
+WAYS = ("full", "frozen", "lora", "windows", "rewrite")
 LONGEST_GAP = 60  # sentences of some 12 tokens between question and work, `--way windows`
 LORA = LoraConfig(
     r=16,
@@ -38,17 +40,23 @@ LORA = LoraConfig(
 
 
 def rows(args) -> Dataset:
-    """Problems of 4 to 7 variables, as many as the run will see."""
-    rng = Random(2000 + args.seed)
-    made = []
-    for chain in islice(problems(1000 + args.seed), args.steps * args.batch):
+    """Problems of 4 to 7 variables, as many as the run will see; or as many texts to rewrite."""
+    return Dataset.from_list(list(islice(examples(args.way, args.style, args.seed), args.steps * args.batch)))
+
+
+def examples(way: str, style: str, seed: int) -> Iterator[dict[str, str]]:
+    """Endless rows of prompt and completion."""
+    rng = Random(2000 + seed)
+    while way == "rewrite":
+        prompt, completion = rewriting(rng)
+        yield {"prompt": prompt, "completion": completion}
+    for chain in problems(1000 + seed):
         prompt = chain.prompt
-        if args.way == "windows":
+        if way == "windows":
             question, think = prompt.split("\n")
             gap = " ".join(islice(generated_prose(rng), rng.randint(0, LONGEST_GAP)))
             prompt = f"{question}\n{gap}\n{think}"
-        made.append({"prompt": prompt, "completion": STYLES[args.style](chain, rng)})
-    return Dataset.from_list(made)
+        yield {"prompt": prompt, "completion": STYLES[style](chain, rng)}
 
 
 def options() -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""Styles in which a chain of thought is written out, and chains with slips in them."""
+"""Styles in which a chain of thought is written out, chains with slips in them, and a task without any."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from random import Random
 
 from qkguard.demo.arithmetic import Chain
-from qkguard.probe import tasks
+from qkguard.probe import haystack, tasks
 
 CONNECTIVES = ("so", "here", "again", "go", "after", "before", "when", "we")
 
@@ -45,6 +45,21 @@ def _joined(parts, chain: Chain) -> str:
 
 
 STYLES: dict[str, Callable[[Chain, Random], str]] = {"plain": plain, "word": word, "tag": tag, "echo": echo}
+
+
+def rewriting(rng: Random) -> tuple[str, str]:
+    """(prompt, completion) of a task without a chain of thought: sentences whose times are to move to the other end.
+
+    Every word of the completion is looked up in the prompt, some fifty tokens back.
+    """
+    given, wanted = [], []
+    for _ in range(rng.randint(4, 7)):
+        clause, time = haystack._clause(rng), rng.choice(haystack._TIMES)
+        ways = [f"{clause} {time}.", f"{time}, {clause}."]
+        rng.shuffle(ways)
+        given.append(ways[0])
+        wanted.append(ways[1])
+    return f"Question: {' '.join(given)}\nThink:", f" {' '.join(wanted)}"
 
 
 def with_slips(chain: Chain, rng: Random, right: float) -> Chain:

@@ -16,6 +16,7 @@ from random import Random
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers.integrations import sdpa_attention
@@ -25,7 +26,7 @@ from tests.support.probing import CHATML, bpe_tokenizer
 
 LAB = Path(__file__).parents[2] / "recipes" / "amnesia-lab"
 MODULES = ("fast", "lab", "tables", "text", "word_problems", "data", "model", "schedule", "tokenizer")
-STAGES = ("pretrain", "sft", "evaluate", "figures", "control", "run_all")
+STAGES = ("pretrain", "sft", "evaluate", "figures", "control", "run_all", "study", "study_base", "study_results")
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +167,122 @@ def test_every_stage_runs_at_toy_size(lab: Any, tmp_path: Path, monkeypatch: pyt
         (results / "one-0-full.json").write_text(json.dumps(again | {other: again[other] | {"seed": 5}}))
         with pytest.raises(SystemExit, match=what):
             import_module("evaluate").main()
+
+
+TOY = "--steps 2 --tokens 512 --size 8000 --longest 128 --hidden 32"
+TOY_STUDY = "--rows 3 --lengths 200 --tasks single_2 --depths 1 --samples 2 --batch-tokens 4096"
+
+
+def test_the_study_runs_at_toy_size(lab: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study_base, results = import_module("study_base"), import_module("study_results")
+    monkeypatch.setattr(study_base, "BATCH", 2)
+    monkeypatch.setattr(results, "able", lambda before: ["single_2"])  # toys find nothing
+    for seed in (0, 1):
+        base, file = tmp_path / f"one-{seed}", tmp_path / f"results/one-{seed}.json"
+        study = f"study_base --base {base} --results {file} --seed {seed} --data word rewrite {TOY_STUDY} --trainings"
+        for line in (f"pretrain --out {base} --seed {seed} {TOY}", f"{study} 1e-2:1", f"{study} 1e-2:1 3e-3:2"):
+            monkeypatch.setattr(sys, "argv", line.split())
+            import_module(sys.argv[0]).main()
+    first = json.loads((tmp_path / "results/one-0.json").read_text())
+    word, rewrite = (first["data"][kind] for kind in ("word", "rewrite"))
+    assert list(word["trainings"]) == ["1e-2:1", "3e-3:2"] and word["repeated"] != rewrite["repeated"]
+    assert word["numbers"]["w_grad"] > 0 and word["numbers"] != rewrite["numbers"]
+    likely = [word["trainings"][name]["recall"][0][5] for name in word["trainings"]]
+    assert len({first["before"][0][5], *likely}) == 3  # every training begins with the base, and moves it
+    other = f"{study} 1e-2:1 --far 5".replace("one-1", "one-0").replace("--seed 1", "--seed 0")
+    monkeypatch.setattr(sys, "argv", other.split())
+    with pytest.raises(SystemExit, match="name other --results"):
+        import_module("study_base").main()
+    monkeypatch.setattr(sys, "argv", f"study_results --results {tmp_path}/results --draws 20".split())
+    results.main()
+    summary = json.loads((tmp_path / "results/study.json").read_text())
+    assert summary["bases"] == 2 and summary["trainings"] == 8 and "forecast" in summary["words"]
+    assert (tmp_path / "results/study.png").exists() and "| *steps* |" in (tmp_path / "results/study.md").read_text()
+
+
+def study_rows(rng: Any, effect: float, bases: int = 12) -> list[dict[str, Any]]:
+    """Trainings whose loss of recall follows the learning rate, and `number` as strongly as `effect` says."""
+    rows = []
+    for base in range(bases):
+        for number in range(6):
+            for lr, steps in ((2e-3, 300), (1e-3, 300), (1e-3, 100), (3e-4, 300)):
+                fall = 100 * lr + effect * number + 0.1 * rng.standard_normal()
+                row = {
+                    "base": f"one-{base}",
+                    "data": str(number),
+                    "training": f"{lr}:{steps}",
+                    "lost": fall,
+                    "nats": 0,
+                }
+                row |= {"learning rate": lr, "steps": steps, "repeated 4-grams": rng.random(), "number": number}
+                rows.append(row | {"noise": rng.random(), "missing": None})
+    return rows
+
+
+def test_a_forecast_must_be_earned(lab: Any) -> None:
+    results, rng = import_module("study_results"), np.random.default_rng(0)
+    strong = results.summarise(study_rows(rng, 1.0), count=100)
+    assert [name for name, found in strong.items() if found["earned"]] == ["number"]
+    assert strong["number"]["leads"]["learning rate"]["interval"][0] > 0.1 and strong["number"]["within"] > 0.9
+    assert "Earned over 288 trainings of 12 bases: number (the more, the more is lost)." in results.words(
+        strong, 12, 288
+    )
+    weak = results.summarise(study_rows(rng, 0.02), count=100)  # it predicts, but less than the rate
+    assert weak["number"]["interval"][0] > 0 and not any(found["earned"] for found in weak.values())
+    assert results.words(weak, 12, 288).startswith("No number has earned a forecast")
+    assert weak["number"]["within"] > weak["number"]["correlation"] and weak["missing"]["correlation"] == 0
+    rows = study_rows(rng, 1.0)  # the sign differs between the halves
+    for row in results.halves(rows)[0]:
+        row["lost"] = -row["lost"]
+    assert not results.summarise(rows, count=20)["number"]["earned"]
+
+
+def test_rank_correlations_are_spearman_s(lab: Any) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    results, rng = import_module("study_results"), np.random.default_rng(0)
+    for _ in range(20):
+        x, y = rng.integers(0, 5, 30), rng.standard_normal(30)
+        assert results.correlation(x, y) == pytest.approx(stats.spearmanr(x, y).statistic)
+    assert results.correlation([1, 1, 1], [1, 2, 3]) == 0.0
+    drawn = results.draws(study_rows(rng, 1.0), lambda some: np.array(len({r["base"] for r in some})), 50)
+    assert drawn.max() < 12 < len(drawn)  # whole bases, with replacement
+
+
+def test_repeated_phrases_are_counted_row_by_row(lab: Any) -> None:
+    study = import_module("study_base")
+    rows = [study.TextRow(ids, (True,) * len(ids)) for ids in ((1, 2, 3, 4, 1, 2, 3, 4), (1, 2, 3, 4), (5, 6))]
+    assert study.repeated(rows) == pytest.approx(1 / 6)  # 1234 once more in the first row; the second begins anew
+
+
+def test_losses_of_the_study(lab: Any) -> None:
+    results = import_module("study_results")
+    before = [["a", 256, 0.0, 4, 4, -1.0], ["a", 512, 0.0, 4, 2, -2.0], ["b", 256, 0.0, 4, 1, -3.0]]
+    after = [["a", 256, 0.0, 4, 1, -2.0], ["a", 512, 0.0, 4, 1, -2.5], ["b", 256, 0.0, 4, 0, -9.0]]
+    assert results.able(before) == ["a"]
+    assert results.lost(before, after, ["a"]) == pytest.approx((0.5, 0.75))
+    assert results.lost(before, before, ["a"]) == (0.0, 0.0)
+
+
+def test_rewriting_keeps_every_word(lab: Any) -> None:
+    tokenizer = lab.tokenizer.build_tokenizer(lab.data.corpus(), 8192)
+    for seed in range(20):
+        prompt, completion = lab.text.rewriting(Random(seed))
+        given = prompt.removeprefix("Question: ").removesuffix("\nThink:")
+        assert sorted(re.findall(r"[a-z]+", given.lower())) == sorted(re.findall(r"[a-z]+", completion.lower()))
+        assert (
+            given != completion.strip() and tokenizer.unk_token_id not in tokenizer(prompt + completion)["input_ids"]
+        )
+
+
+@pytest.mark.slow
+def test_the_study_in_one_command(lab: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = f"study --out {tmp_path} --results {tmp_path}/results --seeds 5 6 --draws 20".split()
+    study += ["--pretrain", TOY, "--study_base", f"{TOY_STUDY} --data word plain --trainings 1e-2:1"]
+    monkeypatch.setattr(sys, "argv", study)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit, match="0 bases that recall anything"):  # toys do not: nothing to summarise
+        import_module("study").main()
+    assert {path.name for path in (tmp_path / "results").iterdir()} == {"one-5.json", "one-6.json"}
 
 
 @pytest.mark.slow

@@ -1,0 +1,66 @@
+"""The study: does a diagnosis before SFT predict how much recall is lost? Twelve bases and every kind of data.
+
+    python recipes/amnesia-lab/study.py --out runs/study --results runs/study/results
+
+Bases are pretrained side by side (pretrain.py), each is diagnosed on every kind of data and trained on it at several
+rates (study_base.py), and study_results.py makes a table, a figure and study.json of it. It is meant for two GPUs and
+half an hour; what lies finished is not made again. Run it a second time with other --seeds, into other folders: what
+is claimed must have the same sign there.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+
+import lab
+from run_all import Stages, overlapping_kernels
+
+SEEDS = list(range(101, 113))  # nothing was chosen on them
+
+
+def options():
+    parser = lab.parser(__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for models and logs")
+    parser.add_argument("--results", type=Path, required=True, help="folder for the JSON files")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="one base each")
+    parser.add_argument("--deadline", type=float, default=3600, help="seconds, then what still runs is ended")
+    parser.add_argument("--draws", type=int, help="bootstrap draws of study_results.py")
+    for stage in ("pretrain", "study_base"):
+        text = f"further options of {stage}.py, in one word: --{stage}='--seed 1'"
+        parser.add_argument(f"--{stage}", type=str.split, default=[], metavar="OPTIONS", help=text)
+    return parser
+
+
+def run(args, stages: Stages) -> None:
+    """All bases at once; each goes on to its study when it is there."""
+    for seed in args.seeds:
+        stages.start(f"one-{seed}", "pretrain.py", "--out", args.out / f"one-{seed}", "--seed", seed, *args.pretrain)
+    while stages.running:
+        for name, well in stages.finished().items():
+            if well and name.startswith("one-"):
+                where = ["--base", args.out / name, "--results", args.results / f"{name}.json"]
+                seed = ["--seed", name.removeprefix("one-")]
+                stages.start(f"study-{name}", "study_base.py", *where, *seed, *args.study_base)
+
+
+def main() -> None:
+    args = options().parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    stages = Stages(args.out, args.deadline)
+    with overlapping_kernels():
+        try:
+            run(args, stages)
+        finally:
+            stages.end_all()
+    from study_results import DRAWS, as_table, evaluate  # matplotlib, which the processes do without
+
+    summary = evaluate(args.results, args.draws or DRAWS)
+    print(summary["words"], as_table(summary["predictors"]["lost"]), sep="\n")
+    if stages.failed:
+        raise SystemExit(f"failed: {', '.join(stages.failed)}; started again, what is finished is not made again")
+
+
+if __name__ == "__main__":
+    main()
