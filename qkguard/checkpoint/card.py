@@ -72,7 +72,7 @@ def _body(manifest: Mapping[str, Any], base: str) -> str:
     names = {"q": "query", "k": "key"}
     return _render(
         "model_card",
-        manifest={"probe": {}, "sweep": {}, "verdict": {}, **manifest},
+        manifest={"probe": {}, "sweep": {}, "verdict": {}, "carried": [], **manifest},
         base=_short_name(base) or "unknown",
         adapter=_short_name(manifest["adapter"]["id"]) if "adapter" in manifest else None,
         projections=" and ".join(names[projection] for projection in method["projections"]),

@@ -171,6 +171,11 @@ class FileCopy:
             os.close(self.fd)
         self._source = -1
 
+    def rename(self, target: Path) -> None:
+        """Give it another name; it goes on under it."""
+        os.rename(self.target, target)
+        self.target = target
+
     def remove(self) -> None:
         """Close it and delete what there is of it."""
         self.close()

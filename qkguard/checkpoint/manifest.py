@@ -105,7 +105,8 @@ def build_manifest(
     clash = sorted(set(extra) & set(manifest))
     if clash:
         raise ValueError(f"extra manifest keys {clash} are taken")
-    return manifest | extra
+    carried = [entry for record in records for entry in record.get("carried", ())]
+    return manifest | ({"carried": carried} if carried else {}) | extra
 
 
 def _in_order(records: Sequence[Mapping[str, Any]], key: str) -> list[dict[str, Any]]:

@@ -153,7 +153,7 @@ def restore_rows(shared: RestoredRows, index: int, file: OpenFile) -> Record:
     )
     tensors = []
     for param in params:
-        if shared.file_of(param) == file.name:
+        if shared.file_of(param) == file.source:
             entry = file.tensors[shared.names[param.name]]
             rows = round_to(new.rows[param.name], entry.float_dtype, param.name)
             write_rows(file.fd, entry, param, rows)
@@ -163,7 +163,7 @@ def restore_rows(shared: RestoredRows, index: int, file: OpenFile) -> Record:
             hashes["sha256_base"] = hashes["sha256_after"] if same else sha256_of(pre[param.name])
             tensors.append({"index": index, "file": file.name} | describe_rows(param, entry) | hashes)
     layers = []
-    if shared.file_of(params[0]) == file.name:
+    if shared.file_of(params[0]) == file.source:
         before = {p.name: cast(pre[p.name], post[p.name].dtype) for p in params}
         drift = projection_drift(params, before, post)
         about = {"index": index, "layer": spec.layer, "module": spec.module, "kind": spec.kind, "drift": drift}

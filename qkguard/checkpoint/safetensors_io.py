@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -263,11 +263,24 @@ class SafetensorsWriter:
         name, (dtype, shape) = self._pending.pop(0)
         expected, found = (dtype_name(dtype), tuple(shape)), (dtype_name(rows.dtype), tuple(rows.shape))
         assert found == expected, (name, expected, found)
+        self._write(rows)
+
+    def _write(self, rows: Array) -> None:
         if self._failure is None:
             try:
                 self._file.write(bytes_of(rows if isinstance(rows, np.ndarray) else rows.detach().cpu()))
             except OSError as error:
                 self._failure = error
+
+    def write_pieces(self, pieces: Iterable[Array]) -> None:
+        """Write the next tensor from arrays of its dtype that follow one another, of any shapes."""
+        name, (dtype, shape) = self._pending.pop(0)
+        count = 0
+        for piece in pieces:
+            assert dtype_name(piece.dtype) == dtype_name(dtype), (name, dtype, piece.dtype)
+            count += prod(piece.shape)
+            self._write(piece)
+        assert count == prod(shape), (name, shape, count)
 
     def close(self) -> None:
         """Finish the file; QKGuardError, and no file, where a write failed."""

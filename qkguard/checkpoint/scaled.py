@@ -158,7 +158,7 @@ def refusal(folder: Path, what: str) -> QKGuardError:
     """The error for a base that cannot be dequantised."""
     return QKGuardError(
         f"The base {folder} is quantised ({_describe(quantisation(folder))}): {what}. Expected plain floats, or FP8 "
-        "or INT8 with their scales. Give the checkpoint that it was quantised from, or one saved dequantised."
+        "or INT8 with their scales. Give the checkpoint that it was quantised from."
     )
 
 

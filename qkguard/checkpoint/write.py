@@ -39,9 +39,10 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class OpenFile:
-    """A copied weight file, open for patching, and where its tensors are."""
+    """A copied weight file, open for patching, and where its tensors are; `source` is the raw folder's name for it."""
 
     name: str
+    source: str
     fd: int
     tensors: Mapping[str, TensorEntry]
 
@@ -77,7 +78,7 @@ class FilePlan:
         nbytes: its size.
         patches: what changes in a copy of `source`.
         renamed: its tensors that get other names; without these and patches the file is linked.
-        make: writes the file at a path, where there is no `source`.
+        make: writes the file at a path, where there is no `source`; returns lists for the record, as a patch does.
     """
 
     source: str | None
@@ -85,7 +86,7 @@ class FilePlan:
     nbytes: int
     patches: tuple[Patch, ...] = ()
     renamed: Mapping[str, str] = field(default_factory=dict)
-    make: Callable[[Path], None] | None = None
+    make: Callable[[Path], Record] | None = None
 
     @property
     def is_copied(self) -> bool:
@@ -187,7 +188,7 @@ def prepare(plan: FolderPlan, staging: Staging | None = None) -> Staging:
 def _check_space(plan: FolderPlan, folder: Path) -> None:
     raw = plan.weights.folder
     same_disk = folder.stat().st_dev == raw.stat().st_dev
-    need = sum(file.nbytes for file in plan.files if file.is_copied or not same_disk)
+    need = sum(file.nbytes for file in plan.files if file.is_copied or file.make or not same_disk)
     free = shutil.disk_usage(folder).free
     if need > free and not can_clone(raw / next(iter(plan.weights.files)), folder):
         raise QKGuardError(
@@ -263,7 +264,8 @@ def _write_file(
     record: Record = {"file": file.target, "from": file.source, "layers": [], "tensors": [], "nonfinite": []}
     if file.source is None:
         assert file.make is not None
-        file.make(target)
+        record |= file.make(target)
+        written(file.nbytes)
         return record | {"made": "added", "raw": None, "written": describe_file(target, read_header(target))}
     source, header = weights.folder / file.source, weights.files[file.source]
     record["raw"] = describe_file(source, header)
@@ -273,6 +275,8 @@ def _write_file(
         written(file.nbytes)
         return record | {"made": "linked" if linked else "copied", "written": record["raw"]}
     copy = copies.take(file.source)
+    if copy.target != target:  # begun before its name was known (`ahead`)
+        copy.rename(target)
     for found in _patched(copy, file, header, patching):
         for key, entries in found.items():
             record[key] += entries
@@ -293,7 +297,7 @@ def _patched(copy: FileCopy, file: FilePlan, header: Header, patching: ThreadPoo
     What lies before everything still to be patched is handed to the disk, so that no page is written twice.
     """
     patches = sorted(file.patches, key=attrgetter("stop"))
-    target = OpenFile(file.target, copy.fd, header.tensors)
+    target = OpenFile(file.target, str(file.source), copy.fd, header.tensors)
     running = [patching.submit(_apply, copy, patch, target) for patch in patches]
     starts = [patch.start for patch in patches] + [file.nbytes]
     for number, patch in enumerate(running, 1):

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import fmean
 from typing import Annotated, Any
 
 import typer
 
 from qkguard.cli import options as opt
-from qkguard.cli.output import drifts, progress_bar, quiet_transformers, show_written, weight_size
-from qkguard.report.numbers import number
+from qkguard.cli.output import progress_bar, quiet_transformers, show_written, weight_size
 
 
 def restore(
@@ -37,6 +35,13 @@ def restore(
     spec: opt.Spec = None,
     device: Annotated[str, typer.Option(help="Where the arithmetic runs: cpu or cuda.")] = "cpu",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier restored folder at OUT.")] = False,
+    carry_missing: Annotated[
+        bool,
+        typer.Option(
+            "--carry-missing",
+            help="Also copy tensors that the base has and the tuned checkpoint lost (multi-token prediction).",
+        ),
+    ] = False,
     trust_remote_code: opt.RemoteCode = False,
     as_json: opt.Json = False,
 ) -> None:
@@ -73,6 +78,7 @@ def restore(
             device=device,
             trust_remote_code=trust_remote_code,
             overwrite=overwrite,
+            carry_missing=carry_missing,
             progress=progress,
             **rows,
         )
@@ -85,14 +91,7 @@ def _sentences(out: Path, manifest: dict[str, Any], method: str) -> Iterator[str
         f"{out}: {len(manifest['tensors'])} tensors of {len(restored)} softmax-attention layers restored; "
         f"{len(made)} weight files ({weight_size(manifest)}, {made.count('linked')} linked)"
     )
-    said = "drift taken back" if method == "restore" else "drift by SFT"
-    for name, drift in drifts(restored):
-        yield f"{said}, {name}: {drift} of the norm before SFT"
-    for role, name in (("q", "queries"), ("k", "keys")):
-        found = [
-            [layer["distance"][key] for layer in restored if key in layer.get("distance", {})]
-            for key in (f"{role}_from_before", f"{role}_from_tuned")
-        ]
-        if all(found):
-            before, after = (number(fmean(values)) for values in found)
-            yield f"{method}, {name} written: mean distance {before} from before SFT, {after} from the tuned ones"
+    carried = manifest.get("carried", ())
+    if carried:
+        first = carried[0]["name"]
+        yield f"{len(carried)} tensors that the tuned checkpoint lacks carried over from the base, first {first}"

@@ -54,6 +54,16 @@ class Conversions:
             target, pattern = rename_source_key(bare, [], [], prefix, self._state)
         return target, pattern
 
+    def targets(self, key: str) -> list[str]:
+        """The names of all tensors of the model that a tensor on disk has a part in; empty where it has none."""
+        target, pattern = self.target(key)
+        names = [target]
+        if pattern is not None:
+            converter = next(c for c in self._converters if pattern in c.source_patterns)
+            first, *others = converter.target_patterns
+            names += [target.replace(first, other) for other in others]
+        return [name for name in names if name in self._state]
+
     def loadings(self, keys: Iterable[str]) -> Iterator[Loading]:
         """What is loaded together, in the order in which `from_pretrained` reads; keys of no tensor are left out."""
         from transformers.core_model_loading import dot_natural_key

@@ -139,6 +139,23 @@ def tensors_of_params(
     return _disk_tensors(architecture, keys)
 
 
+def loaded_names(config: Any, keys: Iterable[str], *, trust_remote_code: bool = False) -> dict[str, list[str]]:
+    """Key on disk -> the model's tensors that are loaded from it (tied ones under their first name), buffers too.
+
+    `config` is as for `disk_names`.
+
+    Raises:
+        QKGuardError: the model's class cannot be built, or its code is not imported.
+    """
+    architecture = find_architecture(config, trust_remote_code=trust_remote_code)
+    with plain_torch():
+        model: Any = build_meta(architecture)
+    conversions = Conversions(model)
+    by_id: dict[int, str] = {}
+    first = {name: by_id.setdefault(id(tensor), name) for name, tensor in model.state_dict(keep_vars=True).items()}
+    return {key: [first[name] for name in conversions.targets(key)] for key in keys}
+
+
 def rearranged_sources(
     params: Iterable[ParamMap], keys: Iterable[str], config: Any, *, trust_remote_code: bool = False
 ) -> dict[str, list[str]]:

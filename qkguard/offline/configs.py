@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ HARMLESS = frozenset(
     }
 )
 HARMLESS_ENDS = ("_token_id", "_token_ids", "_token_index", "dropout", "_pdrop", "dropout_prob", "_config")
-"""`..._config`: the towers beside the language model, whose own config is merged into the rest."""
+"""`..._config`: the towers beside the language model, whose own config is merged into the rest; not `attn_config`."""
+ATTENTION_CONFIG = re.compile(r"att(n|ention)")
 
 Flat = dict[str, Any]
 UNSET = object()
@@ -111,7 +113,7 @@ def _flat(config: Mapping[str, Any], above: str = "") -> Flat:
     """The keys that may matter, those of nested dicts joined with dots."""
     out: Flat = {}
     for key, value in config.items():
-        if key in HARMLESS or key.endswith(HARMLESS_ENDS):
+        if key in HARMLESS or (key.endswith(HARMLESS_ENDS) and not _of_attention(key)):
             continue
         if isinstance(value, Mapping):
             out |= _flat(value, f"{above}{key}.")
@@ -124,7 +126,7 @@ def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """A config with the defaults of its class, under today's names; None where transformers has no such class."""
     if "auto_map" in config:
         return None
-    plain = {key: value for key, value in config.items() if not key.endswith("_config")}
+    plain = {key: value for key, value in config.items() if not key.endswith("_config") or _of_attention(key)}
 
     def find() -> dict[str, Any] | None:
         from transformers import CONFIG_MAPPING
@@ -141,6 +143,11 @@ def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any] | None:
             logging.set_verbosity(level)
 
     return cached("config", plain, find)
+
+
+def _of_attention(key: str) -> bool:
+    """Whether a key holds a config of the attention itself (MPT, DBRX, Kimi), not of a tower or of dropout."""
+    return key.endswith("_config") and ATTENTION_CONFIG.search(key) is not None
 
 
 def _line(key: str, before: Any, after: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor
 from qkguard.adapters.files import ADAPTER_CONFIG, ADAPTER_TENSORS, Adapter
 from qkguard.adapters.meta_model import AdaptedParam, MergeStep, MetaPeftModel
 from qkguard.arrays import as_tensor, sha256_of
+from qkguard.checkpoint.added import index_with, with_added
 from qkguard.checkpoint.files import auxiliary_files
 from qkguard.checkpoint.manifest import describe_file, public_name
 from qkguard.checkpoint.restored import describe_rows
@@ -190,31 +191,23 @@ def layer_drifts(merge: Merge) -> Iterator[dict[str, Any]]:
 
 
 def _with_untied(merge: Merge, files: tuple[FilePlan, ...]) -> tuple[FilePlan, ...]:
-    """One more file, for tensors that the base does not have; a base of one file becomes two and an index."""
-    target = "model-untied.safetensors"
-    if merge.weights.index is None:
-        files = (replace(files[0], target="model-00001-of-00002.safetensors"),)
-        target = "model-00002-of-00002.safetensors"
-    return (*files, FilePlan(None, target, 0, make=partial(_write_untied, merge)))
+    """One more file, for tensors that the base does not have."""
+    return with_added(merge.weights, files, [FilePlan(None, "", 0, make=partial(_write_untied, merge))], "untied")
 
 
-def _write_untied(merge: Merge, target: Path) -> None:
+def _write_untied(merge: Merge, target: Path) -> Record:
     dtypes = {name: merge.weights.dtype(merge.names[param.name]) for name, (param, _) in merge.untied.items()}
     writer = SafetensorsWriter(target, {n: (dtypes[n], param.shape) for n, (param, _) in merge.untied.items()})
     for param, steps in merge.untied.values():
         writer.write(merge.peft_model.merged(param, merge.read(param), steps))
     writer.close()
+    return {}
 
 
 def _untied_index(merge: Merge, files: tuple[FilePlan, ...]) -> str:
-    targets = {file.source: file.target for file in files}
-    renamed = wrapped_names(merge.weights.where)
-    where = {renamed.get(name, name): targets[file] for name, file in merge.weights.where.items()}
-    where |= dict.fromkeys(merge.untied, targets[None])
-    entries = [merge.weights.entry(name) for name in merge.weights.where]
-    entries += [merge.weights.entry(merge.names[param.name]) for param, _ in merge.untied.values()]
-    total = sum(entry.stop - entry.start for entry in entries)
-    return json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2) + "\n"
+    entries = {name: merge.weights.entry(merge.names[param.name]) for name, (param, _) in merge.untied.items()}
+    added = {name: (files[-1].target, entry.stop - entry.start) for name, entry in entries.items()}
+    return index_with(merge.weights, files, added)
 
 
 def _untied_config(folder: Path) -> str:

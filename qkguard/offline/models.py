@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qkguard.checkpoint.scaled import describe_quantisation
 from qkguard.errors import QKGuardError
 from qkguard.probe.passes import check_chunks, input_device, undisturbed
 from qkguard.probe.prober import Prober
@@ -97,11 +98,23 @@ def load_model(folder: Path, options: LoadOptions) -> nn.Module:
         if adapted:  # transformers loads adapters too, but leaves DoRA's magnitudes at their starting values
             with _missing_adapter_refused(folder):
                 model = PeftModel.from_pretrained(model, folder)
+        if options.dtype != "auto" and describe_quantisation(folder):
+            _all_in(model, getattr(torch, options.dtype))
         if options.device != "auto":
             nn.Module.to(model, options.device)
         return model.eval()
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         raise QKGuardError(f"{folder}: the model could not be loaded: {_line(error)}") from error
+
+
+def _all_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """A quantised checkpoint that transformers (5.23) dequantises while loading comes in two dtypes; make it one.
+
+    Its plain tensors stay as stored whatever dtype is asked for. A model that runs quantised is left as it is.
+    """
+    params = [param for param in model.parameters() if param.is_floating_point()]
+    if all(param.dtype.itemsize > 1 for param in params):
+        nn.Module.to(model, dtype)
 
 
 def load_whole(loader: Any, source: Any, revision: str | None = None, **options: Any) -> Any:

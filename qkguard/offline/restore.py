@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from qkguard.checkpoint.ahead import HeadStart
+from qkguard.checkpoint.carried import with_carried
 from qkguard.checkpoint.restored import plan_restored
 from qkguard.checkpoint.staging import working_folder
 from qkguard.checkpoint.weights import NonfiniteScan
@@ -16,6 +17,7 @@ from qkguard.checkpoint.write import BytesProgress, check_target, prepare, publi
 from qkguard.errors import QKGuardError, RearrangedError, current_names
 from qkguard.layout.rows import RETRIEVAL, RowOptions, RowSelection
 from qkguard.layout.selection import select
+from qkguard.offline.missing import describe_lost, lost_tensors
 from qkguard.offline.pair import Folders, Pair, find_pair, folder_attention, open_folders
 from qkguard.offline.whole import refuse_incomplete
 from qkguard.probe.retrieval import RetrievalChoice
@@ -36,6 +38,7 @@ def restore_checkpoint(
     device: str = "cpu",
     trust_remote_code: bool = False,
     overwrite: bool = False,
+    carry_missing: bool = False,
     extra: Mapping[str, Any] | None = None,
     progress: BytesProgress | None = None,
     **rows: Unpack[RowOptions],
@@ -56,6 +59,8 @@ def restore_checkpoint(
         device: where the arithmetic of methods beyond copying runs ("cuda"); one layer is in memory at a time.
         trust_remote_code: allow the checkpoints' own model code to be imported.
         overwrite: replace an earlier restored folder at `out`.
+        carry_missing: copy tensors that the base has and the tuned checkpoint lost (multi-token-prediction layers),
+            into files of their own; without it they are named in a warning.
         extra: further keys for the manifest.
         progress: called with (bytes done, bytes in all).
         rows: which rows, as the fields of `RowSelection`: projections, layers, include_norms, include_sliding_window,
@@ -97,6 +102,7 @@ def restore_checkpoint(
             work = cleanup.enter_context(working_folder(target.parent))
             pair = _through_transformers(folders, work, chosen, trust_remote_code)
         refuse_incomplete(folders.tuned, as_written=True, trust_remote_code=trust_remote_code)
+        lost = lost_tensors(folders, trust_remote_code=trust_remote_code, before_import=ahead.begin)
         plan = plan_restored(
             pair.weights,
             target,
@@ -109,9 +115,13 @@ def restore_checkpoint(
             device=device,
             overwrite=overwrite,
         )
+        if carry_missing and lost:
+            first = next(iter(pair.names.values()))
+            plan = with_carried(plan, folders.base, lost, folders.tuned.dtype(first))
+        warnings = [*pair.warnings, *describe_lost(lost, folders, carried=carry_missing)]
         with prepare(plan, ahead.staging) as staging:
             records = write_files(plan, staging.folder, progress=progress, ahead=ahead.copies)
-            found = {"warnings": pair.warnings, "nonfinite": scan.result(), **_told(chosen_by_run, pair.warnings)}
+            found = {"warnings": warnings, "nonfinite": scan.result(), **_told(chosen_by_run, warnings)}
             return publish(plan, staging, records, {**(extra or {}), **found})
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,7 @@ def _verify(path: Path, manifest: Mapping[str, Any], *, raw: bool, full: bool) -
         _check_rows(open_weights(found, headers), before, "before", advice)
         state = "unchanged"
     if full:
+        _check_carried(weights, manifest.get("carried", ()))
         if state != "unchanged":
             raise QKGuardError(f"There is no raw checkpoint at {found} to compare every byte with.")
         _compare_whole(found, headers, weights, manifest)
@@ -119,6 +121,7 @@ def _verify(path: Path, manifest: Mapping[str, Any], *, raw: bool, full: bool) -
         "tensors": len(manifest["tensors"]),
         "restored_bytes": sum(_nbytes(weights, t) for t in manifest["tensors"]),
         "files": len(manifest["files"]),
+        "carried": len(manifest.get("carried", ())),
         "raw": state,
         "compared": "every byte" if full else "restored rows and samples",
         "partial": manifest["partial"],
@@ -152,6 +155,25 @@ def _check_rows(weights: WeightFolder, tensors: list[dict[str, Any]], which: str
         if sha256_of(weights.read(name, _param(tensor))) != tensor[f"sha256_{which}"]:
             file = weights.folder / weights.where[name]
             raise QKGuardError(f"{file}: the rows of {name} differ from those recorded. {advice}")
+
+
+def _check_carried(weights: WeightFolder, carried: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a tensor carried over from the base that has other bytes than recorded."""
+    for tensor in carried:
+        file, name = weights.folder / tensor["file"], tensor["name"]
+        entry = weights.files[tensor["file"]].tensors.get(name)
+        if entry is None or _sha256_of_range(file, entry.start, entry.stop) != tensor["sha256"]:
+            raise QKGuardError(f"{file}: {name} differs from what was carried over from the base. Restore it again.")
+
+
+def _sha256_of_range(file: Path, start: int, stop: int) -> str:
+    digest = sha256()
+    with opened(file) as fd:
+        for position in range(start, stop, COMPARE_BYTES):
+            piece = bytearray(min(COMPARE_BYTES, stop - position))
+            read_exactly(fd, memoryview(piece), position, file.name)
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _param(tensor: Mapping[str, Any]) -> ParamMap:

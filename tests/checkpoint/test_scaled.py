@@ -18,6 +18,7 @@ from qkguard.checkpoint.weights import open_weights
 from qkguard.errors import QKGuardError
 from qkguard.layout.spec import Block, ParamMap
 from qkguard.offline.drift_report import drift_report
+from qkguard.offline.models import LoadOptions, load_model
 from qkguard.offline.restore import restore_checkpoint
 from qkguard.offline.verify import verify
 from tests.support.models import save_pair
@@ -64,6 +65,15 @@ def test_as_transformers_dequantises(tmp_path: Path) -> None:
     assert differences(load_folder(tmp_path / "out"), expected("llama", theirs, load_folder(tuned))) == []
     theirs[QUERY] = theirs[QUERY].roll(1, 0)
     assert differences(load_folder(tmp_path / "out"), expected("llama", theirs, load_folder(tuned))) == [QUERY]
+
+
+def test_measured_in_one_dtype(tmp_path: Path) -> None:
+    """transformers dequantises into the dtype asked for, and leaves plain tensors in theirs."""
+    base, _ = save_pair(tmp_path, "llama", dtype=torch.float16)
+    quantise(base, "fp8 blocks")
+    model: Any = load_model(base, LoadOptions("float32", "cpu"))
+    assert {param.dtype for param in model.parameters()} == {torch.float32}
+    assert model(input_ids=torch.arange(3, 9)[None]).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("dim", [0, 1])

@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from qkguard.errors import QKGuardError
 from qkguard.offline.restore import restore_checkpoint
 from qkguard.sft.arguments import parse
 from tests.support.models import save_pair
+from tests.support.quantised import quantise
 
 RUN = """
 import contextlib, io, json, sys
@@ -91,6 +93,25 @@ def test_what_moves_bytes_does_without(pair: tuple[Path, Path], known: Path, tmp
     assert Path(found[7].out.strip()).is_file() and "--external_plugins" in found[6].out
     assert json.loads(found[1].out)["mean"]["routing_rel"] > 0
     assert (run / "_qkguard/report.html").stat().st_size > 1000 and len(json.loads(found[4].out)["recipes"]) > 3
+
+
+def test_quantised_bases_and_carried_tensors_do_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QKGUARD_CACHE", str(tmp_path / "cache"))
+    base, tuned = save_pair(tmp_path, "llama", dtype=torch.bfloat16)
+    tensors = load_file(base / "model.safetensors") | {"mtp.up_proj.weight": torch.ones(64, 64).bfloat16()}
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    quantise(base, "fp8 blocks")
+    restore_checkpoint(base, tuned, tmp_path / "known", carry_missing=True)
+    sides = ["--base", base, "--tuned", tuned]
+    found = run_all(
+        ["restore", *sides, "--out", tmp_path / "out", "--carry-missing", "--json"],
+        ["drift", *sides, "--json"],
+        ["verify", tmp_path / "known", "--full"],
+    )
+    assert [(ran.code, ran.brought) for ran in found] == [(0, [])] * 3, found
+    assert len(list((tmp_path / "known").glob("*.safetensors"))) == 2
+    for file in (tmp_path / "known").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
 
 
 COMMANDS = ["", "restore", "drift", "verify", "report", "recipes", "sft", "sweep", "probe", "merge", "inspect", "demo"]

@@ -324,6 +324,7 @@ def test_the_sweep_says_it(tmp_path: Path) -> None:
     from tests.offline.test_sweep import chains
 
     tuned = damaged_demo(tmp_path / "tuned", "qk")
+    edit(tuned, dict, max_position_embeddings=4096)
     options: Any = SMALL | {"device": "cpu", "data": chains(6), "methods": "restore"}
     report = sweep(MODEL, tuned, **options, attribute=True)
     found = report.attribution
@@ -337,6 +338,8 @@ def test_the_sweep_says_it(tmp_path: Path) -> None:
     assert mlp is not None and mlp.back is not None and mlp.back.task is not None
     assert mlp.back.task.nll != restored.task.nll  # type: ignore[union-attr]
 
+    (warning,) = report.warnings
+    assert warning.startswith("max_position_embeddings is 8192 in the base but 4096 in the tuned model")
     data = json.loads(json.dumps(report.to_json()))["attribution"]
     assert data["cause"] == ["qk"] and data["words"] == found.words
     by_key = {group["key"]: group for group in data["groups"]}

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from qkguard.errors import QKGuardError
 from qkguard.offline.configs import compare_configs, read_config
+from qkguard.offline.drift_report import drift_report
 from qkguard.offline.pair import open_folders
 from qkguard.offline.restore import restore_checkpoint
 from tests.support.models import save_pair, tiny_config
@@ -28,6 +29,8 @@ MATTERS: dict[str, tuple[str, Any, Any]] = {
     "final_logit_softcapping": ("gemma2", 30.0, 20.0),
     "max_position_embeddings": ("llama", 128, 4096),
     "sliding_window": ("gemma2", 4096, 512),
+    "residual_multiplier": ("granitemoehybrid", 1.0, 0.22),
+    "logits_scaling": ("granitemoehybrid", 1.0, 8.0),
     "attention_bias": ("llama", False, True),
     "rms_norm_eps": ("llama", 1e-6, 1e-5),
 }
@@ -75,6 +78,23 @@ def test_nested_configs_are_compared_key_by_key() -> None:
     assert all("trained for other positions" in line for line in lines)
 
 
+def test_a_config_of_the_attention_itself_is_compared() -> None:
+    from transformers import MptConfig
+
+    def mpt(**attention: Any) -> dict[str, Any]:
+        return json.loads(json.dumps(MptConfig(attn_config=attention).to_dict()))
+
+    (line,) = compare_configs(mpt(), mpt(clip_qkv=4.0))
+    assert line.startswith("attn_config.clip_qkv is None in the base but 4.0 in the tuned model")
+    (line,) = compare_configs(mpt(), {"no_bias": False} | mpt(softmax_scale=0.5))
+    assert line.startswith("attn_config.softmax_scale is None in the base but 0.5")
+    older = {key: value for key, value in mpt(softmax_scale=0.5).items() if key != "no_bias"}
+    (line,) = compare_configs(mpt(), older)
+    assert line.startswith("attn_config.softmax_scale")
+    plain = config("llama")
+    assert compare_configs(plain | {"vision_config": {"depth": 1}}, plain | {"vision_config": {"depth": 2}}) == []
+
+
 def test_text_configs_are_compared(tmp_path: Path) -> None:
     text = config("qwen3_5_text")
     for name, changes in (("a", {}), ("b", {"rms_norm_eps": 1e-3})):
@@ -117,6 +137,7 @@ def test_restore_and_training_say_it(tmp_path: Path, caplog: pytest.LogCaptureFi
     (base / "config.json").write_text(json.dumps(changed))
     manifest = restore_checkpoint(base, tuned, tmp_path / "out")
     assert "attention_multiplier is 0.25 in the base but 1.0" in manifest["warnings"][0]
+    assert drift_report(base, tuned, routing=False)["warnings"] == manifest["warnings"]
     monkeypatch.setattr(logging.getLogger("qkguard"), "propagate", True)
     with caplog.at_level(logging.WARNING, logger="qkguard"):
         start(AutoModelForCausalLM.from_pretrained(tuned), tmp_path / "run", base_model=str(base))
