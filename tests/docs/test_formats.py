@@ -17,6 +17,8 @@ import qkguard.demo
 from qkguard.cli import app
 from qkguard.demo import DemoSettings
 from tests.conftest import Run
+from tests.offline.test_missing import pair_that_lost
+from tests.support.quantised import quantise
 from tests.support.stand_ins import guarded_run, make_stand_ins
 
 jsonschema = pytest.importorskip("jsonschema", reason="of the extra dev; an environment made before it lacks it")
@@ -115,6 +117,14 @@ def test_every_command_with_json_has_a_schema() -> None:
 def test_a_run_s_manifests_are_described(folder: str, place: Path) -> None:
     manifest = json.loads((place / "run" / folder / "qkguard.json").read_text())
     assert complaints("qkguard", manifest) == []
+
+
+def test_a_manifest_of_a_quantised_base_with_more_tensors_is_described(tmp_path: Path) -> None:
+    base, tuned = pair_that_lost(tmp_path)
+    quantise(base, "fp8 blocks")
+    manifest = qkguard.restore_checkpoint(base, tuned, tmp_path / "out", carry_missing=True)
+    assert manifest["carried"] and manifest["base"]["quantised"] and complaints("qkguard", manifest) == []
+    assert complaints("qkguard", manifest | {"carried": [manifest["carried"][0] | {"new": 1}]})
 
 
 def test_an_adapter_s_manifest_is_described(place: Path) -> None:
