@@ -129,8 +129,7 @@ class QKGuardCallback(TrainerCallback):
         checkpoint = self.session.note_save(args, state, restores=restores)
         if checkpoint is not None and restores:
             self.session.recall_monitor.at_save(state, control)
-            with attempt(f"restoring {checkpoint}", strict=self.config.strict, advice=LATER):
-                self.session.restore_checkpoint(checkpoint, state.global_step, processing_class)
+            self._restore(checkpoint, state.global_step, processing_class)
 
     def on_train_end(
         self,
@@ -142,15 +141,31 @@ class QKGuardCallback(TrainerCallback):
     ) -> None:
         if self.session is None:
             return
+        stopped_at = self.session.saved_unseen() if state.global_step < state.max_steps else None
+        if stopped_at is not None and self.config.restore_on == "save":
+            self._restore(stopped_at, int(stopped_at.name.removeprefix("checkpoint-")), processing_class)
+        if stopped_at is None:
+            self._end(state, control, processing_class, kwargs.get("train_dataloader"))
+        self.session.background.finish()
+        self.session.finish()
+
+    def _end(self, state: TrainerState, control: TrainerControl, processing_class: Any, loader: Any) -> None:
+        """Measure what the training came to, and write the final models; ALL ranks must call this."""
+        assert self.session is not None
         step = self.session.note_end(state)
         self.session.measure(step, drift=bool(self.config.drift_steps), routing=bool(self.config.routing_drift_steps))
         self.session.recall_monitor.at_end(step, control)
-        self.session.give_verdict(step, kwargs.get("train_dataloader"))
+        self.session.give_verdict(step, loader)
         self.session.background.finish()
         if self.config.final_export and self.config.restore_on != "never":
             with attempt("the final export", strict=self.config.strict, advice=LATER):
                 self.session.final_export(state, processing_class)
-        self.session.finish()
+
+    def _restore(self, checkpoint: Path, step: int, processing_class: Any) -> None:
+        """Begin the restored model of a checkpoint; ALL ranks must call this."""
+        assert self.session is not None
+        with attempt(f"restoring {checkpoint}", strict=self.config.strict, advice=LATER):
+            self.session.restore_checkpoint(checkpoint, step, processing_class)
 
     def save(self, trainer: Any, output_dir: str | Path, *, wait: bool = True) -> None:
         """`trainer.save_model(output_dir)`, and the restored model in `output_dir/qk_restored`.

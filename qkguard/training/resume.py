@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +20,8 @@ from qkguard.training.run_folder import FINAL, RESTORED
 
 if TYPE_CHECKING:
     from transformers import TrainerState
+
+logger = logging.getLogger(__name__)
 
 SUPERSEDED = "superseded"
 TRAINER_STATE = "trainer_state.json"  # transformers.trainer has the name too, but importing that takes a second
@@ -92,6 +96,41 @@ def saved_folder(output_dirs: Sequence[Path], state: TrainerState) -> Path:
         return holds_it, file.stat().st_mtime
 
     return max(found, key=likelihood).parent
+
+
+class SeenSaves:
+    """The checkpoints of one `train()` that events told of, and the one that none did; rank 0's.
+
+    Trainer's just-in-time checkpoint fires no event when SIGTERM stops a training (`enable_jit_checkpoint`,
+    transformers 5.23). It may be of the step before the last one, and write an earlier checkpoint of its step anew.
+    """
+
+    def __init__(self) -> None:
+        self._since = time.time()
+        self._times: dict[Path, int] = {}
+
+    def note(self, checkpoint: Path) -> Path:
+        """An event told of this checkpoint, which is returned."""
+        file = checkpoint / TRAINER_STATE
+        self._times[file] = _written_at(file) if file.is_file() else 0
+        return checkpoint
+
+    def unseen(self, output_dir: Path) -> Path | None:
+        """The checkpoint that was last written since the beginning, if no event told of it; logged."""
+        files = sorted(output_dir.glob(f"checkpoint-[0-9]*/{TRAINER_STATE}"), key=_written_at)
+        last = files[-1] if files else None
+        if last is None or last.stat().st_mtime < self._since or self._times.get(last) == _written_at(last):
+            return None
+        logger.warning(
+            "Training was stopped right after %s was saved. Time is short: it is restored, but nothing is measured, "
+            "and no final models are written. Resume the run.",
+            last.parent,
+        )
+        return last.parent
+
+
+def _written_at(file: Path) -> int:
+    return file.stat().st_mtime_ns
 
 
 def remove_leftovers(output_dir: Path, folder: Path) -> None:

@@ -34,7 +34,7 @@ from qkguard.training.full_weights import FullWeights
 from qkguard.training.metrics_log import MetricsLog
 from qkguard.training.recall_monitor import RecallMonitor
 from qkguard.training.reference import PendingReference, establish_reference
-from qkguard.training.resume import remove_leftovers, saved_folder, set_aside, set_aside_restored
+from qkguard.training.resume import SeenSaves, remove_leftovers, saved_folder, set_aside, set_aside_restored
 from qkguard.training.retrieval_layers import settle_layers
 from qkguard.training.run_folder import FINAL, RECOMMENDED, RESTORED, run_folder
 from qkguard.training.start_checks import warnings_at_start
@@ -141,6 +141,7 @@ class Session:
         # Uploads to the hub leave out what begins with "_" here, and nothing in checkpoints.
         self.weights.staging = self.output_dir
         self.saved: dict[int, Path] = {}
+        self._seen_saves = SeenSaves()
         self.reloads_best = bool(args.load_best_model_at_end)
         self.drift: dict[str, float] = {}
         self.final_step: int | None = None
@@ -272,6 +273,10 @@ class Session:
         if self.pending is not None:
             self.pending.wait()
 
+    def saved_unseen(self) -> Path | None:
+        """What Trainer saved last, if it was without an event, as SIGTERM stopped it; ALL ranks must call this."""
+        return ranks.on_rank_zero("looking for the last save", partial(self._seen_saves.unseen, self.output_dir))
+
     def note_end(self, state: TrainerState) -> int:
         """Training is over: find out which step the live weights are from; ALL ranks must call this."""
         self.final_step = state.global_step
@@ -296,7 +301,7 @@ class Session:
 
         def find() -> Path:
             self.raise_owed()
-            return saved_folder(list(dict.fromkeys(places)), state)
+            return self._seen_saves.note(saved_folder(list(dict.fromkeys(places)), state))
 
         checkpoint = None
         with attempt("finding the checkpoint", strict=self.config.strict, advice=LATER):

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from transformers import TrainerCallback
+from transformers.trainer_jit_checkpoint import CheckpointManager
 
 from qkguard import QKGuardCallback, QKGuardError, restore_checkpoint, verify
 from qkguard.checkpoint import reuse, shares
@@ -631,3 +633,47 @@ def test_the_check_after_a_kill_finds_what_is_half_written(base, tmp_path, damag
         (made / "model.safetensors").write_bytes(data[: -1 if damage == "a file short" else None])
     with pytest.raises(QKGuardError):
         kills.check(tmp_path / "run")
+
+
+# -- saves on SIGTERM -----------------------------------------------------------------------------------------------
+
+
+class Terminates(TrainerCallback):
+    """Sends this process what a cluster sends before it takes the machine away, and gives its answer time."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.5)
+
+
+class StopsEarly(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 2
+
+
+@pytest.mark.parametrize("save_steps", [100, 2])
+def test_a_save_on_sigterm_is_restored_and_resumed_from(base, tmp_path, save_steps, caplog, monkeypatch):
+    """Trainer's just-in-time checkpoint tells no callback of it, and may write an ordinary one of its step anew."""
+    monkeypatch.setattr(CheckpointManager.__init__, "__defaults__", (0,))  # seconds that it waits for SIGKILL
+    monkeypatch.setattr(logging.getLogger("qkguard"), "propagate", True)
+    args = arguments(tmp_path, max_steps=6, save_steps=save_steps, enable_jit_checkpoint=True)
+    trainer = make_trainer(base, args, guard())
+    trainer.add_callback(Terminates())
+    trainer.train()
+    raw, final = tmp_path / "run/checkpoint-2", tmp_path / "run/_qkguard/final"
+    assert verify(raw / "qk_restored", full=True)["raw"] == "unchanged"
+    assert f"stopped right after {raw} was saved" in caplog.text and not final.exists() and nothing_left(tmp_path)
+    again = make_trainer(base, arguments(tmp_path, max_steps=4, save_steps=save_steps), guard())
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 4
+    verify(final / "qk_restored", full=True)
+
+
+def test_a_training_that_stops_early_by_itself_ends_as_usual(base, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("qkguard"), "propagate", True)
+    trainer = make_trainer(base, arguments(tmp_path, max_steps=6, save_steps=2, enable_jit_checkpoint=True), guard())
+    trainer.add_callback(StopsEarly())
+    trainer.train()
+    assert trainer.state.global_step == 2 and "right after" not in caplog.text
+    verify(tmp_path / "run/_qkguard/final/qk_restored", full=True)
