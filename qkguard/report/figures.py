@@ -7,6 +7,7 @@ from math import nan
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from qkguard.report.heatmaps import MOST_LABELS, head_panels, recall_panels
 from qkguard.report.numbers import short_length
@@ -159,5 +160,6 @@ def comparison_figures(runs: Mapping[str, Run]) -> dict[str, Figure]:
 
 def _finish(axis: Any, x: str, y: str) -> None:
     axis.set(xlabel=x, ylabel=y)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)

@@ -73,7 +73,8 @@ class Reader(HTMLParser):
 def test_the_page_is_whole_and_loads_nothing(run: Path) -> None:
     text = (run / "_qkguard/report.html").read_text()
     page = Reader(text)
-    assert not page.open and "prefers-color-scheme:dark" in text and "width=device-width" in text
+    assert not page.open and "prefers-color-scheme:dark" in text
+    assert "width=device-width" in text and "@media (max-width" in text
     assert len(page.targets) == 1 + 2 * len(PICTURES) and all(t.startswith("data:") for t in page.targets)
     assert "http" not in re.sub(r"base64,[^\"]*", "", text)
     rows = judge.metrics_rows(run)
