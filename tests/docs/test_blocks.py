@@ -154,17 +154,21 @@ def run_for_real(words: list[str], place: Path, run: Run) -> None:
 def is_known(words: list[str]) -> bool:
     """Whether another program than qkguard is one that pages name, with files that exist."""
     program = words[0]
-    for option in ("--config_file", "--config"):
-        if program == "accelerate" and option in words:
-            assert (ROOT / words[words.index(option) + 1]).is_file(), words
+    if program == "accelerate" and "--config_file" in words:
+        assert (ROOT / words[words.index("--config_file") + 1]).is_file(), words
     if program == "make":
         return all(re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M) for target in words[1:])
     if program.endswith("python") and words[1] == "-m":
         return words[2] in ("pip", "pytest", "http.server", "build") or importlib.util.find_spec(words[2]) is not None
     if program.endswith("python"):
         options = {word for word in words[2:] if word.startswith("--")}
-        return words[1] == "sft.py" or all(f'"{option}"' in read(words[1]) for option in options)
+        return words[1] == "sft.py" or takes(read(words[1]), options)
     return program == "pip" or program in OTHERS
+
+
+def takes(script: str, options: set[str]) -> bool:
+    """Whether a script names these options, or leaves them to TRL's parser."""
+    return "TrlParser" in script or all(f'"{option}"' in script for option in options)
 
 
 def parse(words: list[str]) -> None:

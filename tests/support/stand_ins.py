@@ -33,6 +33,7 @@ def make_stand_ins(root: Path) -> Path:
         if value.dim() == 2:
             weights[name] = value + 0.02 * torch.randn(value.shape, generator=noise).to(value.dtype)
     save_file(weights, root / "TUNED/model.safetensors", {"format": "pt"})
+    shutil.copytree(root / "TUNED", root / "MERGED")
     save_adapter(root / "BASE", root / "ADAPTER", target_modules=LINEAR)
     (root / "heldout.jsonl").write_text(json.dumps(ROW) + "\n")
     rows = ({"prompt": ROW["prompt"], "completion": f"m = {i} ; n = {i} + 1 ; 4"} for i in range(4))
