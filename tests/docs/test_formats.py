@@ -43,6 +43,8 @@ COMMANDS = [
     ("diagnose", "diagnose --model MODEL --data cot.jsonl --against prose.txt --far 8", 0),
     ("diagnose", "diagnose --model MODEL --data prose.txt --rows 1 --max-length 60 --no-heads", 0),
     ("recipes", "recipes", 0),
+    ("integrations", "integrations", 0),
+    ("integrations", "integrations ms-swift", 0),
     ("sft", "sft --dry-run --config qwen3.5/cot-sft/full --model_name_or_path qwen3.5 --dataset_name rows.jsonl", 0),
     ("demo", "demo --steps 1", 0),
     ("report", "report run", 0),
