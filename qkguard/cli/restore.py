@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
 import typer
 
 from qkguard.cli import options as opt
-from qkguard.cli.output import progress_bar, quiet_transformers, show_written, weight_size
+from qkguard.cli.output import drifts, progress_bar, quiet_transformers, show_written, weight_size
+from qkguard.report.numbers import number, plural
 
 
 def restore(
@@ -93,5 +95,16 @@ def _sentences(out: Path, manifest: dict[str, Any], method: str) -> Iterator[str
     )
     carried = manifest.get("carried", ())
     if carried:
-        first = carried[0]["name"]
-        yield f"{len(carried)} tensors that the tuned checkpoint lacks carried over from the base, first {first}"
+        count, first = plural(len(carried), "tensor"), carried[0]["name"]
+        yield f"{count} of the base carried over that the tuned checkpoint lacks, first {first}"
+    said = "drift taken back" if method == "restore" else "drift by SFT"
+    for name, drift in drifts(restored):
+        yield f"{said}, {name}: {drift} of the norm before SFT"
+    for role, name in (("q", "queries"), ("k", "keys")):
+        found = [
+            [layer["distance"][key] for layer in restored if key in layer.get("distance", {})]
+            for key in (f"{role}_from_before", f"{role}_from_tuned")
+        ]
+        if all(found):
+            before, after = (number(fmean(values)) for values in found)
+            yield f"{method}, {name} written: mean distance {before} from before SFT, {after} from the tuned ones"

@@ -14,6 +14,7 @@ from qkguard.layout.cache import cached
 from qkguard.layout.wrappers import bare_name
 from qkguard.offline.configs import read_config
 from qkguard.offline.pair import Folders, nothing
+from qkguard.report.numbers import plural
 
 REMADE = re.compile(r"(\.inv_freq|\.masked_bias|\.attn\.bias|\.attention\.bias)$")
 """Buffers that older checkpoints hold and every model makes anew."""
@@ -82,8 +83,8 @@ def describe_lost(lost: Sequence[str], folders: Folders, *, carried: bool) -> li
     lines = []
     if not carried:
         lines.append(
-            f"the tuned checkpoint lacks {len(lost)} tensors that the base has ({_grouped(lost)}): they are left out. "
-            "Copy them from the base with --carry-missing (carry_missing=True)"
+            f"the tuned checkpoint lacks {plural(len(lost), 'tensor')} that the base has ({_grouped(lost)}), left out "
+            "here. Copy from the base with --carry-missing (carry_missing=True)"
         )
     base, tuned = (read_config(folder.folder) for folder in (folders.base, folders.tuned))
     for key, value in base.items():

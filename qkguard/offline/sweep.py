@@ -321,12 +321,13 @@ def _warnings(measured: Sequence[Measurement]) -> list[str]:
 
 
 def _write(report: SweepReport, out: str | os.PathLike[str], *, rows: RowSelection, **options: Any) -> None:
+    """Write the recommended checkpoint; what restoring it warns of beside is among the report's warnings then."""
     candidate = report.recommended.candidate
     extra: dict[str, Any] = {"sweep": report.summary()}
     if candidate.layers is not None and report.retrieval is not None:
         extra["retrieval"] = report.retrieval.summary()
     layers = rows.layers if candidate.layers is None else candidate.layers
-    restore_checkpoint(
+    manifest = restore_checkpoint(
         report.base,
         report.tuned,
         out,
@@ -336,3 +337,4 @@ def _write(report: SweepReport, out: str | os.PathLike[str], *, rows: RowSelecti
         **options,
         **(rows.to_json() | {"projections": candidate.tensors, "layers": layers}),
     )
+    report.warnings += [text for text in manifest["warnings"] if text not in report.warnings]

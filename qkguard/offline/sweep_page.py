@@ -238,7 +238,8 @@ def _effects_picture(found: Attribution | None) -> Picture | None:
         places = [place + shift for place in range(len(effects))]
         spread = _spread([(one.value, one.low, one.high) for one in intervals])
         label = {"brings": "brings back, taken back alone", "costs": "loses, left from SFT alone"}[name]
-        axis.barh(places, [one.value for one in intervals], 0.4, xerr=spread, color=color, label=label)
+        look: dict[str, Any] = {"color": color, "ecolor": "#7f8c8d", "label": label}
+        axis.barh(places, [one.value for one in intervals], 0.4, xerr=spread, **look)
     axis.set_yticks(range(len(effects)), [effect.group.title for effect in effects])
     axis.set(xlabel="needle recall (95% interval)")
     axis.spines[["top", "right"]].set_visible(False)

@@ -273,6 +273,10 @@ def three_rows_more(tensors: dict[str, Tensor]) -> None:
         tensors[name] = torch.cat([tensors[name], torch.full((3, 64), 0.25)])
 
 
+def predict_more(tensors: dict[str, Tensor]) -> None:
+    tensors["mtp.fc.weight"] = torch.ones(2)
+
+
 def swapped_norms(base: Path, tuned: Path) -> tuple[dict[str, Tensor], list[str]]:
     """The embeddings of a model whose norms and embeddings come from the base, and the swap's warnings."""
     model = load(tuned)
@@ -325,8 +329,11 @@ def test_the_sweep_says_it(tmp_path: Path) -> None:
 
     tuned = damaged_demo(tmp_path / "tuned", "qk")
     edit(tuned, dict, max_position_embeddings=4096)
+    base = tmp_path / "base"
+    shutil.copytree(MODEL, base)
+    edit(base, predict_more)
     options: Any = SMALL | {"device": "cpu", "data": chains(6), "methods": "restore"}
-    report = sweep(MODEL, tuned, **options, attribute=True)
+    report = sweep(base, tuned, **options, attribute=True, write=tmp_path / "out")
     found = report.attribution
     assert found is not None and found.cause == ["qk"]
     restored = next(point for point in report.points if point.name == "restore")
@@ -338,8 +345,11 @@ def test_the_sweep_says_it(tmp_path: Path) -> None:
     assert mlp is not None and mlp.back is not None and mlp.back.task is not None
     assert mlp.back.task.nll != restored.task.nll  # type: ignore[union-attr]
 
-    (warning,) = report.warnings
-    assert warning.startswith("max_position_embeddings is 8192 in the base but 4096 in the tuned model")
+    config, lost = report.warnings
+    assert config.startswith("max_position_embeddings is 8192 in the base but 4096 in the tuned model")
+    assert (
+        lost.startswith("the tuned checkpoint lacks 1 tensor that the base has (mtp)") and (tmp_path / "out").exists()
+    )
     data = json.loads(json.dumps(report.to_json()))["attribution"]
     assert data["cause"] == ["qk"] and data["words"] == found.words
     by_key = {group["key"]: group for group in data["groups"]}

@@ -227,5 +227,8 @@ def test_as_typed(tmp_path: Path, run: Run) -> None:
     assert code == 0 and err.count("\n") == 2 and "lacks 5 tensors" in err and "carried" not in text
     code, text, err = run(*pair, "--out", tmp_path / "b", "--carry-missing")
     assert code == 0 and err.count("\n") == 1 and "num_nextn_predict_layers" in err
-    assert "5 tensors that the tuned checkpoint lacks carried over from the base, first mtp." in text
+    assert (
+        "5 tensors of the base carried over that the tuned checkpoint lacks, first mtp." in text
+        and "drift taken" in text
+    )
     assert run("verify", tmp_path / "b", "--full")[0] == 0
