@@ -7,6 +7,7 @@ from math import nan
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from qkguard.probe.results import AttentionMass, ProbeResult
 from qkguard.report.numbers import short_length
@@ -68,6 +69,7 @@ def head_panels(panels: Mapping[str, Sequence[Grid]], layers: Sequence[int], lab
     for axis, (title, grids) in zip(axes, panels.items(), strict=True):
         image = axis.imshow(_mean(grids), vmin=0, vmax=1, cmap="viridis", aspect="auto")
         axis.set_yticks(range(0, len(layers), every), [str(n) for n in layers[::every]])
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_xlabel("head")
         axis.set_title(title, fontsize="medium")
     axes[0].set_ylabel("softmax-attention layer")

@@ -39,7 +39,7 @@ def test_a_layer_with_one_head_above_the_threshold_is_chosen() -> None:
     chosen = choose_layers(scores(), specs(1, 3, 4))
     assert chosen.layers == (3,) and chosen.threshold == THRESHOLD == 0.1 and chosen.samples == 20
     assert chosen.passing(3) == {0: 0.3} and chosen.passing(4) == {}
-    assert "is layer 3 of the 3 guarded ones: 1 head there looks up the needle" in chosen.words
+    assert "stands for layer 3 of the 3 guarded ones: 1 head there looks up the needle" in chosen.words
     assert choose_layers(scores(), specs(1, 3, 4), threshold=0.09).layers == (3, 4)
     assert choose_layers(scores(), specs(1, 3, 4), threshold=0.0).layers == (1, 3, 4)
 

@@ -98,7 +98,7 @@ def test_only_the_layer_with_the_head_is_restored_and_the_reference_keeps_all(ba
         assert verify(restored, full=True)["raw"] == "unchanged"
     assert len(load_file(run / "_qkguard/reference.safetensors")) == 8, "queries and keys of all four layers"
     assert any("qkguard/drift/layer_0/q_rel" in row for row in judge.metrics_rows(run)), "drift of all"
-    assert said() == [chosen["words"]] and "is layer 2 of the 4 guarded ones" in chosen["words"]
+    assert said() == [chosen["words"]] and "stands for layer 2 of the 4 guarded ones" in chosen["words"]
 
     found = load_run(run)
     assert chosen["words"] in describe(found)
@@ -182,7 +182,7 @@ def test_adapters_lose_the_chosen_layer_alone_or_where_they_are_not_on_it_all(ba
     assert sorted(manifest["removed"]) == [f"model.layers.{LAYER}.self_attn.{part}_proj" for part in "kq"]
     assert manifest["method"]["layers"] == [LAYER] == manifest["retrieval"]["layers"]
     assert manifest["retrieval"]["words"] in (folder / "README.md").read_text()
-    assert verify(folder)["raw"] == "unchanged" and "is layer 2 of" in said()[0]
+    assert verify(folder)["raw"] == "unchanged" and "stands for layer 2 of" in said()[0]
 
     elsewhere = LoraConfig(r=4, target_modules=["q_proj", "k_proj"], layers_to_transform=[0, 3], task_type="CAUSAL_LM")
     guarded(base, tmp_path / "elsewhere", peft_config=elsewhere, restore_on="never", final_export=False)
