@@ -97,8 +97,8 @@ class RetrievalChoice:
         best = max(score.score for score in self.scores)
         layers = f"layer{'s' if len(self.layers) > 1 else ''} {show_layers(self.layers)}"
         return (
-            f"{said} stands for {layers} of the {len(self.scores)} guarded ones: {heads} head{'s' if heads > 1 else ''} "
-            f"there look{'' if heads > 1 else 's'} up the needle (score {self.threshold:g} or more, the best "
+            f"{said} stands for {layers} of the {len(self.scores)} guarded ones: {heads} "
+            f"{'heads there look' if heads > 1 else 'head there looks'} up the needle (score {self.threshold:g} or more, the best "
             f"{best:.2f}; {self.samples} samples answered rightly before SFT). The others stay as tuned."
         )
 

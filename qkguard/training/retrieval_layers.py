@@ -76,5 +76,5 @@ def _from_file(file: Path) -> RetrievalChoice:
     """Rank 0's reading of the choice that this run has made before."""
     data = read_json(file)
     if data is None:
-        return RetrievalChoice(None, f"there is no {file} from before training")
+        return RetrievalChoice(None, f"the run folder has no {file.name} from before training")
     return RetrievalChoice.from_json(data)
