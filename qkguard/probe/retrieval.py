@@ -98,8 +98,9 @@ class RetrievalChoice:
         layers = f"layer{'s' if len(self.layers) > 1 else ''} {show_layers(self.layers)}"
         return (
             f"{said} stands for {layers} of the {len(self.scores)} guarded ones: {heads} "
-            f"{'heads there look' if heads > 1 else 'head there looks'} up the needle (score {self.threshold:g} or more, the best "
-            f"{best:.2f}; {self.samples} samples answered rightly before SFT). The others stay as tuned."
+            f"{'heads there look' if heads > 1 else 'head there looks'} up the needle (score {self.threshold:g} or "
+            f"more, the best {best:.2f}; {self.samples} samples answered rightly before SFT). The others stay as "
+            "tuned."
         )
 
     def to_json(self) -> dict[str, Any]:
