@@ -15,9 +15,10 @@ INSIDE = 1 - math.exp(-1)
 DRAWS = 400  # bootstrap draws: the 95% bounds are then the tenth from either end
 LEVEL = 0.05
 
-CERTAIN = 3.0
-"""Standard errors by which rows must agree that their tokens are related. In `tests/diagnosis` text in random order
-stays below it, a few dozen rows of a few hundred tokens of prose or of chains of thought are above 6."""
+FLIPS = 1000
+SURE = 0.01
+"""Of the test of whether rows share a curve, by so many random signs: text in random order passes it once in a hundred
+times, and fewer than 8 rows never do."""
 
 
 @dataclass(frozen=True)
@@ -87,17 +88,20 @@ class Curves:
         """
         return 2 * decay_length(*self.squared(weights))
 
-    def agreement(self) -> float:
-        """How surely rows share a curve: t of the products of each row with the mean of the others, 0 for one row."""
-        sums, pairs = self.values * self.pairs, self.pairs
-        if len(sums) < 2:
-            return 0.0
-        mass = np.cumsum(np.multiply(*self.squared()))
-        inside = slice(0, int(mass.argmax()) + 1)
-        others = (sums.sum(0) - sums) / np.maximum(1, pairs.sum(0) - pairs)
-        products = (sums * others)[:, inside].sum(1)
-        spread = float(products.std(ddof=1))
-        return float(products.mean()) * math.sqrt(len(products)) / spread if spread > 0 else 0.0
+    def chance(self, seed: int) -> float:
+        """How often rows that share nothing would look as alike as these: the p-value of a test by random signs.
+
+        Rows without a common curve are as likely to be found with the other sign. The statistic is what the length is
+        taken from, the largest sum of `squared` from the nearest distance on: choosing its end is part of the test.
+        """
+        sums, pairs = self.values * self.pairs, self.pairs.sum(0)
+        count = pairs**2 - (self.pairs**2).sum(0)  # 0 where no two rows reach so far
+        weight = np.divide(pairs, count, out=np.zeros_like(pairs), where=count > 0)
+        own = (sums**2).sum(0)
+        signs = np.random.default_rng(seed).choice([-1.0, 1.0], (FLIPS, len(sums)))
+        signs[0] = 1  # as they are
+        peaks = np.cumsum(((signs @ sums) ** 2 - own) * weight, axis=1).max(1)
+        return float((peaks >= peaks[0] * (1 - 1e-12)).mean())
 
 
 def decay_length(values: np.ndarray, pairs: np.ndarray) -> float:
@@ -138,8 +142,13 @@ def estimate(of: Callable[[np.ndarray], float], rows: int, seed: int) -> Estimat
 
 
 def correlation_length(curves: Curves, seed: int) -> Estimate:
-    """`Curves.correlation_length` with its interval; 0 without one where rows agree on no curve (`CERTAIN`)."""
-    if curves.agreement() < CERTAIN:
+    """`Curves.correlation_length` with its interval.
+
+    0 without one where rows share no curve (`SURE`); NaN for a single row, which has none to share it with.
+    """
+    if len(curves.values) < 2:
+        return Estimate(math.nan)
+    if curves.chance(seed) > SURE:
         return Estimate(0.0)
     return estimate(curves.correlation_length, len(curves.values), seed)
 

@@ -31,10 +31,10 @@ Seen = tuple[AttentionCall, Tensor]
 
 _MASKED = -1e30  # masks write -inf, or the lowest number of some dtype
 
-RECOMPUTED = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
+RECOMPUTED = {torch.float32: 5e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
 """Largest relative difference between a layer's output and P V as computed here. On the exact types of the tests it is
-below 1e-5 in float32 and within one rounding of the numbers in half precision; a mask, bias or kernel that is not
-followed gives 0.1 and more."""
+below 1e-5 in float32 (TF32 rounds to 5e-4) and within a few roundings in half precision; a mask, bias or kernel that
+is not followed gives 0.1 and more."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class LogitGradients:
         device = input_device(self.model)
         with torch.enable_grad(), self._only_queries_and_keys():
             try:
-                seen, loss = self._forward(ids.to(device), labels.to(device), scale)
+                seen, loss = self._forward(ids.to(device), labels, scale)
                 calls = self._calls(seen)
                 outputs = [out for _, _, out in calls]
                 gradients = torch.autograd.grad(loss, outputs, retain_graph=True, materialize_grads=True)
@@ -125,8 +125,10 @@ class LogitGradients:
 
         first = max(1, int((labels != IGNORED).nonzero()[0]))  # nothing predicts the first token
         with watch_attention(self.model, _pass_by, note), self._stops():
-            logits = LastLogits(self.model)(ids[None], len(ids) - first + 1)
-        loss = cross_entropy(logits[0, :-1].float(), labels[first:], ignore_index=IGNORED, reduction="sum")
+            # All logits: asked for the last ones alone, Gemma 4 leaves earlier queries out of its upper layers.
+            logits = LastLogits(self.model)(ids[None], len(ids))[0, first - 1 : -1]
+        wanted = labels[first:].to(logits.device)
+        loss = cross_entropy(logits.float(), wanted, ignore_index=IGNORED, reduction="sum")
         return seen, loss * scale
 
     def _calls(self, seen: Sequence[Seen]) -> list[tuple[AttentionSpec, AttentionCall, Tensor]]:
@@ -157,7 +159,7 @@ class LogitGradients:
             raise self._refusal(f"{spec.module} attends to {call.key.shape[2]} keys for {call.query.shape[2]} tokens")
         walk = _Blocks(call, out, gradient, self.far)
         walk.run()
-        limit = RECOMPUTED.get(out.dtype, 1e-3)
+        limit = RECOMPUTED.get(out.dtype, RECOMPUTED[torch.float32])
         if not walk.error <= limit:
             raise self._refusal(
                 f"the output of {spec.module} is not softmax(logits) V as computed here (relative difference "

@@ -63,7 +63,7 @@ class Measured:
         name: what the text is called.
         rows, tokens, scored: how much of it was read; `scored` tokens are those the loss is of.
         w_corr: tokens over which the text resembles itself (`Curves.correlation_length`); 0 where rows agree on no
-            more than the same tokens in random order would.
+            more than the same tokens in random order would, NaN for a single row.
         w_grad: tokens over which the gradient on attention logits falls off.
         far_share: of far keys in the gradient of W_Q and W_K: norm of the far part over the sum of both parts' norms.
         layers: the softmax layers, in order.
@@ -94,7 +94,10 @@ class Measured:
             "tokens": self.tokens,
             "scored_tokens": self.scored,
             **{name: getattr(self, name).to_json() for name in ("w_corr", "w_grad", "far_share")},
-            "layers": [layer.to_json() for layer in self.layers],
+            "layers": [
+                layer.to_json() | {"heads": {"far": _rounded(far), "all": _rounded(every)}}
+                for layer, far, every in zip(self.layers, self.far_heads, self.all_heads, strict=True)
+            ],
             "curves": {"similarity": _rounded(self.similarity), "gradient": _rounded(self.gradient)},
         }
 

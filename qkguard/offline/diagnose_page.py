@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,7 +27,9 @@ def sentences(found: Diagnosis) -> list[str]:
         _compared(found, "w_grad", "The gradient on attention logits falls off over {} tokens"),
         _compared(found, "far_share", f"Keys more than {far} tokens back give {{}} of the gradient of W_Q and W_K"),
     ]
-    if found.data.w_corr.value == 0:
+    if math.isnan(found.data.w_corr.value):
+        said[0] = "How far the data resembles itself takes more than one row."
+    elif found.data.w_corr.value == 0:
         said[0] = "The data resembles itself no more than the same tokens in random order would."
     retrieval = found.retrieval
     if retrieval is not None:
