@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint docs
+.PHONY: demo test test-integrations lint docs
 
 demo: $(STAMP)
 	$(BIN)/qkguard demo
@@ -12,6 +12,11 @@ demo: $(STAMP)
 # two files of tests at a time, a thread each: kernels that share cores slow each other down
 test: $(STAMP) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=15
+
+# axolotl, ms-swift and LLaMA-Factory, each in an environment of its own outside the repository, a gigabyte each
+test-integrations: $(STAMP)
+	$(BIN)/python tests/integrations/environments.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m integrations tests/integrations
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from qkguard.training.session import Session
 
 if TYPE_CHECKING:  # pydantic doubles the time that `from qkguard import QKGuardCallback` takes
     from qkguard.training.config import QKGuardConfig
+    from qkguard.training.trackers import Tracker
 
 
 logger = logging.getLogger(__name__)
@@ -34,13 +36,16 @@ class QKGuardCallback(TrainerCallback):
 
     Args:
         config: settings; `overrides` replace single fields, so `QKGuardCallback(restore_on="end")` works alone.
+        trackers: your own, beside those that the run reports to: objects with the methods of `trackers.Tracker`.
 
     Raises:
         QKGuardError: on a bad setting; and from `train()`, on all ranks, when the layout or the reference cannot be
             established. Later only a changed reference stops a run, unless `strict`.
     """
 
-    def __init__(self, config: QKGuardConfig | None = None, **overrides: Any) -> None:
+    def __init__(
+        self, config: QKGuardConfig | None = None, *, trackers: Sequence[Tracker] = (), **overrides: Any
+    ) -> None:
         from qkguard.training.config import QKGuardConfig  # here, because pydantic takes as long to import as the rest
 
         if not isinstance(config, QKGuardConfig | None):
@@ -50,6 +55,7 @@ class QKGuardCallback(TrainerCallback):
             )
         overrides = current_names(overrides)
         self.config = replace(config, **overrides) if config else QKGuardConfig(**overrides)
+        self.trackers = list(trackers)
         self.session: Session | None = None
         _show_log_lines()
 
@@ -72,7 +78,10 @@ class QKGuardCallback(TrainerCallback):
         if self.session is None or not self.session.guards(model, args):
             loader = kwargs.get("train_dataloader")
             dataset, collator = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
-            self.session = Session(self.config, args, state, model, kwargs.get("processing_class"), dataset, collator)
+            tokenizer = kwargs.get("processing_class")
+            self.session = Session(
+                self.config, args, state, model, tokenizer, dataset, collator, trackers=self.trackers
+            )
         self.session.begin(args, state)
 
     def on_step_end(

@@ -13,7 +13,7 @@ from qkguard.checkpoint.manifest import finite
 from qkguard.report.run import METRICS, read_rows
 from qkguard.training.charts import tracker_name
 from qkguard.training.resume import drop_later_rows
-from qkguard.training.trackers import open_trackers
+from qkguard.training.trackers import Tracker, open_trackers
 
 
 class MetricsLog:
@@ -27,6 +27,7 @@ class MetricsLog:
         output_dir: the trainer's.
         resumed_at: the step that a resumed run continues from; 0 for a new one.
         settings: the guard's settings, recorded in W&B's config.
+        trackers: the user's own, besides.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class MetricsLog:
         output_dir: Path,
         resumed_at: int = 0,
         settings: Mapping[str, Any] | None = None,
+        trackers: Sequence[Tracker] = (),
     ) -> None:
         self.folder, self.path = folder, folder / METRICS
         folder.mkdir(parents=True, exist_ok=True)
@@ -44,7 +46,7 @@ class MetricsLog:
         elif self.path.exists():
             earlier = (folder / f"metrics-{n}.jsonl" for n in count(1))
             self.path.rename(next(path for path in earlier if not path.exists()))
-        self.trackers = open_trackers(report_to, output_dir, settings or {})
+        self.trackers = [*open_trackers(report_to, output_dir, settings or {}), *trackers]
         self._last_step = resumed_at
         self._sent: tuple[int, set[str]] = (-1, set())  # a step, and the metrics that trackers have of it
 

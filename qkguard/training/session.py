@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from qkguard.training.attempt import LATER, attempt
 from qkguard.training.background import BackgroundWriter, Save, Write
 from qkguard.training.final_verdict import FinalVerdict, RunVerdict
 from qkguard.training.full_weights import FullWeights
-from qkguard.training.metrics_log import MetricsLog
+from qkguard.training.metrics_log import MetricsLog, Tracker
 from qkguard.training.recall_monitor import RecallMonitor
 from qkguard.training.reference import PendingReference, establish_reference
 from qkguard.training.resume import SeenSaves, remove_leftovers, saved_folder, set_aside, set_aside_restored
@@ -84,9 +84,10 @@ class Session:
         processing_class: Any = None,
         dataset: Any = None,
         collator: Any = None,
+        trackers: Sequence[Tracker] = (),
     ) -> None:
         started = time.perf_counter()
-        self.config, self.folder = config, run_folder(config, args)
+        self.config, self.folder, self.trackers = config, run_folder(config, args), trackers
         self.model: Any = sharding.unwrap(model)
         self.writers = Writers.of(args)
         self.background = BackgroundWriter(config.strict, self._note_write)
@@ -174,13 +175,13 @@ class Session:
             remove_leftovers(self.output_dir, self.folder)
         if ranks.rank() != 0:
             return None
-        step = state.global_step
-        earlier = [HELDOUT] if self.retrieval is not None else [HELDOUT, RETRIEVAL_LAYERS]
-        for name in earlier:  # an earlier training's, which may have had other data and settings
-            if step == 0 and (self.folder / name).is_file():
+        at = state.global_step
+        # of an earlier training, which may have had other data and settings
+        for name in [HELDOUT] if self.retrieval is not None else [HELDOUT, RETRIEVAL_LAYERS]:
+            if at == 0 and (self.folder / name).is_file():
                 set_aside(self.folder / name, self.folder, name)
-        log = MetricsLog(self.folder, args.report_to or [], self.output_dir, step, self.config.to_json())
-        for moved in set_aside_restored(self.output_dir, self.folder, step):
+        log = MetricsLog(self.folder, args.report_to or [], self.output_dir, at, self.config.to_json(), self.trackers)
+        for moved in set_aside_restored(self.output_dir, self.folder, at):
             logger.warning("A restored model that an earlier training left was moved to %s.", moved)
         return log
 

@@ -17,7 +17,7 @@ COLUMNS: list[str | int] = ["step", "weights", "task", "length", "depth", "recal
 
 
 class Tracker:
-    """One tracker; to add another, subclass this and name it in `open_trackers`."""
+    """One tracker, on rank 0. Your own goes to the callback, `QKGuardCallback(trackers=[Mine()])`."""
 
     visual = False
     """Whether it shows pictures and tables."""

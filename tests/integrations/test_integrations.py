@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from qkguard.distributed import ranks
 from qkguard.integrations import restore_after_save
 from qkguard.integrations.frameworks import FRAMEWORKS, needed, plugin_file
 from qkguard.integrations.settings import VARIABLE, checked, from_environment
+from tests.integrations.page import blocks
 from tests.support.models import save_pair
 
 SECTION: dict[str, Any] = {"restore_on": "end", "probe_lengths": [1024], "per_layer": {3: 0.5}, "probe_budget": None}
@@ -188,3 +190,61 @@ def test_restoring_after_a_save(
     monkeypatch.setattr(ranks, "rank", lambda: 1)
     assert restore_after_save(base, tuned) is None
     assert (half / "qkguard.json").read_bytes() == before
+
+
+def test_the_pages_hooks_run_as_the_frameworks_call_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, tuned = save_pair(tmp_path, "llama")
+    verl, miles, megatron = blocks("Frameworks with a hook after a save", "python")
+    hook_class = type(
+        "CheckpointCallback", (), {"__init__": lambda self, config=None: setattr(self, "config", config)}
+    )
+    stand_in(monkeypatch, "verl.trainer.ppo.checkpoint_callback", CheckpointCallback=hook_class)
+    stand_in(monkeypatch, "megatron.bridge.training.callbacks", Callback=object)
+    restored = []
+
+    def saved(folder: Path) -> Path:
+        shutil.copytree(tuned, folder)
+        restored.append(folder / "qk_restored")
+        return folder
+
+    names: dict[str, Any] = {}
+    exec(verl, names)
+    model = SimpleNamespace(path=str(base))
+    config = SimpleNamespace(actor_rollout_ref=SimpleNamespace(model=model))
+    hook = names["Restore"](config=config)
+    step = saved(tmp_path / "global_step_1" / "actor" / "huggingface").parents[1]
+    hook.on_save(trainer=None, global_step=1, checkpoint_dir=str(step), async_save=True)
+    assert not restored[0].exists()
+    hook.on_save(trainer=None, global_step=1, checkpoint_dir=str(step), async_save=False)
+
+    exec(miles, names)
+    names["restore"](SimpleNamespace(hf_checkpoint=str(base)), 1, str(tmp_path), None)
+    names["restore"](SimpleNamespace(hf_checkpoint=str(base)), 1, str(tmp_path), str(saved(tmp_path / "hf-1")))
+
+    exec(megatron, names)
+    bridge = SimpleNamespace(save_hf_pretrained=lambda model, folder: saved(Path(folder)))
+    state = SimpleNamespace(train_state=SimpleNamespace(step=7))
+    names["Restore"](bridge, base, tmp_path / "out").on_checkpoint_save(SimpleNamespace(state=state, model=[]))
+    assert restored[2] == tmp_path / "out" / "step-7" / "qk_restored"
+    wanted = tmp_path / "wanted"
+    restore_checkpoint(base, tuned, wanted)
+    for folder in restored:
+        assert (folder / "model.safetensors").read_bytes() == (wanted / "model.safetensors").read_bytes()
+
+
+def test_the_pages_scripts_hand_the_guard_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+
+    def run_exp(args: Any, callbacks: list[QKGuardCallback]) -> None:
+        made.extend(callbacks)
+
+    def trainer(model: Any, args: Any, train_dataset: Any, callbacks: list[QKGuardCallback]) -> None:
+        made.extend(callbacks)
+
+    monkeypatch.setattr("trl.SFTTrainer", trainer)
+    monkeypatch.setattr("transformers.Trainer", trainer)
+    stand_in(monkeypatch, "llamafactory.train.tuner", run_exp=run_exp)
+    given = dict.fromkeys(("model", "args", "rows", "tokens", "settings"))
+    for block in (*blocks("transformers and TRL", "python"), *blocks("LLaMA-Factory", "python")):
+        exec(block, dict(given))
+    assert [guard.config.restore_on for guard in made] == ["save", "end", "save"]

@@ -1,0 +1,123 @@
+"""A short training in a framework's own hands: runs in the framework's environment (`test_frameworks.py` starts it).
+
+    python -m tests.integrations.framework_cases ms-swift SETTINGS.json
+
+The settings name the tiny model, its rows, the output folder, and what docs/frameworks.md says to add. Every case
+saves at step 2 and at step 4, its last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+STEPS, EVERY = 4, 2
+
+
+def axolotl(given: dict[str, Any]) -> None:
+    """axolotl's config loading and its `train`; rows are tokenised here, because it starts processes to do so."""
+    import yaml
+    from axolotl.cli.config import load_cfg
+    from axolotl.common.datasets import TrainDatasetMeta
+    from axolotl.integrations.base import PluginManager
+    from axolotl.train import train
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    settings = {
+        "base_model": given["model"],
+        "datasets": [{"path": given["rows"], "ds_type": "json", "type": "chat_template"}],
+        "output_dir": given["out"],
+        "val_set_size": 0,
+        "sequence_len": 128,
+        "micro_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "max_steps": STEPS,
+        "save_steps": EVERY,
+        "logging_steps": 1,
+        "optimizer": "adamw_torch",
+        "learning_rate": 1e-2,
+        "bf16": False,
+        "fp16": False,
+        "tf32": False,
+    }
+    file = Path(given["folder"]) / "axolotl.yaml"
+    file.write_text(yaml.safe_dump(settings) + given["added"])
+    cfg = load_cfg(str(file))
+    assert "qkguard.integrations.axolotl.QKGuardPlugin" in PluginManager.get_instance().plugins  # beside its own
+    tokenizer = AutoTokenizer.from_pretrained(given["model"])
+    texts = [json.loads(line)["messages"][1]["content"] for line in Path(given["rows"]).read_text().splitlines()]
+    ids = [tokenizer.encode(text) for text in texts]
+    rows = Dataset.from_list([{"input_ids": i, "labels": i, "attention_mask": [1] * len(i)} for i in ids])
+    train(cfg, TrainDatasetMeta(train_dataset=rows, total_num_steps=STEPS))
+
+
+def ms_swift(given: dict[str, Any]) -> None:
+    """`swift sft` with the arguments of the page."""
+    from swift.pipelines import sft_main
+
+    options = {
+        "model_type": "llama",
+        "template": "dummy",
+        "tuner_type": "full",
+        "max_steps": STEPS,
+        "save_steps": EVERY,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "torch_dtype": "float32",
+        "use_hf": "true",
+        "gradient_checkpointing": "false",
+        "split_dataset_ratio": 0,
+        "report_to": "none",
+        "add_version": "false",
+    }
+    sft_main([*given["added"], *(str(word) for key, value in options.items() for word in (f"--{key}", value))])
+
+
+def llamafactory(given: dict[str, Any]) -> None:
+    """LLaMA-Factory's `run_exp`, as the module of the page calls it."""
+    import yaml
+
+    folder = Path(given["folder"])
+    shutil.copy(given["rows"], folder / "rows.jsonl")
+    tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
+    columns = {"messages": "messages"}
+    about = {"file_name": "rows.jsonl", "formatting": "sharegpt", "columns": columns, "tags": tags}
+    (folder / "dataset_info.json").write_text(json.dumps({"rows": about}))
+    settings = {
+        "model_name_or_path": given["model"],
+        "stage": "sft",
+        "do_train": True,
+        "finetuning_type": "full",
+        "dataset_dir": str(folder),
+        "dataset": "rows",
+        "template": "default",
+        "cutoff_len": 128,
+        "output_dir": given["out"],
+        "max_steps": 1,  # what follows the file wins
+        "save_steps": EVERY,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "report_to": "none",
+        "use_cpu": True,
+    }
+    file = folder / "train.yaml"
+    file.write_text(yaml.safe_dump(settings) + given["added"])
+    module, *_ = given["command"]
+    sys.argv = [module, str(file), f"max_steps={STEPS}"]
+    runpy.run_module(module, run_name="__main__")
+
+
+CASES = {"axolotl": axolotl, "ms-swift": ms_swift, "llamafactory": llamafactory}
+
+if __name__ == "__main__":
+    os.environ |= {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1"}
+    name, file = sys.argv[1:]
+    CASES[name](json.loads(Path(file).read_text()))
