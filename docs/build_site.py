@@ -22,12 +22,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from docs.command_line import reference
+from docs.example_scripts import scripts
 
 ROOT = Path(__file__).parents[1]
 DOCS, PAGES = ROOT / "docs", ROOT / "build" / "docs"
 ELSEWHERE = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
+    "examples/README.md": "examples.md",
     "recipes/README.md": "recipes.md",
     "recipes/amnesia-lab/README.md": "amnesia-lab.md",
     "recipes/demo/README.md": "demo-model.md",
@@ -35,6 +37,8 @@ ELSEWHERE = {
 }
 """Pages that lie elsewhere in the repository -> their names on the site."""
 MADE = {"cli.md": reference}
+LONGER = {"examples.md": scripts}
+"""What is made to stand at the end of a page."""
 LINK = re.compile(r"(!?\[[^\]]*\]\()([^)\s]+)(\))")
 CODE = re.compile(r"^( *)```.*?^\1```|`[^`\n]*`", re.DOTALL | re.MULTILINE)
 
@@ -62,7 +66,8 @@ def assemble(pages: Path = PAGES) -> None:
     broken: list[str] = []
     for source, target in places.items():
         text = (ROOT / source).read_text(encoding="utf-8")
-        write(pages / target, linked(text, source, places, pages, broken))
+        more = LONGER[target]() if target in LONGER else ""
+        write(pages / target, linked(text, source, places, pages, broken) + more)
     for target, make in MADE.items():
         write(pages / target, make())
     for path in (DOCS / "static").iterdir():

@@ -1,4 +1,4 @@
-"""The example scripts and the notebook as text for their page, made from examples/ (`docs/build_site.py` writes it)."""
+"""The example scripts and the notebook as text for their page, made from examples/ by `docs/build_site.py`."""
 
 from __future__ import annotations
 

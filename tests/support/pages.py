@@ -10,7 +10,7 @@ from textwrap import dedent
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ("README.md", "amnesia-lab/README.md", "demo/README.md", "hypenet/README.md")
-WITH_CODE = ("README.md", "CONTRIBUTING.md", *(f"recipes/{page}" for page in RECIPES))
+WITH_CODE = ("README.md", "CONTRIBUTING.md", "examples/README.md", *(f"recipes/{page}" for page in RECIPES))
 FENCE = re.compile(r"(?:^(?P<note> *<!--[^\n]*-->)\n+)?^ *```(?P<language>\w*)\n(?P<text>.*?)^ *```$", re.M | re.S)
 ONLY_PARSED = re.compile(r"<!-- only parsed: (\S.*?) -->")
 
