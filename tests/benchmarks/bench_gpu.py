@@ -8,9 +8,9 @@ again as the control, and with it and its default probes. Every run saves half-w
 
 Prints one line of JSON: seconds of each run and of its steps, also of those beside the guard's write; what Trainer
 took to save, what the guard then kept it waiting and what it wrote in the background; what else the guard says it
-took, GPU memory, and whether losses, gradient norms and saved weights are bit-identical. The restored checkpoints are
-judged by the hand-written oracle. Without a GPU it runs on the CPU, to look at that line: `bench_gpu 256 2 8 --length
-64`.
+took, GPU memory, and whether losses, gradient norms and saved weights are bit-identical. Then the restored checkpoints
+are judged by the hand-written oracle. Without a GPU it runs on the CPU, to look at that line:
+`bench_gpu 256 2 8 --length 64`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -194,8 +195,8 @@ def pair(run: Path, step: int) -> tuple[Path, Path]:
     return run / f"checkpoint-{step}", run / f"checkpoint-{step}/qk_restored"
 
 
-def judged(folder: Path, raw: Path, dtype: torch.dtype) -> list[dict]:
-    """The guarded run's rows of metrics, after its restored checkpoint and last drift were recomputed."""
+def check_last(folder: Path, raw: Path, dtype: torch.dtype) -> None:
+    """Recompute the guarded run's restored checkpoint and last drift."""
     judge.judge_restored("llama", folder / "base", raw, raw / "qk_restored", dtype)
     rows = judge.metrics_rows(folder / "guarded")
     last = [r for r in rows if "qkguard/drift/q_rel" in r][-1]
@@ -204,27 +205,34 @@ def judged(folder: Path, raw: Path, dtype: torch.dtype) -> list[dict]:
         for layer, want in drift.items():
             got = last[f"qkguard/drift/layer_{layer}/{part}_rel"]
             assert abs(got / want - 1) < 1e-6, (layer, part, got, want)
-    return rows
 
 
 def overhead(rows: list[dict], kind: str) -> list[float]:
     return [row[key] for key in [f"qkguard/overhead/{kind}_seconds"] for row in rows if key in row]
 
 
-def main(hidden: int, layers: int, steps: int, ranks: int, length: int) -> None:
-    with tempfile.TemporaryDirectory(prefix="qkguard-bench-gpu-") as name:
-        folder = Path(name)
+def main(hidden: int, layers: int, steps: int, ranks: int, length: int, folder: Path) -> None:
+    """Make what the folder does not hold yet, print the line, and judge the restored checkpoints."""
+    if not (folder / "base").exists():
         save_base(folder, hidden, layers)
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        launch += ["-m", "tests.benchmarks.bench_gpu", *map(str, (hidden, layers, steps)), "--folder", name]
-        launch += ["--length", str(length)]
-        for run in RUNS:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    launch += ["-m", "tests.benchmarks.bench_gpu", *map(str, (hidden, layers, steps)), "--folder", str(folder)]
+    launch += ["--length", str(length)]
+    for run in RUNS:
+        if not (folder / f"{run}.json").exists():
             subprocess.run([*launch, "--only", run], check=True, timeout=900)
-        found = {run: json.loads((folder / f"{run}.json").read_text()) for run in RUNS}
-        bits = {run: judge.weights_in_bits(folder / run / f"checkpoint-{steps}") for run in RUNS}
-        dtype = torch.bfloat16 if CUDA else torch.float32
-        judge.judge_restored("llama", folder / "base", *pair(folder / "guarded", steps // 2), dtype)
-        rows = judged(folder, folder / "guarded" / f"checkpoint-{steps}", dtype)
+    found = {run: json.loads((folder / f"{run}.json").read_text()) for run in RUNS}
+    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
+        weights = [folder / run / f"checkpoint-{steps}" for run in RUNS]
+        bits = dict(zip(RUNS, pool.map(judge.weight_hashes, weights), strict=True))
+    report(found, bits, judge.metrics_rows(folder / "guarded"))
+    dtype = torch.bfloat16 if CUDA else torch.float32
+    judge.judge_restored("llama", folder / "base", *pair(folder / "guarded", steps // 2), dtype)
+    check_last(folder, folder / "guarded" / f"checkpoint-{steps}", dtype)
+    print("The restored checkpoints and the last drift are as recomputed.")
+
+
+def report(found: dict[str, dict], bits: dict[str, dict[str, str]], rows: list[dict]) -> None:
     took: dict[bool, list[float]] = {False: [], True: []}
     for row in [r for r in rows if "qkguard/drift/q_rel" in r][1:-1]:
         took["qkguard/drift/routing_rel" in row].append(row["qkguard/overhead/drift_seconds"])
@@ -233,7 +241,7 @@ def main(hidden: int, layers: int, steps: int, ranks: int, length: int) -> None:
         for run, one in found.items()
         if run != "plain"
     }
-    report = {
+    line = {
         **{key: found["guarded"][key] for key in ("device", "ranks", "reference_mb")},
         **{key: {run: one[key] for run, one in found.items()} for key in ("seconds", "gpu_gb")},
         "drift_s": statistics.median(took[False]),
@@ -244,7 +252,7 @@ def main(hidden: int, layers: int, steps: int, ranks: int, length: int) -> None:
         "probes": found["probed"]["probes"],
         "bit_identical_to_plain": same,
     }
-    print(json.dumps(report), flush=True)
+    print(json.dumps(line), flush=True)
     if all(same["again"].values()):  # else the kernels themselves do not repeat
         assert all(value for run in same.values() for value in run.values())
 
@@ -257,13 +265,16 @@ if __name__ == "__main__":
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--length", type=int, default=2048, help="tokens of a training sample")
     parser.add_argument("--only", choices=RUNS, help="one of the launches that this script makes")
-    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--folder", type=Path, help="where to work; what is there already is not made again")
     given = vars(parser.parse_args())
-    run, folder = given.pop("only"), given.pop("folder")
+    run = given.pop("only")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS may differ from run to run
     if run:
-        result = train(run, folder, given["steps"], given["length"])
+        result = train(run, given["folder"], given["steps"], given["length"])
         if os.environ["RANK"] == "0":
-            (folder / f"{run}.json").write_text(json.dumps(result))
-    else:
+            (given["folder"] / f"{run}.json").write_text(json.dumps(result))
+    elif given["folder"]:
         main(**given)
+    else:
+        with tempfile.TemporaryDirectory(prefix="qkguard-bench-gpu-") as temporary:
+            main(**given | {"folder": Path(temporary)})
