@@ -113,7 +113,7 @@ def test_a_restore_wins_and_everything_says_so(tmp_path: Path, monkeypatch: Any,
         assert sentence in card and sentence in caplog.text and sentence in html.unescape(page)
     assert tracker.kept["verdict"] == " ".join(found["words"])
     assert tracker.kept["recommended"] == "restore" and tracker.kept["rule"] == found["rule"]
-    assert tracker.kept["qkguard/verdict/restore/recall"] == 1.0
+    assert tracker.kept["qkguard_verdict/restore/recall"] == 1.0
     assert tracker.kept["restore/recall_low"] == pytest.approx(0.722, abs=1e-3)
     assert "about" in caplog.text and "verdict=False" in caplog.text, "the cost was stated before"
 

@@ -182,7 +182,7 @@ def test_a_budget_that_is_used_up_leaves_out_probes_and_says_so_once(base, tmp_p
     assert [step for step, _ in recalls(tmp_path)] == [0, 4], "the first and the last always run"
     lines = [r.getMessage() for r in caplog.records if "probe_budget" in r.getMessage()]
     assert len(lines) == 3 and "leaves out the probe at step 1" in lines[1]
-    assert "do not fit probe_budget=0.02" in lines[0] and "3 passes over 2 of 2 samples (192 tokens)" in lines[0]
+    assert "do not fit probe_budget=0.02" in lines[0] and "5 passes over 2 of 2 samples (192 tokens)" in lines[0]
     assert re.search(r"Recall probes took \d+\.\d s, \d+% of this training's \d+\.\d s", lines[2])
 
 
@@ -200,7 +200,8 @@ def test_the_first_probe_costs_its_pictures_too_and_makes_its_samples_in_the_for
 
     monkeypatch.setattr(MetricsLog, "log", slow)
     monkeypatch.setattr(Prober, "prepare", watched)
-    probed(base, tmp_path, guard := QKGuardCallback(strict=True, probe_restored=False, **PROBES), max_steps=1)
+    guard = QKGuardCallback(strict=True, probe_restored=False, verdict=False, **PROBES)
+    probed(base, tmp_path, guard, max_steps=1)
     costs, baseline = guard.session.recall_monitor.costs, guard.session.recall_monitor.baseline
     assert min(costs.budget.first, costs.seconds_of(baseline.sample_keys)) > baseline.seconds + 0.5
     assert len(forms) == 2 and all(found.keys() == {"single_1"} for found in forms)
@@ -486,7 +487,8 @@ def test_the_same_weights_are_never_probed_twice(base, tmp_path, monkeypatch, re
     trainer = train(base, args, guard, model=model, processing_class=bpe_tokenizer(), eval_dataset=rows)
     assert trainer.state.best_global_step == 2
     told_again = [2] if reloads else []  # the last row is that of the final weights
-    assert [step for step, _ in recalls(tmp_path)] == [0, 2, 4, *told_again] and len(passes) == 1 + 2 + 2
+    assert [step for step, _ in recalls(tmp_path)] == [0, 2, 4, *told_again]
+    assert len(passes) == 1 + 2 + 2 + 2, "before, at two saves raw and restored, and the verdict's two other restores"
     assert [step for step, _ in recalls(tmp_path, "_restored")] == [2, 4, *told_again]
     final = json.loads((tmp_path / "run/_qkguard/final/qk_restored/qkguard.json").read_text())["probe"]
     step = 2 if reloads else 4
@@ -501,15 +503,16 @@ def test_a_tiny_training_asks_thirty_samples_and_says_so_before(tmp_path, monkey
     passes = pretend(monkeypatch, always)
     with caplog.at_level(logging.INFO, logger="qkguard"):
         probed(base, tmp_path, QKGuardCallback(strict=True), max_steps=3)
-    assert passes == [30, 30, 30] and [step for step, _ in recalls(tmp_path)] == [0, 3]
+    assert passes == [30] * 5 and [step for step, _ in recalls(tmp_path)] == [0, 3]
     lines = [r.getMessage() for r in caplog.records]
     plan = next(i for i, line in enumerate(lines) if "do not fit probe_budget=0.02" in line)
-    assert "3 passes over 30 of 60 samples (512 tokens) take about" in lines[plan]
+    assert "5 passes over 30 of 60 samples (512 tokens) take about" in lines[plan]
     assert plan < next(i for i, line in enumerate(lines) if line.startswith("Recall at step 0")), (
         "before the time goes"
     )
     passes.clear()
-    probed(base, tmp_path / "all", QKGuardCallback(strict=True, probe_budget=None, probe_restored=False), max_steps=1)
+    guard = QKGuardCallback(strict=True, probe_budget=None, probe_restored=False, verdict=False)
+    probed(base, tmp_path / "all", guard, max_steps=1)
     assert passes == [60, 60]
 
 
@@ -520,7 +523,13 @@ def test_later_probes_ask_fewer_samples_where_training_is_shorter_than_was_thoug
     monkeypatch.setattr(logging.getLogger("qkguard"), "propagate", True)
     monkeypatch.setattr(probe_costs, "work_of_step", enormous)
     passes = pretend(monkeypatch, lambda number, key: number == 0 and key.index < 4)
-    settings = PROBES | {"probe_depths": 5, "probe_samples": 8, "probe_budget": 0.02, "probe_restored": False}
+    settings = PROBES | {
+        "probe_depths": 5,
+        "probe_samples": 8,
+        "probe_budget": 0.02,
+        "probe_restored": False,
+        "verdict": False,
+    }
     with caplog.at_level(logging.INFO, logger="qkguard"):
         probed(base, tmp_path, QKGuardCallback(strict=True, **settings), max_steps=2)
     assert passes == [40, 30]
