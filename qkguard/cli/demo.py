@@ -27,7 +27,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of training data, order and probes.")] = 0,
     as_json: opt.Json = False,
 ) -> None:
-    """The whole guard on a small hybrid that ships with the package.
+    """Show the whole guard on a small hybrid of its own.
 
     Chain-of-thought SFT on generated arithmetic through TRL's SFTTrainer with QKGuardCallback, as in a script of your
     own; then needle recall and CoT accuracy before SFT, after it, and with queries and keys restored. What it prints

@@ -42,13 +42,15 @@ def diagnose(
     trust_remote_code: opt.RemoteCode = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Measure, before training, how near the data makes a model's attention look.
+    """Measure how near the data makes attention look.
 
     How far the text resembles itself (W_corr), how far the loss's gradient on attention logits reaches (W_grad), how
     much of the gradient of W_Q and W_K comes from far tokens, and how much falls on the heads that find needles.
     Numbers with intervals, not a forecast.
 
-    Example: qkguard diagnose --model B --data cot.jsonl --against prose.txt --html diagnosis.html
+    \b
+    Example:
+      qkguard diagnose -m Qwen/Qwen3-8B -d cot.jsonl --against prose.txt
     """
     quiet_transformers()
     opt.parse_choice("--dtype", dtype, opt.DTYPES)

@@ -29,7 +29,7 @@ def drift(
     trust_remote_code: opt.RemoteCode = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Measure how far SFT moved the queries and keys, layer by layer.
+    """Measure how far SFT moved queries and keys, by layer.
 
     q_rel and k_rel are |W - W0| / |W0|; 1mcos is 1 - cosine; routing_rel is the same ratio for W_Q^T W_K, averaged
     over heads: what retrieval feels, and what a mere rotation of queries and keys leaves at 0; top_sv is the largest

@@ -16,9 +16,11 @@ def integrations(
     ] = None,
     as_json: opt.Json = False,
 ) -> None:
-    """List the frameworks that the guard fits into, or print the path of one's plugin file.
+    """List frameworks that take the guard, or print one's file.
 
-    Example: swift sft ... --external_plugins $(qkguard integrations ms-swift) --callbacks qkguard
+    \b
+    Example:
+      swift sft ... --external_plugins $(qkguard integrations ms-swift) --callbacks qkguard
     """
     from qkguard.integrations.frameworks import FRAMEWORKS, plugin_file
 

@@ -30,7 +30,7 @@ def merge(
     trust_remote_code: opt.RemoteCode = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Merge a LoRA adapter into its base without its queries and keys.
+    """Merge a LoRA adapter without its queries and keys.
 
     Everything merged has the bits of PEFT's own merge; the query and key rows of softmax-attention layers have the
     base's. The base is read a tensor at a time, so memory stays at the largest one. OUT appears complete or not at

@@ -19,7 +19,7 @@ def report(
     ] = None,
     as_json: opt.Json = False,
 ) -> None:
-    """Write the page of a run (again), or one that compares several.
+    """Write the page of a run, or one that compares several.
 
     A single run's goes to _qkguard/report.html in its folder, pictures beside it; the run writes it by itself when
     training ends. With several runs it goes to --out (compare.html).

@@ -83,7 +83,7 @@ def sweep(
     trust_remote_code: opt.RemoteCode = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Find the restore that keeps recall and skill, by measurement.
+    """Find the restore that keeps recall and skill.
 
     Needle recall and task quality of the base, the tuned checkpoint and a grid of restores, swapped into one loaded
     model; which points no other beats, and a recommendation by a stated rule, which may well be to leave the tuned

@@ -186,11 +186,12 @@ class AdapterWeights:
             ]
         adapted = {weight.pmap.name for weight in self.adapted}
         on = show_layers(spec.layer for spec, maps in self.selection if adapted & {pmap.name for pmap in maps})
+        of_all = "" if on == layers else f" (of {layers})"
         dora = " (DoRA)" if self._has_dora() else ""
         base = ", on the dequantised base" if self._is_quantised() else ""
         lines = [
             f"Layers: adapters {names}{dora} on {len(adapted)} of {len(self.weights)} query and key weights, in "
-            f"softmax-attention layers {on} of {layers}.",
+            f"softmax-attention layers {on}{of_all}.",
             f"Reference: the frozen base; drift is that of the effective weights{base} (set up in {seconds:.1f} s).",
         ]
         if not self.writable:

@@ -24,7 +24,7 @@ from qkguard.probe.words import floor_clause
 from qkguard.report.numbers import plural
 from qkguard.training.agreed_probe import AgreedProbe
 from qkguard.training.attempt import attempt
-from qkguard.training.loader_rows import ROW_TOKENS, rows_of
+from qkguard.training.loader_rows import ROW_TOKENS, fewer_rows, rows_of
 from qkguard.training.probe_rows import RAW, RESTORED, summary_of
 from qkguard.training.recall_monitor import Publish, RecallMonitor
 from qkguard.training.run_folder import FINAL
@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 UNTOUCHED = Candidate("raw", "raw")
+TOKENS = 65_536
+"""The loss of one model is measured on rows of about so many tokens together, at most: every model of the verdict
+reads them, and they may be longer than the probe's samples."""
+
 SEED = 0  # of the intervals, as `sweep` has it by default
 LATER = "`qkguard sweep` measures it on the final models."
 NO_ROWS = (
@@ -184,10 +188,12 @@ class FinalVerdict:
         if self.why_not() is not None:
             return ""
         names = [UNTOUCHED.name, *(candidate.name for candidate in self.weights.candidates())]
-        seconds = self.monitor.expected_seconds * len(names)
+        recall = self.monitor.expected_seconds * len(names)
+        asked = sum(key.length for key in self.monitor.prober.sample_keys) if self.monitor.prober else 1
         return (
-            f"When training ends, a verdict is measured: recall of {', '.join(names)}, about {seconds:.0f} s by the "
-            "first probe's time, and their loss. Set verdict=False to leave it out."
+            f"When training ends, a verdict is measured: recall and loss of {', '.join(names)}. By the first probe's "
+            f"time it takes {recall:.0f} to {recall * (1 + TOKENS / asked):.0f} s, the more the longer the rows are. "
+            "Set verdict=False to leave it out."
         )
 
     def give(self, step: int, train_loader: Any, publish: Publish) -> RunVerdict | None:
@@ -284,5 +290,5 @@ class FinalVerdict:
             keep_rows(found, self.folder / SEEN)
         if not found:
             return [], ""
-        rows, _ = encode_rows(None, found, ROW_TOKENS)
+        rows, _ = encode_rows(None, fewer_rows(found, TOKENS), ROW_TOKENS)
         return rows, what.format(plural(len(rows), "row"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from itertools import pairwise
 from typing import Any
@@ -33,6 +33,15 @@ def rows_of(loader: Any, at_most: int = ROWS) -> list[Tokenised]:
         for row in sampled(getattr(loader, "dataset", None), at_most):
             found += _sequences(row, collate)
     return found[:: max(1, -(-len(found) // at_most))]
+
+
+def fewer_rows(rows: Sequence[Tokenised], tokens: int) -> list[Tokenised]:
+    """As many rows, from everywhere among them, as have about so many tokens together; all where they have no more."""
+    total = sum(len(row["input_ids"]) for row in rows)
+    if total <= tokens:
+        return list(rows)
+    kept = max(1, len(rows) * tokens // total)
+    return [rows[i * len(rows) // kept] for i in range(kept)]
 
 
 def _own_copy(collate: Any) -> Collate | None:

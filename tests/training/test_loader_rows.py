@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorForLanguageModeling as MaskedLM
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from qkguard.training.loader_rows import ROW_TOKENS, rows_of
+from qkguard.training.loader_rows import ROW_TOKENS, fewer_rows, rows_of
 from tests.support.tokens import tiny_tokenizer
 
 ROWS = [
@@ -109,3 +109,11 @@ def test_what_cannot_be_read_gives_no_rows() -> None:
         return {**collate(rows), "pixel_values": torch.zeros(1, 3)}
 
     assert rows_of(loader(ROWS, with_pictures)) == []
+
+
+def test_fewer_rows_are_from_everywhere_and_within_their_tokens():
+    rows = [{"input_ids": [n] * 10, "labels": [n] * 10} for n in range(20)]
+    assert fewer_rows(rows, 200) == rows
+    kept = fewer_rows(rows, 55)
+    assert [row["input_ids"][0] for row in kept] == [0, 4, 8, 12, 16]
+    assert len(fewer_rows(rows, 3)) == 1, "never none"
