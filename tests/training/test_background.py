@@ -25,6 +25,7 @@ from transformers.trainer_jit_checkpoint import CheckpointManager
 
 from qkguard import QKGuardCallback, QKGuardError, restore_checkpoint, verify
 from qkguard.checkpoint import reuse, shares
+from qkguard.checkpoint.manifest import reference_of
 from qkguard.checkpoint.shares import ShareError, Shares
 from qkguard.checkpoint.write import write_files
 from qkguard.training import background
@@ -187,6 +188,9 @@ def test_the_final_model_is_linked_not_made_again(base, tmp_path, gate):
     assert (final / "model.safetensors").samefile(checkpoint / "model.safetensors")
     judge.judge_restored("llama", base, final.parent / "raw", final, torch.float32)
     manifests = [json.loads((folder / "qkguard.json").read_text()) for folder in (checkpoint, final)]
+    assert reference_of(checkpoint) == reference_of(final) == tmp_path / "run/_qkguard/reference.safetensors"
+    for manifest in manifests:
+        manifest["base"].pop("reference")  # each seen from its own folder
     for key in ("files", "layers", "tensors", "method", "base", "step"):
         assert manifests[0][key] == manifests[1][key], key
     assert manifests[1]["raw"]["path"] == "../raw" and verify(final, full=True)["raw"] == "unchanged"

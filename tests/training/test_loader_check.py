@@ -163,6 +163,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         tiny_model("llama", seed=seed).save_pretrained(repo / "snapshots" / commit)  # type: ignore[operator]
         (repo / "refs" / revision).write_text(commit)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # else it asks the network again and again
     return repo / "snapshots"
 
 

@@ -50,7 +50,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         {"probe_steps": "1.5"},
         "Invalid probe_steps='1.5': expected a whole number >= 0, a number > 0 and < 1 or \"eval\".",
     ),
-    ({"layers": [-1]}, "Invalid layers=[-1]: expected a list of whole numbers >= 0, or None."),
+    ({"layers": [-1]}, 'Invalid layers=[-1]: expected a list of whole numbers >= 0 or "retrieval", or None.'),
     ({"projections": ["v"]}, 'Invalid projections=[\'v\']: expected a non-empty list of "q" or "k".'),
     (
         {"method": "magic"},
