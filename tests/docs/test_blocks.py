@@ -210,7 +210,7 @@ def test_json_is_json(block: Block) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"), [("sweeep --base B", ""), ("restore --base B --tuned T --out O --rigde 1", "rigde")]
+    ("words", "message"), [("sweeep --base B", "sweeep"), ("restore --base B --tuned T --out O --rigde 1", "rigde")]
 )
 def test_a_wrong_command_is_found(words: str, message: str) -> None:
     with pytest.raises(Exception, match=message):
