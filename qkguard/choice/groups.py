@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from qkguard.choice.value_output import value_output_by_layer
 from qkguard.layout.layers import OTHER_TYPES, layer_types
+from qkguard.layout.selection import up_to_layer
 from qkguard.layout.spec import AttentionSpec, Block, ParamMap, true_ranges
 
 TITLES = {
@@ -222,9 +223,8 @@ class _Places:
 
 def _layer_list(module: str) -> str | None:
     """ "model.layers.3.self_attn" -> "model.layers"."""
-    parts = module.split(".")
-    number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-    return None if number is None else ".".join(parts[:number])
+    layer = up_to_layer(module)
+    return None if layer is None else layer.rpartition(".")[0]
 
 
 def _inside(name: str, module: str) -> bool:

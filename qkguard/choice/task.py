@@ -12,13 +12,12 @@ from torch.nn.functional import cross_entropy
 
 from qkguard.errors import QKGuardError
 from qkguard.probe.answer_formats import AllReduce
-from qkguard.probe.passes import LastLogits, input_device, undisturbed
+from qkguard.probe.passes import IGNORED, LastLogits, input_device, undisturbed
 from qkguard.probe.scoring import alone
 
 ROW_FORMATS = 'rows with "prompt" and "completion" or "answer", "messages", or "text"'
 TASK_TOKENS = 4096  # in one forward pass that scores rows: their logits take the memory
 LOSS_TOKENS = 1024  # whose float32 logits are in memory at a time
-IGNORED = -100  # transformers' label of a token that is not to be predicted
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,8 @@ from qkguard.distributed.sharding import unwrap
 from qkguard.errors import QKGuardError, first_line
 from qkguard.layout import AttentionSpec, ParamMap, find_attention
 from qkguard.probe.attention import AttentionCall, softmax_with_sinks, watch_attention
-from qkguard.probe.passes import LastLogits, input_device
+from qkguard.probe.passes import IGNORED, LastLogits, input_device
 
-IGNORED = -100  # transformers' label of a token that is not trained on
 _BLOCK = 1 << 22  # logits held at a time (16 MiB in float32, in a handful of copies)
 Seen = tuple[AttentionCall, Tensor]
 """A call of a layer's attention function, and its output."""

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from qkguard.diagnosis.curves import Curves, Estimate, correlation_length, estimate
-from qkguard.diagnosis.logit_gradients import IGNORED, LayerGradients, LogitGradients
+from qkguard.diagnosis.logit_gradients import LayerGradients, LogitGradients
 from qkguard.diagnosis.self_similarity import self_similarity
 from qkguard.errors import QKGuardError
-from qkguard.probe.passes import undisturbed
+from qkguard.probe.passes import IGNORED, undisturbed
 from qkguard.probe.settings import Progress
 
 

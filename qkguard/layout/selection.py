@@ -73,6 +73,15 @@ def unselected_norms(selection: Selection) -> list[ParamMap]:
     return list(norms.values())
 
 
+def up_to_layer(name: str) -> str | None:
+    """The beginning of a dotted name up to its first number, "model.layers.3.self_attn" -> "model.layers.3"; None
+    where it has none.
+    """
+    parts = name.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    return None if number is None else ".".join(parts[: number + 1])
+
+
 def show_layers(layers: Iterable[int | None], most: int | None = None) -> str:
     """Layer numbers for people: [0, 1, 2, 3, 7] -> "0-3, 7"; at most `most` of these ranges, where it is given."""
     known = [layer for layer in layers if layer is not None]

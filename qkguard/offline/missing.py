@@ -11,6 +11,7 @@ from qkguard.checkpoint.scaled import scale_names
 from qkguard.checkpoint.weights import WeightFolder
 from qkguard.errors import UnknownLayoutError
 from qkguard.layout.cache import cached
+from qkguard.layout.selection import up_to_layer
 from qkguard.layout.wrappers import bare_name
 from qkguard.offline.configs import read_config
 from qkguard.offline.pair import Folders, nothing
@@ -104,8 +105,4 @@ def _grouped(names: Sequence[str]) -> str:
 
 
 def _beginning(name: str) -> str:
-    parts = name.split(".")
-    number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-    if number is None or parts[0] == "mtp":
-        return parts[0] if parts[0] == "mtp" else name
-    return ".".join(parts[: number + 1])
+    return "mtp" if name.split(".")[0] == "mtp" else up_to_layer(name) or name

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from qkguard.checkpoint.manifest import reference_of
-from qkguard.choice.task import IGNORED, ROW_FORMATS
+from qkguard.choice.task import ROW_FORMATS
 from qkguard.errors import QKGuardError
+from qkguard.probe.passes import IGNORED
 from qkguard.report.run import METRICS, RUN_FOLDER
 
 HELDOUT, SEEN = "heldout.jsonl", "seen.jsonl"  # of the evaluation set; else of the training data

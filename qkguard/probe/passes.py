@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from qkguard.distributed.sharding import unwrap
 from qkguard.errors import QKGuardError
 
+IGNORED = -100  # transformers' label of a token that is not to be predicted
+
 _SMALL = 1 << 16  # elements; smaller buffers are copied, so that a write in place can be undone
 
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qkguard.layout.rows import RETRIEVAL
-from qkguard.layout.selection import show_layers
+from qkguard.layout.selection import show_layers, up_to_layer
 from qkguard.probe.statistics import LEAST
 
 if TYPE_CHECKING:
@@ -189,7 +189,5 @@ def _of_entry(by_entry: Mapping[str, list[float]], entry: str) -> list[float]:
 
 
 def _entry(module: str) -> str:
-    """The name up to its first number, by which a layer's owner of projections and its attention are the same."""
-    parts = module.split(".")
-    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
-    return ".".join(parts[: numbers[0] + 1]) if numbers else module
+    """The name up to its layer, by which a layer's owner of projections and its attention are the same."""
+    return up_to_layer(module) or module

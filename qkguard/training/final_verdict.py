@@ -92,29 +92,31 @@ class RunVerdict(Verdict):
             return {}
         return {"restored": summary_of(found) | {"step": step, "change": found.change_since(raw)}}
 
+    @property
+    def models(self) -> dict[str, Measurement]:
+        """Every point but the base, by a name without blanks."""
+        return {point.name.replace(" ", "_"): point for point in self.points if point.candidate.kind != "base"}
+
     def metrics(self) -> dict[str, float]:
         """One row of metrics: recall, and loss where it was measured, of every point."""
         out: dict[str, float] = {}
-        for point in self.points:
-            if point.candidate.kind != "base":
-                name = f"qkguard/verdict/{point.name.replace(' ', '_')}"
-                out[f"{name}/recall"] = point.recall.value
-                out |= {f"{name}/loss": point.task.loss} if point.task is not None else {}
+        for name, point in self.models.items():
+            out[f"qkguard/verdict/{name}/recall"] = point.recall.value
+            if point.task is not None:
+                out[f"qkguard/verdict/{name}/loss"] = point.task.loss
         return out | {"qkguard/overhead/verdict_seconds": self.seconds}
 
     def intervals(self) -> dict[str, float]:
         """The 95% intervals of recall, and of what it gains on raw, for trackers' summaries."""
         out: dict[str, float] = {}
-        for point in self.points:
-            if point.candidate.kind != "base":
-                name = point.name.replace(" ", "_")
-                out |= {f"{name}/recall_{end}": getattr(point.recall, end) for end in ("low", "high")}
-                out |= {f"{name}/gain_{end}": getattr(point.gain, end) for end in ("value", "low", "high")}
+        for name, point in self.models.items():
+            out |= {f"{name}/recall_{end}": getattr(point.recall, end) for end in ("low", "high")}
+            out |= {f"{name}/gain_{end}": getattr(point.gain, end) for end in ("value", "low", "high")}
         return out
 
     def measured(self) -> str:
         """All points with their intervals, on one line."""
-        return "; ".join(_numbers(point) for point in self.points if point.candidate.kind != "base")
+        return "; ".join(map(_numbers, self.models.values()))
 
 
 def _numbers(point: Measurement) -> str:

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkguard.choice.task import IGNORED
 from qkguard.offline.task_rows import ROWS, Tokenised, own_labels, sampled
-from qkguard.probe.passes import random_states
+from qkguard.probe.passes import IGNORED, random_states
 
 ROW_TOKENS = 4096
 """Longer rows are cut: the loss of their first tokens is as good a measure, and their logits would take memory."""

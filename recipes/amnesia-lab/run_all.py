@@ -9,6 +9,7 @@ stages one at a time instead.
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -176,8 +178,8 @@ def run(args, stages: Stages) -> None:
                 print(f"         {evaluation}  ended, it waited for {name}", flush=True)
 
 
-def main() -> None:
-    args = options().parse_args()
+def run_stages(run: Callable[[argparse.Namespace, Stages], None], args: argparse.Namespace) -> Stages:
+    """Run all stages of a command; however it ends, its processes end with it."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     stages = Stages(args.out, args.deadline)
     with overlapping_kernels():
@@ -185,8 +187,17 @@ def main() -> None:
             run(args, stages)
         finally:
             stages.end_all()
+    return stages
+
+
+def check_finished(stages: Stages) -> None:
+    """Exit with what has failed, if anything has."""
     if stages.failed:
         raise SystemExit(f"failed: {', '.join(stages.failed)}; started again, what is finished is not made again")
+
+
+def main() -> None:
+    check_finished(run_stages(run, options().parse_args()))
 
 
 if __name__ == "__main__":

@@ -10,12 +10,10 @@ is claimed must have the same sign there.
 
 from __future__ import annotations
 
-import signal
-import sys
 from pathlib import Path
 
 import lab
-from run_all import Stages, overlapping_kernels
+from run_all import Stages, check_finished, run_stages
 
 SEEDS = list(range(101, 113))  # nothing was chosen on them
 
@@ -47,19 +45,12 @@ def run(args, stages: Stages) -> None:
 
 def main() -> None:
     args = options().parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    stages = Stages(args.out, args.deadline)
-    with overlapping_kernels():
-        try:
-            run(args, stages)
-        finally:
-            stages.end_all()
+    stages = run_stages(run, args)
     from study_results import DRAWS, as_table, evaluate  # matplotlib, which the processes do without
 
     summary = evaluate(args.results, args.draws or DRAWS)
     print(summary["words"], as_table(summary["predictors"]["lost"]), sep="\n")
-    if stages.failed:
-        raise SystemExit(f"failed: {', '.join(stages.failed)}; started again, what is finished is not made again")
+    check_finished(stages)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from qkguard.choice import task
-from qkguard.choice.task import IGNORED, TaskRow, encode_rows, score_rows
+from qkguard.choice.task import TaskRow, encode_rows, score_rows
 from qkguard.errors import QKGuardError
+from qkguard.probe.passes import IGNORED
 from tests.support.models import tiny_model
 
 

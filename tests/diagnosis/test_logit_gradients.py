@@ -17,11 +17,11 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import qkguard.demo
 from qkguard.diagnosis import logit_gradients
-from qkguard.diagnosis.logit_gradients import IGNORED, LayerGradients, LogitGradients
+from qkguard.diagnosis.logit_gradients import LayerGradients, LogitGradients
 from qkguard.diagnosis.measure import TextRow, measure
 from qkguard.errors import QKGuardError
 from qkguard.layout import find_attention
-from qkguard.probe.passes import undisturbed
+from qkguard.probe.passes import IGNORED, undisturbed
 from qkguard.probe.prober import Prober
 from qkguard.probe.settings import ProbeSettings
 from tests.probe.test_attention import EXTRA
