@@ -3,7 +3,9 @@
     python recipes/amnesia-lab/evaluate.py --base runs/one-0 --runs runs/full-one-0:all --out results/one-0
 
 writes results/one-0-full.json. Every restore and control is one of `qkguard sweep`'s points, swapped into the one
-loaded model. With --wait it may be started beside the other stages: the samples are made while they train.
+loaded model. Where the points that the guard compares at the end of a run are among them, so is its verdict: the same
+rule on these samples, and on the loss of rows that were held out from SFT. With --wait it may be started beside the
+other stages: the samples are made while they train.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import groupby, islice
 from pathlib import Path
@@ -18,9 +21,19 @@ from pathlib import Path
 import lab
 import torch
 from fast import repeat_keys_in_float32
+from sft import examples
 from tables import TASKS
 
-from qkguard.choice.candidates import Candidate, control_candidates, layer_candidates, method_candidates
+from qkguard.choice.candidates import (
+    Candidate,
+    control_candidates,
+    final_candidates,
+    layer_candidates,
+    method_candidate,
+    method_candidates,
+)
+from qkguard.choice.task import TaskResult, TaskRow, encode_rows, score_rows
+from qkguard.choice.verdict import Measurement, Verdict
 from qkguard.demo.arithmetic import problems
 from qkguard.demo.scores import answer_of
 from qkguard.drift import head_weights, routing_drift
@@ -28,6 +41,7 @@ from qkguard.layout import find_attention
 from qkguard.offline.pair import open_folders
 from qkguard.offline.sweep_swap import CandidateSwap
 from qkguard.probe import Prober, ProbeResult, ProbeSettings
+from qkguard.training.config import QKGuardConfig
 
 GRID = (
     "qk-pro:ridge=1/10",
@@ -36,9 +50,14 @@ GRID = (
     "procrustes",
 )
 LONGEST_WORK = 112  # tokens of a chain of thought
+LONGEST_ROW = 2048  # tokens, as in sft.py
+ROW_TOKENS = 1 << 14  # of a batch of rows
+RAW = Candidate("raw", "raw")
+FINAL = (RAW, *final_candidates(method_candidate("restore", {})))  # what the guard compares at the end of a run
+HELD_OUT = 9000  # seed of the rows that the loss is of
 POINTS = {
     "raw": "after SFT",
-    "pair": "and restored",
+    "final": "and what the guard's verdict compares",
     "short": "and Q, K, V or O alone",
     "all": "and every method, layer by layer too",
 }
@@ -47,18 +66,20 @@ RUNS_HELP = "what sft.py wrote and what to measure of it: " + ", ".join(f"{k} ({
 
 def points(which: str, layers: list[int]) -> list[Candidate]:
     """What to measure beside "before SFT", as `POINTS` says."""
-    raw, restored = Candidate("raw", "raw"), method_candidates("restore")
-    if which in ("raw", "pair"):
-        return [raw, *restored] if which == "pair" else [raw]
-    everything = Candidate("Q+K+V+O only", "control", ("q", "k", "v", "o"))
-    chosen = [raw, *restored, *control_candidates("q k v o")]
+    if which == "raw":
+        return [RAW]
+    chosen = list(FINAL)
+    if which in ("short", "all"):
+        chosen += control_candidates("q k v o")
     if which == "all":
-        chosen += [*method_candidates(GRID), *(layer_candidates(layers) if len(layers) > 1 else ()), everything]
+        everything = Candidate("Q+K+V+O only", "control", ("q", "k", "v", "o"))
+        chosen += [point for point in method_candidates(GRID) if point not in FINAL]
+        chosen += [*(layer_candidates(layers) if len(layers) > 1 else ()), everything]
     return chosen
 
 
 class Measure:
-    """Recall on a fixed set of samples and skill on a fixed set of problems, of whatever model it is given."""
+    """Recall on a fixed set of samples, skill on a fixed set of problems and the loss of rows, of any model."""
 
     def __init__(self, tokenizer, args) -> None:
         self.tokenizer = tokenizer
@@ -80,17 +101,24 @@ class Measure:
         for prober in self.probers:
             prober.find_formats(model)
 
-    def __call__(self, model) -> dict:
+    @property
+    def samples(self) -> tuple:
+        """The samples' keys, those of all lengths."""
+        return tuple(key for prober in self.probers for key in prober.sample_keys)
+
+    def __call__(self, model, rows: Sequence[TaskRow] = ()) -> dict:
         began = time.perf_counter()
         probes = [prober.run(model) for prober in self.probers]
         skill = self.skill(model)
+        loss = {"nll": [round(v, 4) for v in score_rows(model, rows, ROW_TOKENS).nll]} if rows else {}
         return {
+            "right": "".join(str(int(right)) for probe in probes for right in probe.correct),
             "recall": [row for probe in probes for row in recall_rows(probe)],
             "attention": [row for probe in probes for row in attention_rows(probe)],
             "skill": round(skill, 4),
             "problems": len(self.chains),
             "seconds": round(time.perf_counter() - began, 1),
-        }
+        } | loss
 
     def skill(self, model) -> float:
         """Share of problems whose greedily written chain of thought, of any style, ends in the right answer."""
@@ -112,6 +140,21 @@ def recall_rows(probe: ProbeResult) -> list[list]:
     """[task, length, depth, samples, hits, mean log-probability of the answer]."""
     groups = probe.by("task", "length", "depth").items()
     return [[*key, group.count, group.hits, round(group.answer_logprob, 4)] for key, group in groups]
+
+
+def verdict(found: dict, samples: tuple, tokens: tuple[int, ...]) -> dict | None:
+    """What the guard's rule says of the points measured; None where one of those that it compares is missing."""
+    points = {"pre": Candidate("base", "base")} | {point.name: point for point in FINAL}
+    if not points.keys() <= found["points"].keys():
+        return None
+    measured = []
+    for name, candidate in points.items():
+        point = found["points"][name]
+        right = tuple(digit == "1" for digit in point["right"])
+        probe = ProbeResult(samples, right, (float("nan"),) * len(right), {"digest": "these samples"})
+        task = TaskResult(tuple(point["nll"]), tokens, None) if "nll" in point else None
+        measured.append(Measurement(candidate, probe, task))
+    return Verdict.of(measured, QKGuardConfig().tolerance, f"{len(tokens)} held-out rows").summary()
 
 
 def attention_rows(probe: ProbeResult) -> list[list]:
@@ -173,6 +216,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--depths", type=int, default=5)
     parser.add_argument("--samples", type=int, default=4, help="per task, length and depth")
     parser.add_argument("--problems", type=int, default=128)
+    parser.add_argument("--rows", type=int, default=128, help="held out from SFT, for the loss")
     parser.add_argument("--probe-seed", type=int, default=0)
     parser.add_argument("--batch-tokens", type=int, default=1 << 16, help="of a batch; less on a CPU")
     return parser
@@ -233,6 +277,7 @@ class Evaluation:
         if any(earlier[k] != v for k, v in about.items()):
             raise SystemExit(f"{self.file(folder)} has the results of another SFT; name another --out")
         found = about | {"points": earlier["points"]}
+        rows = self.held_out(sft["way"], sft["style"])
         swapper = CandidateSwap(tuned, open_folders(self.args.base, final(folder)))
         wanted = points(which, swapper.layers)
         with torch.enable_grad():
@@ -242,9 +287,17 @@ class Evaluation:
             if point.name in found["points"]:
                 continue
             with swapper.swapped(changes[point.name]) if point.name in changes else nullcontext():
-                found["points"][point.name] = self.measure(tuned)
+                found["points"][point.name] = self.measure(tuned, rows)
             lab.write(self.file(folder), as_text(found))
             self.say(f"{folder.name} {point.name}", found["points"][point.name])
+        if said := verdict(found, self.measure.samples, tuple(row.tokens for row in rows)):
+            lab.write(self.file(folder), as_text(found | {"verdict": said}))
+            print(" ".join(said["words"]), flush=True)
+
+    def held_out(self, way: str, style: str) -> list[TaskRow]:
+        """Rows such as those of an SFT, which it has not seen."""
+        made = islice(examples(way, style, HELD_OUT), self.args.rows)
+        return encode_rows(self.measure.tokenizer, made, LONGEST_ROW)[0]
 
 
 @torch.no_grad()

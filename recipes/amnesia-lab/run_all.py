@@ -28,25 +28,28 @@ STAGES = ("pretrain", "sft", "evaluate")
 # name: options of sft.py, points of evaluate.py (a base's first run gets all of them)
 RUNS = {
     "full": (["--lr", "2e-3"], "short"),
-    "mild": (["--lr", "1e-3"], "pair"),
+    "mild": (["--lr", "1e-3"], "final"),
     "frozen": (["--way", "frozen"], "raw"),
-    "windows": (["--way", "windows"], "pair"),
-    "lora": (["--way", "lora"], "pair"),
+    "windows": (["--way", "windows"], "final"),
+    "lora": (["--way", "lora"], "final"),
     "gentle": (["--lr", "3e-4"], "short"),
-    "tag": (["--style", "tag", "--lr", "1e-3"], "short"),
+    "tag": (["--style", "tag", "--lr", "1e-3"], "final"),
 }
 # Other architectures: options of pretrain.py, how many of the seeds, and the runs made of it whatever --runs says
 VARIANTS = {
-    "two": (["--layers", "LLALLA"], 3, ("full",)),
+    "two": (["--layers", "LLALLA"], 2, ("full",)),
     "rotary": (["--rope", "1e6"], 1, ("full",)),
-    "large": (["--hidden", "1024", "--heads", "16", "--lr", "5e-4"], 3, ("gentle", "mild")),
+    "large": (["--hidden", "1024", "--heads", "16", "--lr", "5e-4"], 1, ("gentle", "mild")),
 }
 # by name: options of pretrain.py, seed, and the runs to make of it
 Bases = dict[str, tuple[list[str], int, tuple[str, ...]]]
 
 
 class Stages:
-    """Processes side by side, each with a log of its own; none outlives this one."""
+    """Processes side by side, each with a log of its own; none outlives this one.
+
+    Of SFTs, which are held up by the processor, as many as there are cores; the others wait for their turn.
+    """
 
     def __init__(self, out: Path, deadline: float) -> None:
         self.out, self.began, self.deadline = out, time.time(), deadline
@@ -55,8 +58,15 @@ class Stages:
         self.gpus = gpus()
         self.started: Counter[str] = Counter()
         self.failed: list[str] = []
+        self.waiting: list[tuple[str, str, tuple[object, ...]]] = []
+        self.tuning: set[str] = set()
 
     def start(self, name: str, script: str, *arguments: object) -> None:
+        if script == "sft.py":
+            if len(self.tuning) >= (os.cpu_count() or 1):
+                self.waiting.append((name, script, arguments))
+                return
+            self.tuning.add(name)
         environment = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **os.environ}
         if len(self.gpus) > 1:  # in turn, of each script
             environment["CUDA_VISIBLE_DEVICES"] = self.gpus[self.started[script] % len(self.gpus)]
@@ -78,6 +88,10 @@ class Stages:
             what = f"failed ({code}), see {self.out / name}.log" if code else "done"
             print(f"{time.time() - self.began:6.0f}s  {name}  {what}", flush=True)
             self.failed += [name] if code else []
+            self.tuning.discard(name)
+        turns, self.waiting = [] if late else self.waiting, []
+        for turn in turns:
+            self.start(turn[0], turn[1], *turn[2])
         return {name: name not in self.failed for name in ended}
 
     def end(self, name: str) -> int:
@@ -87,6 +101,7 @@ class Stages:
         return process.wait()
 
     def end_all(self) -> None:
+        self.waiting.clear()
         for name in list(self.running):
             self.end(name)
 
@@ -103,9 +118,9 @@ def gpus() -> list[str]:
 
 @contextmanager
 def overlapping_kernels():
-    """NVIDIA's multi-process service for the processes started inside, where there is one."""
+    """NVIDIA's multi-process service for the processes started inside, if there is one and none runs yet."""
     control = shutil.which("nvidia-cuda-mps-control")
-    if control is None:
+    if control is None or "CUDA_MPS_PIPE_DIRECTORY" in os.environ:
         yield
         return
     with tempfile.TemporaryDirectory() as pipes:

@@ -180,6 +180,55 @@ def drift(results: Sequence[Mapping], digits: int = 2) -> str:
     return " / ".join(cell((mean(r["drift"][f"{x}_proj"]) for r in results), digits) for x in "qk")
 
 
+def verdict_of(result: Mapping) -> str:
+    """What the guard's rule recommends of a run, with recall raw and so: "restore, .83 to .96"."""
+    found = result["verdict"]
+    recall = {point["name"]: point["recall"]["value"] for point in found["points"]}
+    chosen = found["recommended"]
+    text = f"{recall['raw']:.2f}"
+    return f"{chosen}, {text}" if chosen == "raw" else f"{chosen}, {text} to {recall[chosen]:.2f}"
+
+
+def verdicts_table(results: Results) -> str:
+    """What is recommended of every run: a row per base, a column per way of SFT."""
+    ways = [
+        way for way in WAYS if any("verdict" in r for runs in results.values() for r in runs.get(way, {}).values())
+    ]
+    rows = []
+    for kind, (label, _) in BASES.items():
+        runs = results.get(kind, {})
+        for seed in sorted({seed for of_way in runs.values() for seed in of_way}):
+            found = [runs.get(way, {}).get(seed, {}) for way in ways]
+            cells = [verdict_of(result) if "verdict" in result else "" for result in found]
+            if any(cells):
+                rows.append([f"{label.split(', SFT')[0]}, seed {seed}", *cells])
+    return table(["", *(WAYS[way] for way in ways)], rows)
+
+
+def recommended_table(results: Results) -> str:
+    """How often each point is recommended, by kind of base and way of SFT; what that costs in skill."""
+    names = list(dict.fromkeys(("raw", *(p["name"] for r in with_verdict(results) for p in r["verdict"]["points"]))))
+    names.remove("base")
+    rows = []
+    for kind, (label, _) in BASES.items():
+        for way, said in WAYS.items():
+            found = [r for r in results.get(kind, {}).get(way, {}).values() if "verdict" in r]
+            if not found:
+                continue
+            chosen = [r["verdict"]["recommended"] for r in found]
+            counts = [str(chosen.count(name)) if name in chosen else "" for name in names]
+            skills = [cell(r["points"][name]["skill"] for r in found) for name in ("raw", "restore")]
+            taken = cell(r["points"][name]["skill"] for r, name in zip(found, chosen, strict=True))
+            rows.append([f"{label.split(', SFT')[0]}; {said}", str(len(found)), *counts, *skills, taken])
+    return table(["", "runs", *names, "skill raw", "skill restored", "skill as recommended"], rows)
+
+
+def with_verdict(results: Results) -> list[Mapping]:
+    """All results that have a verdict."""
+    every = (r for runs in results.values() for of_way in runs.values() for r in of_way.values())
+    return [r for r in every if "verdict" in r]
+
+
 def depth_table(results: Sequence[Mapping]) -> str:
     """Recall by depth of the needle, all lengths together."""
     depths = sorted({row[2] for r in results for row in r["points"]["raw"]["recall"]})
@@ -278,6 +327,8 @@ def all_tables(folder: Path) -> dict[str, str]:
         tables = (lengths_table, depth_table, attention_table)
         out = {f.__name__.removesuffix("_table"): f(full) for f in tables}
         out |= {"bases": bases_table(results), "ways": ways_table(results["one"])}
+    if with_verdict(results):
+        out |= {"recommended": recommended_table(results), "verdicts": verdicts_table(results)}
     for kind in filter(results.__contains__, BASES):
         if grid := gridded(restored(results, kind)):
             out[f"points-{kind}"] = points_table(grid)

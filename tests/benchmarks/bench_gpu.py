@@ -18,12 +18,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -211,6 +211,16 @@ def overhead(rows: list[dict], kind: str) -> list[float]:
     return [row[key] for key in [f"qkguard/overhead/{kind}_seconds"] for row in rows if key in row]
 
 
+def hashes(folder: Path, run: str, steps: int) -> dict[str, str]:
+    """Of the weights that a run saved last. Its models go, to save disk; those of the guarded run are judged."""
+    file = folder / f"{run}-hashes.json"
+    if not file.exists():
+        file.write_text(json.dumps(judge.weight_hashes(folder / run / f"checkpoint-{steps}")))
+    if run != "guarded":
+        shutil.rmtree(folder / run, ignore_errors=True)
+    return json.loads(file.read_text())
+
+
 def main(hidden: int, layers: int, steps: int, ranks: int, length: int, folder: Path) -> None:
     """Make what the folder does not hold yet, print the line, and judge the restored checkpoints."""
     if not (folder / "base").exists():
@@ -218,13 +228,12 @@ def main(hidden: int, layers: int, steps: int, ranks: int, length: int, folder: 
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     launch += ["-m", "tests.benchmarks.bench_gpu", *map(str, (hidden, layers, steps)), "--folder", str(folder)]
     launch += ["--length", str(length)]
+    bits = {}
     for run in RUNS:
         if not (folder / f"{run}.json").exists():
             subprocess.run([*launch, "--only", run], check=True, timeout=900)
+        bits[run] = hashes(folder, run, steps)
     found = {run: json.loads((folder / f"{run}.json").read_text()) for run in RUNS}
-    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
-        weights = [folder / run / f"checkpoint-{steps}" for run in RUNS]
-        bits = dict(zip(RUNS, pool.map(judge.weight_hashes, weights), strict=True))
     report(found, bits, judge.metrics_rows(folder / "guarded"))
     dtype = torch.bfloat16 if CUDA else torch.float32
     judge.judge_restored("llama", folder / "base", *pair(folder / "guarded", steps // 2), dtype)

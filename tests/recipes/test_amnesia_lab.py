@@ -140,7 +140,7 @@ def test_the_control_goes_on_where_it_stopped(lab: Any, tmp_path: Path, monkeypa
 def test_every_stage_runs_at_toy_size(lab: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, run, results = tmp_path / "one-0", tmp_path / "full-one-0", tmp_path / "results"
     probe = "--lengths 200 --far --depths 1 --samples 1 --problems 1 --tasks single_2"
-    evaluate = f"evaluate --base {base} --runs {run}:pair --out {results}/one-0 {probe}"
+    evaluate = f"evaluate --base {base} --runs {run}:final --out {results}/one-0 {probe}"
     for line in (
         f"pretrain --out {base} --steps 3 --tokens 512 --size 8000 --longest 128",
         f"sft --base {base} --out {run} --steps 2 --batch 2",
@@ -150,10 +150,15 @@ def test_every_stage_runs_at_toy_size(lab: Any, tmp_path: Path, monkeypatch: pyt
         monkeypatch.setattr(sys, "argv", line.split())
         import_module(sys.argv[0]).main()
     found = json.loads((results / "one-0-full.json").read_text())
-    assert list(found["points"]) == ["pre", "raw", "restore"] and found["sft"]["style"] == "word"
+    final = ["pre", "raw", "restore", "qk-pro ridge 10", "interpolate alpha 0.5"]
+    assert list(found["points"]) == final and found["sft"]["style"] == "word"
+    assert found["verdict"]["recommended"] == "raw" and "The base finds no needles" in found["verdict"]["words"][0]
+    losses = {name: point["nll"] for name, point in found["points"].items() if name != "pre"}
+    assert len(losses["raw"]) == 128 and losses["raw"] != losses["restore"]
     assert all(v > 0 for values in found["drift"].values() for v in values)
     assert [row[:4] for row in found["points"]["raw"]["recall"]] == [["single_2", 200, 0.5, 1]]
-    assert "| LLLALL, seed 0 | 0.00 / 0.00 / 0.00 |" in (results / "figures" / "tables.md").read_text()
+    tables = (results / "figures" / "tables.md").read_text()
+    assert "| LLLALL, seed 0 | 0.00 / 0.00 / 0.00 |" in tables
     assert len(list((results / "figures").glob("*.png"))) == 3
     # What is measured is kept, and nothing is taken from other models or samples
     found["points"]["raw"]["skill"] = 9.0
@@ -162,11 +167,45 @@ def test_every_stage_runs_at_toy_size(lab: Any, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(sys, "argv", evaluate.split())
     import_module("evaluate").main()
     again = json.loads((results / "one-0-full.json").read_text())
-    assert again["points"]["raw"]["skill"] == 9.0 and list(again["points"]) == ["pre", "raw", "restore"]
+    assert again["points"]["raw"]["skill"] == 9.0 and sorted(again["points"]) == sorted(final)
+    assert again["verdict"] == found["verdict"] and "| LLLALL, seed 0 | raw, 0.00 |" in tables
     for other, what in (("sft", "another SFT"), ("base", "another base"), ("probe", "other samples")):
         (results / "one-0-full.json").write_text(json.dumps(again | {other: again[other] | {"seed": 5}}))
         with pytest.raises(SystemExit, match=what):
             import_module("evaluate").main()
+
+
+def test_the_lab_s_verdict_is_the_rule_s(lab: Any) -> None:
+    from qkguard.probe.samples import SampleKey
+
+    evaluate, samples = import_module("evaluate"), tuple(SampleKey(256, "single_2", 0.5, i) for i in range(40))
+
+    def point(right: int, loss: float) -> dict[str, Any]:
+        return {"right": "1" * right + "0" * (40 - right), "nll": [10 * loss] * 16}
+
+    found = {"pre": {"right": "1" * 40}, "raw": point(10, 0.1), "restore": point(38, 0.1)}
+    assert evaluate.verdict({"points": found}, samples, (10,) * 16) is None  # two of the points are missing
+    found |= {"qk-pro ridge 10": point(30, 0.1), "interpolate alpha 0.5": point(20, 0.1)}
+    said = evaluate.verdict({"points": found}, samples, (10,) * 16)
+    assert said["recommended"] == "restore" and [p["recall"]["value"] for p in said["points"][:3]] == [1, 0.25, 0.95]
+    found["restore"] = point(38, 0.2)  # a loss beyond the tolerance
+    assert evaluate.verdict({"points": found}, samples, (10,) * 16)["recommended"] == "qk-pro ridge 10"
+
+
+def test_as_many_sfts_as_cores_at_a_time(lab: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_all = import_module("run_all")
+    monkeypatch.setattr(run_all.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(run_all.lab, "HERE", tmp_path)
+    (tmp_path / "sft.py").touch()  # ends at once
+    stages = run_all.Stages(tmp_path, 60)
+    for name in "abc":
+        stages.start(name, "sft.py")
+    assert list(stages.running) == ["a", "b"]
+    ended: dict[str, bool] = {}
+    while stages.running:
+        ended |= stages.finished()
+        assert len(stages.running) <= 2
+    assert ended == dict.fromkeys("abc", True)
 
 
 TOY = "--steps 2 --tokens 512 --size 8000 --longest 128 --hidden 32"
@@ -313,7 +352,7 @@ def test_what_fails_ends_what_waits_for_it(
 
 
 def test_settings_are_checked_before_any_work(lab: Any, tmp_path: Path) -> None:
-    with pytest.raises(argparse.ArgumentTypeError, match="raw, pair, short, all"):
+    with pytest.raises(argparse.ArgumentTypeError, match="raw, final, short, all"):
         import_module("evaluate").folder_and_points("folder:everything")
     with pytest.raises(argparse.ArgumentTypeError, match="at least one A"):
         import_module("pretrain").layer_kinds("LLXL")
