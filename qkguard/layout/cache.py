@@ -39,12 +39,6 @@ def cached(question: str, inputs: Any, find: Callable[[], T]) -> T:
     return answer
 
 
-def recalled(question: str, inputs: Any) -> Any:
-    """The answer to a question that was asked before; None where it is not known."""
-    file = _file(question, inputs)
-    return None if file is None else _read(file)
-
-
 def _file(question: str, inputs: Any) -> Path | None:
     """Where the answer to a question is kept; None where nothing is."""
     folder = _folder()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
@@ -16,11 +15,9 @@ from qkguard.sft.data import DataArguments
 from qkguard.sft.keys import (
     REQUIRED,
     SECTION,
-    KnownKeys,
     check_required,
     guard_settings,
     kinds_of,
-    known_keys,
     plain_lists,
     read_recipe,
     unknown_key,
@@ -103,8 +100,6 @@ def _trl_settings(values: dict[str, Any], arguments: list[str], recipe: Path | N
     kinds: Any = (DataArguments, SFTConfig, ModelConfig)
     parser = _Parser(kinds, allow_abbrev=False, add_help=False)
     hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
-    options = sorted(parser._option_string_actions)  # argparse has no public way, here and below
-    known_keys(partial(KnownKeys, list(hints), options))  # for the next command, which then refuses without TRL
     arguments = plain_lists(arguments, _taking_several(parser))
     try:
         typed = _as_typed(parser, values, hints)
@@ -128,7 +123,7 @@ def _trl_settings(values: dict[str, Any], arguments: list[str], recipe: Path | N
 
 def _taking_several(parser: _Parser) -> set[str]:
     """The keys whose options take several values."""
-    return {action.dest for action in parser._actions if action.nargs == "+"}
+    return {action.dest for action in parser._actions if action.nargs == "+"}  # argparse has no public way
 
 
 def _as_typed(parser: _Parser, values: dict[str, Any], hints: dict[str, Any]) -> list[str]:

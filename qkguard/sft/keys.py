@@ -1,6 +1,6 @@
 """What is typed and written for a training, checked as far as that goes before TRL and torch are imported.
 
-The guard's settings are checked whole, by QKGuardConfig; of all others the names, against a table of what TRL takes.
+The guard's settings are checked whole, by QKGuardConfig; of all others the names, against what TRL's source takes.
 """
 
 from __future__ import annotations
@@ -8,16 +8,15 @@ from __future__ import annotations
 import difflib
 import re
 import types
-from collections.abc import Callable, Iterable, Sequence
-from importlib.metadata import version
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from qkguard.errors import QKGuardError, current_names
-from qkguard.layout.cache import cached, recalled
 from qkguard.sft.data import DataArguments
+from qkguard.sft.trl_keys import trl_keys
 from qkguard.training.config import QKGuardConfig
 
 SECTION = "qkguard"  # the recipe's section for the guard's settings, and their prefix on the command line
@@ -27,23 +26,10 @@ REQUIRED = {
 }
 
 
-class KnownKeys(NamedTuple):
-    """What TRL's parser takes: keys of a recipe, and options as they are typed ("--learning-rate")."""
-
-    keys: list[str]
-    options: list[str]
-
-
-def known_keys(find: Callable[[], KnownKeys] | None = None) -> KnownKeys | None:
-    """The table of these versions of TRL and transformers, from the cache or `find`; None where neither has it."""
-    found = recalled("keys", _versions()) if find is None else cached("keys", _versions(), find)
-    return None if found is None else KnownKeys(*found)
-
-
-def _versions() -> dict[str, str]:
-    """All that the table depends on."""
-    found = {"data": " ".join(get_type_hints(DataArguments))}
-    return found | {name: version(name) for name in ("trl", "transformers")}
+def known_keys() -> set[str] | None:
+    """What a recipe may hold beside the guard's section; None where only TRL's parser can tell."""
+    found = trl_keys()
+    return None if found is None else {*get_type_hints(DataArguments), *found}
 
 
 def check_settings(arguments: Sequence[str], recipe: Path | None) -> None:
@@ -59,12 +45,13 @@ def check_settings(arguments: Sequence[str], recipe: Path | None) -> None:
     groups = split_options(others)
     if known is not None:
         for key in values:
-            if key not in known.keys:
-                raise QKGuardError(f"{recipe}: {unknown_key(str(key), known.keys)}")
+            if key not in known:
+                raise QKGuardError(f"{recipe}: {unknown_key(str(key), known)}")
         for words in groups:
             option = words[0].partition("=")[0]
-            if option.startswith("--") and option not in known.options:
-                raise QKGuardError(unknown_key(option[2:], known.keys, dash="--"))
+            key = option.removeprefix("--").replace("-", "_")
+            if option.startswith("--") and not known & {key, key.removeprefix("no_")}:  # --no_bf16; TRL checks of what
+                raise QKGuardError(unknown_key(option[2:], known, dash="--"))
     typed = {words[0].partition("=")[0].removeprefix("--").replace("-", "_") for words in groups}
     check_required({key for key, value in values.items() if value} | typed)
 

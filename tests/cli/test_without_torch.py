@@ -162,9 +162,8 @@ def test_helps_and_refusals_do_without(pair: tuple[Path, Path], known: Path) -> 
         assert (ran.code, ran.out, ran.brought) == (2, "", []) and said.lower() in ran.err.lower(), (command, ran)
 
 
-def test_a_wrong_key_of_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once TRL's keys are known, and in the words of the parser itself."""
-    monkeypatch.setenv("QKGUARD_CACHE", str(tmp_path / "cache"))
+def test_a_wrong_key_of_a_training(tmp_path: Path) -> None:
+    """The very first one too, and in the words of the parser itself."""
     needed = ["--model_name_or_path", "m", "--output_dir", str(tmp_path / "run")]
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("learning_rte: 1e-5\n")
