@@ -1,4 +1,4 @@
-"""The keys that TRL takes, read from the source of its classes: to import them takes seconds, a minute on a busy disk."""
+"""The keys that TRL takes, read from the source of its classes: to import them takes seconds."""
 
 from __future__ import annotations
 
