@@ -15,7 +15,7 @@ from qkguard.restore.plain import Restored
 DEFAULTS: dict[str, Any] = {"ridge": 10.0, "alpha": 1.0, "align": False, "per_layer": None}
 """Options of all methods; one given another value with a method that does not read it is an error.
 
-A ridge of 10 kept more of the skill than 1 at the same recall (`recipes/amnesia-lab`).
+A ridge of 10 keeps more of the skill than 1 on most bases of `recipes/amnesia-lab`, at a little less recall.
 """
 
 

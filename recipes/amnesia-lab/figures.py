@@ -5,12 +5,14 @@ python recipes/amnesia-lab/figures.py [--results runs/results]
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from statistics import mean
 
 from lab import HERE, parser
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from study_results import picture
 from tables import (
     TASKS,
     able,
@@ -137,6 +139,9 @@ def main() -> None:
     recall(full, out / "recall.png")
     tradeoff(gridded(full) or full, out / "tradeoff.png")
     attention(full, out / "attention.png")
+    if (file := args.results / "study/study.json").exists():
+        study = json.loads(file.read_text())
+        picture(study["rows"], study["predictors"]["lost"], out / "study.png")
     tables = all_tables(args.results)
     if own:
         (HERE / "README.md").write_text(write_into((HERE / "README.md").read_text(), tables))

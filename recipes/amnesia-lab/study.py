@@ -1,11 +1,11 @@
 """The study: does a diagnosis before SFT predict how much recall is lost? Twelve bases and every kind of data.
 
-    python recipes/amnesia-lab/study.py --out runs/study --results runs/study/results
+    python recipes/amnesia-lab/study.py --out runs --results runs/results/study
 
 Bases are pretrained side by side (pretrain.py), each is diagnosed on every kind of data and trained on it at several
 rates (study_base.py), and study_results.py makes a table, a figure and study.json of it. It is meant for two GPUs and
-half an hour; what lies finished is not made again. Run it a second time with other --seeds, into other folders: what
-is claimed must have the same sign there.
+a quarter of an hour; what lies finished is not made again, and the bases may be those of run_all.py. Run it a second
+time with other --seeds, into other folders: what is claimed must have the same sign there.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import lab
 from run_all import Stages, check_finished, run_stages
+from tables import study_table
 
 SEEDS = list(range(101, 113))  # nothing was chosen on them
 
@@ -46,10 +47,10 @@ def run(args, stages: Stages) -> None:
 def main() -> None:
     args = options().parse_args()
     stages = run_stages(run, args)
-    from study_results import DRAWS, as_table, evaluate  # matplotlib, which the processes do without
+    from study_results import DRAWS, evaluate  # matplotlib, which the processes do without
 
     summary = evaluate(args.results, args.draws or DRAWS)
-    print(summary["words"], as_table(summary["predictors"]["lost"]), sep="\n")
+    print(summary["words"], study_table(summary["predictors"]["lost"]), sep="\n")
     check_finished(stages)
 
 

@@ -15,9 +15,8 @@ import lab
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from tables import share, table
+from tables import TRIVIAL, share, study_table
 
-TRIVIAL = ("learning rate", "steps", "repeated 4-grams")
 DRAWS = 2000
 BOUNDS = (0.025, 0.975)
 RULE = (
@@ -151,29 +150,6 @@ def words(found: Mapping[str, Mapping], bases: int, trainings: int) -> str:
     return f"Earned {over}: {', '.join(f'{name} (the {way}, the more is lost)' for name, way in ways.items())}."
 
 
-def as_table(found: Mapping[str, Mapping]) -> str:
-    """Markdown: a row per predictor, the strongest first."""
-    rows = []
-    for name, row in sorted(found.items(), key=lambda item: -abs(item[1]["correlation"])):
-        best = max(TRIVIAL, key=lambda other: abs(found[other]["correlation"]))
-        lead = row["leads"][best]
-        ahead = "" if row["trivial"] else _with_interval(lead["value"], lead["interval"])
-        shown = [_with_interval(row[k], row[f"{p}interval"]) for k, p in (("correlation", ""), ("within", "within_"))]
-        rows.append([f"*{name}*" if row["trivial"] else name, *shown, ahead, "yes" if row["earned"] else ""])
-    head = [
-        "predictor (*trivial*)",
-        "rank correlation",
-        "at one rate and length",
-        "lead on the best trivial",
-        "earned",
-    ]
-    return table(head, rows)
-
-
-def _with_interval(value: float, bounds: Sequence[float]) -> str:
-    return f"{value:+.2f} ({bounds[0]:+.2f} to {bounds[1]:+.2f})"
-
-
 def picture(rows: Sequence[Row], found: Mapping[str, Mapping], path: Path) -> None:
     """Loss of recall over every number, a colour per kind of data, a size per learning rate."""
     names = [name for name, row in found.items() if not row["trivial"]]
@@ -208,7 +184,7 @@ def evaluate(folder: Path, count: int = DRAWS) -> dict:
     said = words(found["lost"], bases, len(rows))
     summary = {"rule": RULE, "words": said, "bases": bases, "trainings": len(rows), "predictors": found, "rows": rows}
     lab.write_json(folder / "study.json", summary)
-    lab.write(folder / "study.md", f"{said} The rule: {RULE}.\n\n{as_table(found['lost'])}\n")
+    lab.write(folder / "study.md", f"{said} The rule: {RULE}.\n\n{study_table(found['lost'])}\n")
     picture(rows, found["lost"], folder / "study.png")
     return summary
 
@@ -220,7 +196,7 @@ def main() -> None:
     args = parser.parse_args()
     summary = evaluate(args.results, args.draws)
     print(summary["words"])
-    print(as_table(summary["predictors"]["lost"]))
+    print(study_table(summary["predictors"]["lost"]))
 
 
 if __name__ == "__main__":

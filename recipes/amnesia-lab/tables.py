@@ -27,6 +27,8 @@ BASES = {
     "rotary": ("LLLALL, rotary", "full"),
     "large": ("LLLALL, 68 M, SFT at 3e-4", "gentle"),
 }
+# Predictors of the study that need no diagnosis
+TRIVIAL = ("learning rate", "steps", "repeated 4-grams")
 Results = dict[str, dict[str, dict[int, dict]]]
 Value = Callable[[Mapping], float | None]
 
@@ -319,6 +321,34 @@ def explored_table(path: Path) -> str:
     return table(head, body)
 
 
+def study_table(found: Mapping[str, Mapping], trivial: Sequence[str] = TRIVIAL) -> str:
+    """The predictors of the loss of recall, the strongest first; `trivial` are those that need no diagnosis."""
+    rows = []
+    for name, row in sorted(found.items(), key=lambda item: -abs(item[1]["correlation"])):
+        best = max(trivial, key=lambda other: abs(found[other]["correlation"]))
+        lead = row["leads"][best]
+        ahead = "" if row["trivial"] else with_interval(lead["value"], lead["interval"])
+        shown = [with_interval(row[k], row[f"{p}interval"]) for k, p in (("correlation", ""), ("within", "within_"))]
+        rows.append([f"*{name}*" if row["trivial"] else name, *shown, ahead, "yes" if row["earned"] else ""])
+    head = ["predictor (*trivial*)", "rank correlation", "at one rate and length"]
+    return table([*head, "lead on the best trivial", "earned"], rows)
+
+
+def with_interval(value: float, bounds: Sequence[float]) -> str:
+    return f"{value:+.2f} ({bounds[0]:+.2f} to {bounds[1]:+.2f})"
+
+
+def study_losses_table(rows: Sequence[Mapping]) -> str:
+    """Recall lost by kind of data and training, means over bases."""
+    trainings = sorted({row["training"] for row in rows}, key=lambda name: (float(name.split(":")[0]), name))
+    kinds = list(dict.fromkeys(row["data"] for row in rows))
+    body = []
+    for kind in kinds:
+        of = ([r["lost"] for r in rows if (r["data"], r["training"]) == (kind, name)] for name in trainings)
+        body.append([f"`{kind}`", *map(cell, of)])
+    return table(["recall lost", *(" x ".join(name.split(":")) for name in trainings)], body)
+
+
 def all_tables(folder: Path) -> dict[str, str]:
     """Every table by the name of its markers; only those that there are results for."""
     results = read(folder)
@@ -336,6 +366,10 @@ def all_tables(folder: Path) -> dict[str, str]:
         out["ways-large"] = ways_table(large)
     if control := [json.loads(path.read_text()) for path in sorted(folder.glob("control/*.json"))]:
         out |= {"control-lengths": control_lengths_table(control), "control": control_table(control)}
+    if (folder / "study/study.json").exists():
+        study = json.loads((folder / "study/study.json").read_text())
+        out["study"] = study_table(study["predictors"]["lost"])
+        out["study-losses"] = study_losses_table(study["rows"])
     if (folder / "exploration.jsonl").exists():
         out["explored"] = explored_table(folder / "exploration.jsonl")
     return out
