@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qkguard.distributed import ranks, sharding
@@ -114,7 +116,19 @@ def _restored_rows(
     gathered = {name: pair for name, pair in pairs.items() if pair is not None}
     pre = {name: pair[0].cpu() for name, pair in gathered.items()}
     post = {name: pair[1].cpu() for name, pair in gathered.items()}
-    return restore_layer(method, options, spec, maps, pre, post, gains=gains).rows
+    with _all_cores():  # launchers give each rank a single thread; the others wait for this one
+        return restore_layer(method, options, spec, maps, pre, post, gains=gains, compare=False).rows
+
+
+@contextmanager
+def _all_cores() -> Iterator[None]:
+    """As many threads for torch's arithmetic on the CPU as this process may use cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _with_rows(reference: Reference, name: str, live: Tensor, rows: Tensor) -> Tensor:

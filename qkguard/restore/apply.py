@@ -25,6 +25,7 @@ def restore_layer(
     *,
     gains: Mapping[str, Array] | None = None,
     device: str = "cpu",
+    compare: bool = True,
 ) -> Restored:
     """New rows of one layer in the dtypes of `post`, and the layer's entry in the manifest.
 
@@ -34,6 +35,8 @@ def restore_layer(
         pre, post: compact numpy arrays or CPU tensors by parameter name.
         gains: for methods that rotate, the compact gains of q/k norms that are not selected.
         device: where the float64 arithmetic runs.
+        compare: measure the new weights against those before and after SFT, for the manifest; it takes about as long
+            as the method itself.
 
     Returns:
         Rows of the kind that `post` is; `restore` hands back those of `pre` themselves. The report has what the method
@@ -59,7 +62,7 @@ def restore_layer(
         mine["gains"] = _tensors(gains or {}, device)
     new = method.function(spec, maps, _tensors(pre, device), _tensors(post, device), **mine)
     rows = {name: found.to(post[name].dtype).cpu() for name, found in new.rows.items()}
-    report = new.report | _distances(spec, maps, pre, post, rows)
+    report = new.report | (_distances(spec, maps, pre, post, rows) if compare else {})
     return Restored({name: as_array(found) for name, found in rows.items()} if as_arrays else rows, report)
 
 

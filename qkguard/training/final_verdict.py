@@ -38,8 +38,8 @@ logger = logging.getLogger(__name__)
 
 UNTOUCHED = Candidate("raw", "raw")
 TOKENS = 65_536
-"""The loss of one model is measured on rows of about so many tokens together, at most: every model of the verdict
-reads them, and they may be longer than the probe's samples."""
+"""The loss of one model is measured on rows of about so many tokens together, at most, and of no more than a pass of
+the probe: every model of the verdict reads them."""
 
 SEED = 0  # of the intervals, as `sweep` has it by default
 LATER = "`qkguard sweep` measures it on the final models."
@@ -191,12 +191,17 @@ class FinalVerdict:
             return ""
         names = [UNTOUCHED.name, *(candidate.name for candidate in self.weights.candidates())]
         recall = self.monitor.expected_seconds * len(names)
-        asked = sum(key.length for key in self.monitor.prober.sample_keys) if self.monitor.prober else 1
+        asked = self._tokens_of_probe()
         return (
             f"When training ends, a verdict is measured: recall and loss of {', '.join(names)}. By the first probe's "
-            f"time it takes {recall:.0f} to {recall * (1 + TOKENS / asked):.0f} s, the more the longer the rows are. "
-            "Set verdict=False to leave it out."
+            f"time it takes {recall:.0f} to {recall * (1 + min(TOKENS, asked) / asked):.0f} s, the more the longer "
+            "the rows are. Set verdict=False to leave it out."
         )
+
+    def _tokens_of_probe(self) -> int:
+        """Tokens of all samples that a pass asks, as far as they have been cut down."""
+        prober = self.monitor.prober
+        return sum(key.length for key in prober.sample_keys) if prober is not None else TOKENS
 
     def give(self, step: int, train_loader: Any, publish: Publish) -> RunVerdict | None:
         """Measure the verdict and tell it: log, metrics, trackers; None where there is none. ALL ranks must call this.
@@ -292,5 +297,5 @@ class FinalVerdict:
             keep_rows(found, self.folder / SEEN)
         if not found:
             return [], ""
-        rows, _ = encode_rows(None, fewer_rows(found, TOKENS), ROW_TOKENS)
+        rows, _ = encode_rows(None, fewer_rows(found, min(TOKENS, self._tokens_of_probe())), ROW_TOKENS)
         return rows, what.format(plural(len(rows), "row"))

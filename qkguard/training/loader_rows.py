@@ -17,6 +17,8 @@ from qkguard.probe.passes import IGNORED, random_states
 ROW_TOKENS = 4096
 """Longer rows are cut: the loss of their first tokens is as good a measure, and their logits would take memory."""
 
+LEAST_ROWS = 8  # of fewer the interval of a loss says too little
+
 Collate = Callable[[list[Any]], Mapping[str, Any]]
 
 
@@ -35,11 +37,13 @@ def rows_of(loader: Any, at_most: int = ROWS) -> list[Tokenised]:
 
 
 def fewer_rows(rows: Sequence[Tokenised], tokens: int) -> list[Tokenised]:
-    """As many rows, from everywhere among them, as have about so many tokens together; all where they have no more."""
+    """As many rows, from everywhere among them, as have about so many tokens together, and at least `LEAST_ROWS`; all
+    where they have no more.
+    """
     total = sum(len(row["input_ids"]) for row in rows)
     if total <= tokens:
         return list(rows)
-    kept = max(1, len(rows) * tokens // total)
+    kept = min(len(rows), max(LEAST_ROWS, len(rows) * tokens // total))
     return [rows[i * len(rows) // kept] for i in range(kept)]
 
 

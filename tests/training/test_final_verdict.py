@@ -90,6 +90,14 @@ def heard(monkeypatch: Any, caplog: Any) -> Recording:
     return tracker
 
 
+def test_the_loss_is_read_on_no_more_tokens_than_the_probe(tmp_path: Path) -> None:
+    """The verdict of a short run, whose probes are small, does not take longer than they do."""
+    guard = QKGuardCallback(strict=True, **PROBES | {"probe_depths": 2, "probe_samples": 1})
+    tune(tmp_path, guard)
+    assert len(guard.session.recall_monitor.prober.sample_keys) == 2
+    assert verdict_row(tmp_path)["verdict"]["data"] == "8 rows of the evaluation set"  # of 10
+
+
 def test_a_restore_wins_and_everything_says_so(tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:
     tracker = heard(monkeypatch, caplog)
     prose = tmp_path / "prose.txt"

@@ -114,6 +114,6 @@ def test_what_cannot_be_read_gives_no_rows() -> None:
 def test_fewer_rows_are_from_everywhere_and_within_their_tokens():
     rows = [{"input_ids": [n] * 10, "labels": [n] * 10} for n in range(20)]
     assert fewer_rows(rows, 200) == rows
-    kept = fewer_rows(rows, 55)
-    assert [row["input_ids"][0] for row in kept] == [0, 4, 8, 12, 16]
-    assert len(fewer_rows(rows, 3)) == 1, "never none"
+    kept = fewer_rows(rows, 105)
+    assert [row["input_ids"][0] for row in kept] == [0, 2, 4, 6, 8, 10, 12, 14, 16, 18]
+    assert len(fewer_rows(rows, 3)) == 8 and fewer_rows(rows[:5], 3) == rows[:5], "never too few to say anything"
