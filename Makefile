@@ -4,6 +4,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
+# Some images tell Python to keep no bytecode: every process would then compile torch and transformers anew, 5 s each.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-integrations lint docs
 
 demo: $(STAMP)

@@ -40,7 +40,7 @@ class HeadStart:
                 self._stack.close()
                 self.staging = None
                 return
-            self.copies = self._stack.enter_context(Copies(self.weights.folder, folder))
+            self.copies = self._stack.enter_context(Copies(self.weights.folder, folder, at_once=True))
             for name in files[:MOST_FILES]:
                 self.copies.start(name)
 

@@ -113,12 +113,23 @@ def _sync_file_range() -> Callable[..., int] | None:
 class FileCopy:
     """A copy in the making, range by range in order, on the threads of a pool.
 
+    Args:
+        at_once: start writing each range to disk when it is copied, whatever is still to change in it.
+
     Attributes:
         fd: the copy, open for reading and writing.
     """
 
-    def __init__(self, source: Path, target: Path, pool: ThreadPoolExecutor, copied: BytesCopied = nobody) -> None:
-        self.target, self._started = target, 0
+    def __init__(
+        self,
+        source: Path,
+        target: Path,
+        pool: ThreadPoolExecutor,
+        copied: BytesCopied = nobody,
+        *,
+        at_once: bool = False,
+    ) -> None:
+        self.target, self._started, self._at_once = target, 0, at_once
         self._ranges: list[Future[None]] = []
         self._source = os.open(source, os.O_RDONLY)
         try:
@@ -132,7 +143,12 @@ class FileCopy:
             return
         for start in range(0, self._size, RANGE_BYTES):
             stop = min(start + RANGE_BYTES, self._size)
-            self._ranges.append(pool.submit(copy_range, self._source, self.fd, start, stop, copied))
+            self._ranges.append(pool.submit(self._copy, start, stop, copied))
+
+    def _copy(self, start: int, stop: int, copied: BytesCopied) -> None:
+        copy_range(self._source, self.fd, start, stop, copied)
+        if self._at_once:
+            start_writing(self.fd, start, stop)
 
     def wait(self, position: int) -> None:
         """Wait until all bytes before a position are there; raises what copying them raised."""
@@ -185,6 +201,9 @@ class FileCopy:
 class Copies:
     """Copies of a folder's files into another, started ahead of being needed; leaving the block stops all of them.
 
+    With `at_once` the disk starts with each range when it is copied: where it is known only much later what changes,
+    it would have nothing to do until then. Pages that change are written twice.
+
     with Copies(raw, folder) as copies:
         copies.start("model.safetensors")
         ...  # meanwhile, something else
@@ -194,8 +213,8 @@ class Copies:
         copies.settle()
     """
 
-    def __init__(self, source: Path, target: Path, threads: int = COPIERS) -> None:
-        self.source, self.target = source, target
+    def __init__(self, source: Path, target: Path, threads: int = COPIERS, *, at_once: bool = False) -> None:
+        self.source, self.target, self._at_once = source, target, at_once
         self._pool, self._finishing = ThreadPoolExecutor(threads), ThreadPoolExecutor(1)
         self._lock, self._done = Lock(), 0
         self._tell: BytesCopied = nobody
@@ -219,8 +238,9 @@ class Copies:
         if name not in self._under_way:
             target = self.target / (as_name or name)
             target.parent.mkdir(parents=True, exist_ok=True)
-            self._under_way[name] = FileCopy(self.source / name, target, self._pool, self._count)
-            self._all.append(self._under_way[name])
+            copy = FileCopy(self.source / name, target, self._pool, self._count, at_once=self._at_once)
+            self._under_way[name] = copy
+            self._all.append(copy)
 
     def take(self, name: str) -> FileCopy:
         """A copy that was started, to be changed by the caller and then handed to `finish`."""

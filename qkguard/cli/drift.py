@@ -8,6 +8,7 @@ import typer
 
 from qkguard.cli import options as opt
 from qkguard.cli.output import print_json, print_table, progress_bar, quiet_transformers, say, warn
+from qkguard.layout.model_code import leave_without_collecting
 from qkguard.report.numbers import number
 
 COLUMNS = ("q_rel", "k_rel", "q_1mcos", "k_1mcos", "routing_rel", "q_top_sv", "k_top_sv")
@@ -41,6 +42,7 @@ def drift(
     """
     rows = opt.row_selection(layers, include_norms, sliding_window, shared, projections)
     quiet_transformers()
+    leave_without_collecting()
     from qkguard.offline.drift_report import drift_report
 
     with progress_bar("comparing") as progress:

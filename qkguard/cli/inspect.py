@@ -10,6 +10,7 @@ import typer
 from qkguard.cli import options as opt
 from qkguard.cli.output import print_json, print_table, quiet_transformers, say, warn
 from qkguard.errors import QKGuardError
+from qkguard.layout.model_code import leave_without_collecting
 from qkguard.report.numbers import human_bytes
 
 
@@ -35,6 +36,7 @@ def inspect(
       qkguard inspect Qwen/Qwen3-Next-80B-A3B-Instruct
     """
     quiet_transformers()
+    leave_without_collecting()
     from qkguard.layout import find_attention
     from qkguard.layout.spec_file import dump_specs
     from qkguard.offline.inspect import layout_report

@@ -10,6 +10,7 @@ import typer
 
 from qkguard.cli import options as opt
 from qkguard.cli.output import drifts, progress_bar, quiet_transformers, show_written, weight_size
+from qkguard.layout.model_code import leave_without_collecting
 
 
 def merge(
@@ -42,6 +43,7 @@ def merge(
     """
     rows = opt.row_selection(layers, False, sliding_window, shared, projections)
     quiet_transformers()
+    leave_without_collecting()
     from qkguard.offline.merge import merge_adapter
 
     with progress_bar("merging", in_bytes=True) as progress:

@@ -11,6 +11,7 @@ import typer
 
 from qkguard.cli import options as opt
 from qkguard.cli.output import drifts, progress_bar, quiet_transformers, show_written, weight_size
+from qkguard.layout.model_code import leave_without_collecting
 from qkguard.report.numbers import number, plural
 
 
@@ -64,6 +65,7 @@ def restore(
     """
     rows = opt.row_selection(layers, include_norms, sliding_window, shared, projections, retrieval=True)
     quiet_transformers()
+    leave_without_collecting()
     from qkguard.offline.restore import restore_checkpoint
 
     with progress_bar("restoring", in_bytes=True) as progress:

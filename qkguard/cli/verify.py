@@ -9,6 +9,7 @@ import typer
 
 from qkguard.cli import options as opt
 from qkguard.cli.output import print_json, say, warn
+from qkguard.layout.model_code import leave_without_collecting
 from qkguard.report.numbers import human_bytes
 
 
@@ -37,6 +38,7 @@ def verify(
     Example:
       qkguard verify runs/sft/checkpoint-900/qk_restored --load
     """
+    leave_without_collecting()
     from qkguard.offline.verify import verify as check
 
     report = check(folder, raw=raw, full=full, load=load, trust_remote_code=trust_remote_code)

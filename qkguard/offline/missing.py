@@ -11,10 +11,11 @@ from qkguard.checkpoint.scaled import scale_names
 from qkguard.checkpoint.weights import WeightFolder
 from qkguard.errors import UnknownLayoutError
 from qkguard.layout.cache import cached
+from qkguard.layout.model_code import import_model_code, nothing
 from qkguard.layout.selection import up_to_layer
 from qkguard.layout.wrappers import bare_name
 from qkguard.offline.configs import read_config
-from qkguard.offline.pair import Folders, nothing
+from qkguard.offline.pair import Folders
 from qkguard.report.numbers import plural
 
 REMADE = re.compile(r"(\.inv_freq|\.masked_bias|\.attn\.bias|\.attention\.bias)$")
@@ -44,6 +45,7 @@ def lost_tensors(
 
     def find() -> list[str]:
         before_import()
+        import_model_code()
         try:
             return _without_counterpart(unknown, folders, trust_remote_code)
         except UnknownLayoutError:  # a class that is not part of transformers: names are all there is to go by

@@ -12,15 +12,12 @@ from qkguard.checkpoint.scaled import describe_quantisation, refusal
 from qkguard.checkpoint.weights import BaseFolder, WeightFolder, open_weights, resolve_folder
 from qkguard.errors import QKGuardError, RearrangedError
 from qkguard.layout.cache import cached
+from qkguard.layout.model_code import import_model_code, nothing
 from qkguard.layout.rows import RowSelection
 from qkguard.layout.selection import Selection, select, unselected_norms
 from qkguard.layout.spec import AttentionSpec, ParamMap, specs_from_json, specs_to_json
 from qkguard.offline.configs import compare_configs, read_config
 from qkguard.offline.whole import embeddings_apart
-
-
-def nothing() -> None:
-    """Where nothing is to be done meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Folders:
-    """Two checkpoints, headers read, configs compared; nothing of torch's model code was imported for it."""
+    """Two checkpoints, headers read, configs compared (`warnings`); no model's code was imported for it."""
 
     base: WeightFolder
     tuned: WeightFolder
@@ -58,7 +55,6 @@ def open_folders(base: str | os.PathLike[str], tuned: str | os.PathLike[str]) ->
     weights = open_weights(folder)
     base_weights = open_weights(base_folder)
     warnings = compare_configs(read_config(base_folder), read_config(folder))
-    warnings += [*embeddings_apart(base_weights), *embeddings_apart(weights)]
     return Folders(base_weights, weights, os.fspath(base), warnings)
 
 
@@ -99,7 +95,13 @@ def find_pair(
     norms = unselected_norms(selection) if gains else []
     if norms:
         names = names | tensor_names(norms, weights, weights.folder, **how)
-    return Pair(weights, specs, selection, names, base, folders.warnings)
+    return Pair(weights, specs, selection, names, base, pair_warnings(folders, before_import))
+
+
+def pair_warnings(folders: Folders, before_import: Callable[[], None] = nothing) -> list[str]:
+    """What users are told of two checkpoints: configs that differ, tied embeddings that are stored apart."""
+    apart = [line for side in (folders.base, folders.tuned) for line in embeddings_apart(side, before_import)]
+    return [*folders.warnings, *apart]
 
 
 def _base_names(params: Sequence[ParamMap], base: WeightFolder, model: Path, **how: Any) -> dict[str, str]:
@@ -147,7 +149,8 @@ def folder_attention(
 
     def find() -> list[AttentionSpec]:
         before_import()
-        from qkguard.layout import find_attention  # imports torch, and the model's code from transformers
+        import_model_code()
+        from qkguard.layout import find_attention
 
         return find_attention(folder, spec=spec, trust_remote_code=trust_remote_code)
 
@@ -179,6 +182,7 @@ def tensor_names(
 
     def find() -> dict[str, str]:
         before_import()
+        import_model_code()
         from qkguard.layout import disk_names
 
         return disk_names(params, shapes, model, trust_remote_code=trust_remote_code)

@@ -18,7 +18,7 @@ from qkguard.errors import QKGuardError, RearrangedError, current_names
 from qkguard.layout.rows import RETRIEVAL, RowOptions, RowSelection
 from qkguard.layout.selection import select
 from qkguard.offline.missing import describe_lost, lost_tensors
-from qkguard.offline.pair import Folders, Pair, find_pair, folder_attention, open_folders
+from qkguard.offline.pair import Folders, Pair, find_pair, folder_attention, open_folders, pair_warnings
 from qkguard.offline.whole import refuse_incomplete
 from qkguard.probe.retrieval import RetrievalChoice
 from qkguard.restore.registry import check_options, get_method
@@ -146,4 +146,4 @@ def _through_transformers(folders: Folders, work: Path, rows: RowSelection, trus
         trust_remote_code=trust_remote_code,
     )
     warning = "transformers cuts or joins tensors of this model, so it was loaded and saved to find the rows"
-    return Pair(folders.tuned, specs, selection, saved.names, saved, [*folders.warnings, warning])
+    return Pair(folders.tuned, specs, selection, saved.names, saved, [*pair_warnings(folders), warning])

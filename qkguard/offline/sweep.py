@@ -174,13 +174,13 @@ def sweep(
     )
 
     folders = open_folders(base, tuned)
-    find_pair(folders, rows=selection, spec=spec, trust_remote_code=trust_remote_code)  # refuses before long work
+    pair = find_pair(folders, rows=selection, spec=spec, trust_remote_code=trust_remote_code)  # or refuses, at once
     for folder in (folders.base, folders.tuned):
         refuse_incomplete(folder, trust_remote_code=trust_remote_code)
     if write is not None:
         check_target([folders.base.folder, folders.tuned.folder], Path(write), overwrite)
     tokenizer = _tokenizer(folders, load)
-    encoded, warnings = None, list(folders.warnings)
+    encoded, warnings = None, list(pair.warnings)
     if task_rows is not None:
         encoded, dropped = encode_rows(tokenizer, task_rows, max_length)
         warnings += [f"{dropped} rows are longer than {max_length} tokens and were left out"] if dropped else []

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from qkguard.checkpoint.weights import WeightFolder
 from qkguard.errors import QKGuardError
 from qkguard.layout.cache import cached
 from qkguard.layout.loading import Loading, ask_loading
+from qkguard.layout.model_code import import_model_code, nothing
 from qkguard.layout.wrappers import wrapped_names
 from qkguard.offline.configs import read_config
 
@@ -26,6 +27,7 @@ def folder_loading(
     shapes = {names.get(name, name): shape for name, shape in weights.shapes().items()}
 
     def find() -> Loading | None:
+        import_model_code()
         return ask_loading(shapes, folder, trust_remote_code=trust_remote_code)
 
     if trust_remote_code or "auto_map" in config:
@@ -49,14 +51,19 @@ def refuse_incomplete(weights: WeightFolder, *, as_written: bool = False, trust_
         raise QKGuardError(f"{weights.folder} {problem}. Save the whole model again with save_pretrained.")
 
 
-def embeddings_apart(weights: WeightFolder) -> list[str]:
-    """A sentence for each tied parameter that is stored under several names with different values."""
+def embeddings_apart(weights: WeightFolder, before_import: Callable[[], None] = nothing) -> list[str]:
+    """A sentence for each tied parameter that is stored under several names with different values.
+
+    `before_import` is called before the model's code is imported, unless the answer is remembered.
+    """
     config, shapes = read_config(weights.folder), weights.shapes()
     sizes = Counter(shape for shape in shapes.values() if shape[:1] == (config.get("vocab_size"),))
     if max(sizes.values(), default=0) < 2 or "auto_map" in config:
         return []
 
     def find() -> list[list[str]]:
+        before_import()
+        import_model_code()
         from qkguard.layout.names import tensors_of_params
 
         found = tensors_of_params(weights.folder, shapes).values()

@@ -1,7 +1,7 @@
 """`qkguard restore` against `cp -r` and `sync` of the same folder: ratios of one run, and peak memory.
 
     python -m pytest -m benchmark -s tests/benchmarks/bench_restore.py
-    python tests/benchmarks/bench_restore.py [GIGABYTES] [SHARD]      e.g. 1.9 500MB
+    python -m tests.benchmarks.bench_restore [GIGABYTES] [SHARD]      e.g. 1.9 500MB
 
 Targets: 1.3 times `cp -r` and `sync` plus 1 s for a config seen before, 1.5 times plus 6 s for a new one, under 512 MB
 of memory whatever the model's size.
@@ -14,13 +14,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from math import prod
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+
+from tests.benchmarks.measuring import Took, timed
 
 LAYERS = 24
 
@@ -54,16 +55,6 @@ def build(folder: Path, gigabytes: float, shard: str) -> tuple[Path, Path]:
     return folder / "base", folder / "tuned"
 
 
-def timed(command: list[str]) -> tuple[float, float, float]:
-    """(seconds, seconds of CPU, peak resident memory in MB) of a command."""
-    started = time.perf_counter()
-    pid = os.posix_spawnp(command[0], command, os.environ)
-    _, status, usage = os.wait4(pid, 0)
-    if status:
-        raise RuntimeError(f"{command} failed")
-    return time.perf_counter() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1000
-
-
 def compare(gigabytes: float = 1.9, shard: str = "50GB", repeats: int = 3) -> dict[str, float]:
     """Best of `repeats` for each, in turn, page cache warm, everything written back in between.
 
@@ -73,33 +64,32 @@ def compare(gigabytes: float = 1.9, shard: str = "50GB", repeats: int = 3) -> di
     with tempfile.TemporaryDirectory(dir=os.environ.get("QKGUARD_BENCH_DIR")) as name:
         folder = Path(name)
         # In its own process: the builder's memory is not the benchmark's.
-        subprocess.run([sys.executable, __file__, "--build", name, str(gigabytes), shard], check=True)
+        here = [sys.executable, "-m", "tests.benchmarks.bench_restore"]
+        subprocess.run([*here, "--build", name, str(gigabytes), shard], check=True)
         base, tuned = folder / "base", folder / "tuned"
         size = sum(file.stat().st_size for file in tuned.iterdir())
         os.environ["QKGUARD_CACHE"] = str(folder / "cache")
         copy = ["sh", "-c", 'cp -r "$1" "$2" && sync', "sh", str(tuned), str(folder / "out")]
         restore = [*command, "restore", "-b", str(base), "-t", str(tuned), "-o", str(folder / "out"), "--json"]
-        quiet = ["sh", "-c", 'exec "$@" > /dev/null', "sh", *restore]
-        runs: dict[str, list[tuple[float, float, float]]] = {"cp": [], "new": [], "known": []}
+        runs: dict[str, list[Took]] = {"cp": [], "new": [], "known": []}
         for _ in range(repeats):
             shutil.rmtree(folder / "cache", ignore_errors=True)
             for kind, found in runs.items():
                 shutil.rmtree(folder / "out", ignore_errors=True)
-                os.sync()
-                found.append(timed(copy if kind == "cp" else quiet))
-    (cp, new, known), busy = (min(seconds for seconds, _, _ in found) for found in runs.values()), runs["known"]
+                found.append(timed(copy if kind == "cp" else restore))
+    cp, new, known = (min(took.seconds for took in found) for found in runs.values())
     return {
         "gigabytes": size / 1e9,
         "cp_sync_seconds": cp,
         "known_seconds": known,
         "known_target_seconds": 1.3 * cp + 1,
         "known_ratio": known / cp,
-        "known_cpu_seconds": min(cpu for _, cpu, _ in busy),
-        "known_peak_megabytes": max(peak for _, _, peak in busy),
+        "known_cpu_seconds": min(took.cpu for took in runs["known"]),
+        "known_peak_megabytes": max(took.megabytes for took in runs["known"]),
         "new_seconds": new,
         "new_target_seconds": 1.5 * cp + 6,
         "new_ratio": new / cp,
-        "new_peak_megabytes": max(peak for _, _, peak in runs["new"]),
+        "new_peak_megabytes": max(took.megabytes for took in runs["new"]),
     }
 
 

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from threading import Event
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from qkguard.checkpoint import copying
+from qkguard.checkpoint.ahead import HeadStart
 from qkguard.checkpoint.copying import Copies, FileCopy
 from qkguard.errors import QKGuardError
 from qkguard.layout import find_attention
@@ -222,3 +224,36 @@ def wait_for(folder: Path, sizes: dict[str, int]) -> None:
     while {file.name: file.stat().st_size for file in folder.iterdir()} != sizes:
         assert time.monotonic() < until
         time.sleep(0.01)
+
+
+def test_nothing_is_imported_before_copying_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Embeddings of their own make one more question for the model's code; it waits until copying has begun."""
+    monkeypatch.setenv("QKGUARD_CACHE", str(tmp_path / "cache"))
+    base, tuned = save_pair(tmp_path, "llama", dtype=torch.bfloat16, tie_word_embeddings=False)
+    events: list[str] = []
+    begin = HeadStart.begin
+
+    def begun(ahead: HeadStart) -> None:
+        events.append("copy")
+        begin(ahead)
+
+    monkeypatch.setattr(HeadStart, "begin", begun)
+    for module in ("pair", "whole", "missing"):
+        monkeypatch.setattr(f"qkguard.offline.{module}.import_model_code", partial(events.append, module))
+    restore_checkpoint(base, tuned, tmp_path / "out")
+    assert events[0] == "copy" and {"pair", "whole"} <= set(events)
+
+
+def test_the_disk_starts_at_once_where_it_would_have_nothing_to_do(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw, new = folders
+    started: list[tuple[int, int]] = []
+    monkeypatch.setattr(copying, "start_writing", lambda fd, start, stop: started.append((start, stop)))
+    monkeypatch.setattr(copying, "_clone", lambda src, dst: False)
+    for at_once in (False, True):
+        with Copies(raw, new, at_once=at_once) as copies:
+            copies.start("a", f"b{at_once}")
+            copies.take("a").wait(SIZE)
+        covered = sum(stop - start for start, stop in started)
+        assert covered == (SIZE if at_once else 0)

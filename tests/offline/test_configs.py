@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from qkguard.errors import QKGuardError
 from qkguard.offline.configs import compare_configs, read_config
 from qkguard.offline.drift_report import drift_report
-from qkguard.offline.pair import open_folders
+from qkguard.offline.pair import open_folders, pair_warnings
 from qkguard.offline.restore import restore_checkpoint
 from tests.support.models import save_pair, tiny_config
 
@@ -146,15 +146,15 @@ def test_restore_and_training_say_it(tmp_path: Path, caplog: pytest.LogCaptureFi
 
 def test_tied_embeddings_stored_twice_and_apart_are_mentioned(tmp_path: Path) -> None:
     base, tuned = save_pair(tmp_path, "llama", tie_word_embeddings=True)
-    assert open_folders(base, tuned).warnings == []
+    assert pair_warnings(open_folders(base, tuned)) == []
     tensors = load_file(tuned / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, tuned / "model.safetensors", metadata={"format": "pt"})
-    assert open_folders(base, tuned).warnings == [], "the same bytes twice, as DeepSpeed's ZeRO-2 writes them"
+    assert pair_warnings(open_folders(base, tuned)) == [], "the same bytes twice, as DeepSpeed's ZeRO-2 writes them"
     tensors["lm_head.weight"][200, 3] += 1
     save_file(tensors, tuned / "model.safetensors", metadata={"format": "pt"})
-    (line,) = open_folders(base, tuned).warnings
+    (line,) = pair_warnings(open_folders(base, tuned))
     assert "tuned stores tied embeddings twice" in line and "lm_head.weight" in line and "they differ" in line
     config = json.loads((tuned / "config.json").read_text()) | {"tie_word_embeddings": False}
     (tuned / "config.json").write_text(json.dumps(config))
-    assert open_folders(base, tuned).warnings == []
+    assert pair_warnings(open_folders(base, tuned)) == []
