@@ -95,7 +95,9 @@ def test_the_disk_starts_with_what_is_final(folders: tuple[Path, Path], monkeypa
 
 
 def test_patches_come_before_their_pages_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is known at once what changes: the layout is in the cache."""
     base, tuned = save_pair(tmp_path, "llama")
+    restore_checkpoint(base, tuned, tmp_path / "known")
     begun: dict[int, int] = {}
     late: list[int] = []
     real = os.pwrite
