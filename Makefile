@@ -7,14 +7,20 @@ STAMP  := $(VENV)/.installed
 # Some images tell Python to keep no bytecode: every process would then compile torch and transformers anew, 5 s each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-integrations lint docs
+.PHONY: demo check test test-integrations lint docs
 
 demo: $(STAMP)
 	$(BIN)/qkguard demo
 
 # two files of tests at a time, a thread each: kernels that share cores slow each other down
+PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 test: $(STAMP) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=15
+	$(PARALLEL) --durations=15
+
+# for the inner loop: linters, types and unit tests, no training and no ranks
+UNIT := tests/test_*.py $(addprefix tests/,adapters checkpoint choice diagnosis layout probe report restore sft)
+check: $(STAMP) lint
+	$(PARALLEL) $(UNIT)
 
 # axolotl, ms-swift and LLaMA-Factory, each in an environment of its own outside the repository, a gigabyte each
 test-integrations: $(STAMP)

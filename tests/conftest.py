@@ -6,16 +6,31 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import pytest
 
 _CACHE = tempfile.TemporaryDirectory(prefix="qkguard-cache-")
 os.environ["QKGUARD_CACHE"] = _CACHE.name  # for subprocesses too
-# DeepSpeed's CPU communication is compiled at its first use, a minute's work. In torch's own folder a build that was
-# once killed leaves a lock behind, on which everyone after it waits without end.
-os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(_CACHE.name, "torch_extensions"))
+# for subprocesses alone; Python imports sitecustomize at its start
+_STARTING = str(Path(__file__).parent / "support" / "starting")
+os.environ["PYTHONPATH"] = os.pathsep.join([_STARTING, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+LONGEST = ("distributed/test_ranks.py", "examples/test_examples.py", "docs/test_blocks.py", "offline/test_zoo.py")
+"""Files that take minutes. A file runs on one worker: one that began last would run on when all others are done."""
 
 Run = Callable[..., tuple[int, str, str]]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, all others in their order."""
+    places = {str(Path(__file__).parent / name): number for number, name in enumerate(LONGEST)}
+    items.sort(key=partial(_place, places))
+
+
+def _place(places: dict[str, int], item: pytest.Item) -> int:
+    return places.get(str(item.path), len(places))
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -26,22 +27,28 @@ def module_of(path: str) -> str:
     return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
+@cache
+def imported_names(path: str, text: str) -> tuple[str, ...]:
+    """What a file imports, wherever the statement stands: lazy and TYPE_CHECKING ones count."""
+    names: list[str] = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import"
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return tuple(names)
+
+
 def imports(sources: Mapping[str, str]) -> Graph:
-    """Module -> the modules it imports, wherever the statement stands: lazy and TYPE_CHECKING ones count."""
+    """Module -> the modules it imports."""
     modules = {module_of(path) for path in sources}
     graph: Graph = {module: set() for module in modules}
     for path, text in sources.items():
-        for node in ast.walk(ast.parse(text)):
-            names: list[str] = []
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                assert node.level == 0, f"{path}:{node.lineno}: a relative import"
-                names = [f"{node.module}.{alias.name}" for alias in node.names]
-            for name in names:
-                found = name if name in modules else name.rpartition(".")[0]
-                if found in modules and found != module_of(path):
-                    graph[module_of(path)].add(found)
+        for name in imported_names(path, text):
+            found = name if name in modules else name.rpartition(".")[0]
+            if found in modules and found != module_of(path):
+                graph[module_of(path)].add(found)
     return graph
 
 

@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("ranks", type=int)
     parser.add_argument("--repeat", type=int, default=200)
     options = parser.parse_args()
-    found = on_ranks(options.ranks, lambda rank: measured(options.repeat), seconds=600, linger=1)
+    found = on_ranks(options.ranks, lambda rank: measured(options.repeat), seconds=600)
     reduces, agreements = found[0][1]
     line = {
         "ranks": options.ranks,

@@ -17,7 +17,7 @@ import traceback
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-START_SECONDS = 300  # DeepSpeed compiles its CPU communication meanwhile
+START_SECONDS = 300  # imports, on a busy machine
 CASE_SECONDS = 150
 
 

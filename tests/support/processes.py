@@ -16,19 +16,14 @@ import torch.distributed as dist
 
 from qkguard.distributed import ranks
 
-STORE_SECONDS = 5.0
-"""How long rank 0, which has the store, outlives its case: others may still be finding out that a rank is gone."""
 
-
-def on_ranks(
-    size: int, case: Callable[[int], Any], *, seconds: float = 60.0, linger: float = STORE_SECONDS
-) -> list[tuple[float, Any]]:
+def on_ranks(size: int, case: Callable[[int], Any], *, seconds: float = 60.0) -> list[tuple[float, Any]]:
     """What `case(rank)` returns, or the error it raises as text, and after how many seconds, by rank.
 
     (0, None) for a rank that was killed. What a case returns must be picklable.
     """
     context, port = get_context("fork"), _free_port()
-    queue = context.SimpleQueue()
+    queue, alone = context.SimpleQueue(), context.Event()
 
     def run(rank: int) -> None:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - torch's words on closed connections
@@ -42,7 +37,8 @@ def on_ranks(
         except BaseException as error:
             found = f"{type(error).__name__}: {error}"
         queue.put((rank, time.monotonic() - began, found))
-        time.sleep(linger if rank == 0 else 0)
+        if rank == 0:  # it has the store, in which others may still be finding out that a rank is gone
+            alone.wait(seconds)
         os._exit(0)
 
     processes = [context.Process(target=run, args=(rank,)) for rank in range(size)]
@@ -51,6 +47,8 @@ def on_ranks(
     results: list[tuple[float, Any]] = [(0.0, None)] * size
     while any(process.is_alive() for process in processes):  # a full pipe would stop the ranks
         _read(queue, results)
+        if not any(process.is_alive() for process in processes[1:]):
+            alone.set()
         time.sleep(0.05)
         seconds -= 0.05
         assert seconds > 0, "a rank still waits"
