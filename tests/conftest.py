@@ -17,6 +17,9 @@ os.environ["QKGUARD_CACHE"] = _CACHE.name  # for subprocesses too
 _STARTING = str(Path(__file__).parent / "support" / "starting")
 os.environ["PYTHONPATH"] = os.pathsep.join([_STARTING, *filter(None, [os.environ.get("PYTHONPATH")])])
 
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # without bytecode a process that imports TRL starts 6 s later
+sys.dont_write_bytecode = False
+
 LONGEST = ("distributed/test_ranks.py", "examples/test_examples.py", "docs/test_blocks.py", "offline/test_zoo.py")
 """Files that take minutes. A file runs on one worker: one that began last would run on when all others are done."""
 
