@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import tempfile
@@ -30,6 +31,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, all others in their order."""
     places = {str(Path(__file__).parent / name): number for number, name in enumerate(LONGEST)}
     items.sort(key=partial(_place, places))
+
+
+def pytest_collection_finish() -> None:
+    """Trainers collect garbage often; what was imported for all tests need not be gone through each time."""
+    gc.collect()
+    gc.freeze()
 
 
 def _place(places: dict[str, int], item: pytest.Item) -> int:

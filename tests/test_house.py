@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from docs.architecture import docstring, layers, written
+from tests.conftest import LONGEST
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "qkguard"
@@ -227,3 +228,8 @@ def test_rooms_introduce_themselves(room: str) -> None:
 def test_the_picture_is_the_scripts() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text()
     assert written(text) == text, "python docs/architecture.py"
+
+
+def test_the_longest_tests_are_files() -> None:
+    """What is misspelt would begin last, and a run ends as late as its last file."""
+    assert [name for name in LONGEST if not (ROOT / "tests" / name).is_file()] == []
