@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import faulthandler
 import gc
-import io
 import json
 import os
 import sys
 import time
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -25,22 +25,12 @@ PICTURED = ("guarded@ddp", "failing_page", "verdict@ddp", "launcher@ddp", "lora@
 """Cases whose pages have pictures, which rank 0 draws like any process; in all they took a quarter of a launch."""
 
 
-def small_png(*args: object, **options: object) -> bytes:
-    """A picture of one pixel, for cases that are about other things."""
-    from PIL import Image
-
-    file = io.BytesIO()
-    Image.new("L", (1, 1)).save(file, "png")
-    return file.getvalue()
-
-
 def main() -> None:
     out, names = Path(sys.argv[1]), sys.argv[2:]
     faulthandler.dump_traceback_later(START_SECONDS, exit=True)
     import deepspeed
     import torch.distributed as dist
 
-    from qkguard.report import page
     from tests.distributed import (
         cases,
         failing_cases,
@@ -52,6 +42,7 @@ def main() -> None:
         start_cases,
         verdict_cases,
     )
+    from tests.support.pictures import small_pictures
 
     modules = (
         verdict_cases,
@@ -65,7 +56,7 @@ def main() -> None:
         cases,
     )
     known = {name: value for module in modules for name, value in vars(module).items()}
-    rank, drawn = int(os.environ["RANK"]), page.themed_png
+    rank = int(os.environ["RANK"])
     gc.collect()
     gc.freeze()  # trainers and DeepSpeed collect garbage often, and would go through all that was imported each time
     deepspeed.init_distributed("gloo", verbose=False)  # torch's process group, known to DeepSpeed as well
@@ -75,8 +66,8 @@ def main() -> None:
         case, _, options = name.partition("@")
         try:
             cases.reset()
-            page.themed_png = drawn if name.startswith(PICTURED) else small_png
-            known[case](out / name, *[o for o in options.split(",") if o])
+            with nullcontext() if name.startswith(PICTURED) else small_pictures():
+                known[case](out / name, *[o for o in options.split(",") if o])
             result = {"ok": True}
         except BaseException:
             result = {"ok": False, "traceback": traceback.format_exc()}

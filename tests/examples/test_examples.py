@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from safetensors.torch import load_file
 
 import qkguard
 from qkguard.demo import MODEL
+from qkguard.training import final_verdict
 from qkguard.training.callback import QKGuardCallback
+from tests.support.pictures import small_pictures
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 HERE = {path.stem for path in EXAMPLES.glob("*.py")}
@@ -26,12 +29,20 @@ SMALL = {"probe_lengths": [256], "probe_depths": 1, "probe_samples": 1, "probe_t
 
 
 @pytest.fixture
-def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory, and a guard with few and short probes."""
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty working directory, and a guard with few and short probes that draws nothing."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(qkguard, "QKGuardCallback", partial(QKGuardCallback, **SMALL), raising=False)
-    monkeypatch.setattr(qkguard, "sweep", partial(qkguard.sweep, samples=1, depths=1, methods="restore"))
-    return tmp_path
+    monkeypatch.setattr(qkguard, "sweep", partial(short_sweep, qkguard.sweep))
+    monkeypatch.setattr(final_verdict, "TOKENS", 1024)  # of rows that the verdict measures the task on
+    with small_pictures():
+        yield tmp_path
+
+
+def short_sweep(sweep: Any, *folders: object, **options: Any) -> Any:
+    """A sweep of few points, at two lengths, the longer one shortened."""
+    lengths = [min(length, 320) for length in options.pop("lengths")]
+    return sweep(*folders, **options, lengths=lengths, samples=1, depths=1, methods="restore")
 
 
 def run(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> dict[str, Any]:
