@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 
 import qkguard
 from qkguard.demo import MODEL
-from qkguard.training import final_verdict
 from qkguard.training.callback import QKGuardCallback
 from tests.support.pictures import small_pictures
 
@@ -34,7 +33,6 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(qkguard, "QKGuardCallback", partial(QKGuardCallback, **SMALL), raising=False)
     monkeypatch.setattr(qkguard, "sweep", partial(short_sweep, qkguard.sweep))
-    monkeypatch.setattr(final_verdict, "TOKENS", 1024)  # of rows that the verdict measures the task on
     with small_pictures():
         yield tmp_path
 
