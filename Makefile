@@ -3,8 +3,6 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-# images for containers often forbid bytecode; without it every process compiles torch and transformers anew, 6 s each
-export PYTHONDONTWRITEBYTECODE :=
 
 # Some images tell Python to keep no bytecode: every process would then compile torch and transformers anew, 5 s each.
 unexport PYTHONDONTWRITEBYTECODE
