@@ -6,6 +6,7 @@ value by value. Like most chain-of-thought text it can be written by looking a l
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
@@ -65,3 +66,9 @@ def problems(seed: int, lengths: tuple[int, int] = (4, 7)) -> Iterator[Chain]:
     rng = Random(seed)
     while True:
         yield draw_chain(rng, rng.randint(*lengths))
+
+
+def answer_of(text: str) -> int | None:
+    """The digit after "Answer:" in a written chain of thought, None where there is none."""
+    found = re.search(r"answer:\s*(\d)\b", text.lower())
+    return int(found[1]) if found else None

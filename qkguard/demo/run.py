@@ -1,4 +1,4 @@
-"""The demo from beginning to end: measure, fine-tune under guard, measure both checkpoints, show."""
+"""The demo from beginning to end: the base, its SFT under guard, the exam of three models, and what came of it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,54 +17,106 @@ from qkguard.errors import QKGuardError
 
 if TYPE_CHECKING:
     from qkguard.demo.training import Watch
+    from qkguard.report.run import Run
 
 MODEL = Path(__file__).parent / "model"
-"""The hybrid that ships with the package: made by recipes/demo/pretrain.py."""
+"""The hybrid that ships with the package, as pretraining left it: made by recipes/demo/pretrain.py."""
 
+PICTURE = "demo.png"
 REPORT = "demo.json"  # its presence also marks a folder as one that a new demo may replace
-HELDOUT = "heldout.jsonl"
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """How long and how finely. `lengths` in tokens; `depths` x `samples` needles per task and length."""
+    """How the base is rescaled, how it is trained, and how finely recall is probed.
 
-    steps: int = 180
+    `factor` is that of `base.write_base`; `alpha` that of interpolate, by which the run restores; `tolerance` is the
+    verdict's. `lengths` are in tokens, with `depths` x `samples` needles per task and length; `looks` probes are
+    spread over the training. The exam has `problems`, of `problem_lengths` lines each. `gpu` trains on one; `wandb`
+    sends the run to Weights & Biases.
+    """
+
+    factor: float = 14.0
+    alpha: float = 0.6
+    tolerance: float = 0.005
+    steps: int = 80
     batch: int = 32
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     seed: int = 0
-    lengths: tuple[int, ...] = (256, 1024, 2048)
-    depths: int = 5
-    samples: int = 4
+    lengths: tuple[int, ...] = (256, 512, 1024)
+    depths: int = 4
+    samples: int = 2
     tasks: tuple[str, ...] = ("single_2", "multikey_1")
-    problems: int = 128
-    problem_lengths: tuple[int, int] = (4, 7)
+    looks: int = 4
+    problems: int = 64
+    problem_lengths: tuple[int, int] = (4, 5)
+    gpu: bool = False
+    wandb: bool = False
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one model came to: `point` is its name in the verdict, `recall` is by context length in tokens,
+    `cot_accuracy` the share of the exam's problems whose whole chain of thought is right.
+    """
+
+    point: str
+    recall: dict[int, float]
+    cot_accuracy: float
+
+    @property
+    def mean_recall(self) -> float:
+        return sum(self.recall.values()) / len(self.recall)
+
+    def to_json(self) -> dict[str, Any]:
+        recall = {str(length): share for length, share in self.recall.items()}
+        return {"point": self.point, "recall": recall, "cot_accuracy": self.cot_accuracy}
 
 
 @dataclass(frozen=True)
 class DemoReport:
-    """`scores` of "before", "raw" and "qk_restored" (`scores.Scores`), and where everything lies."""
+    """`scores` of "before", "raw" and "qk_restored", the guard's own files as a `Run`, and where everything lies."""
 
     out: Path
     settings: DemoSettings
-    scores: dict[str, Any]
+    scores: dict[str, Score]
     losses: list[tuple[int, float]]
-    drift: dict[str, float]
-    picture: Path
-    raw: Path
-    restored: Path
-    heldout: Path
-    seconds: dict[str, float] = field(default_factory=dict)
+    run: Run
+    seconds: float
+
+    @property
+    def files(self) -> dict[str, Path]:
+        final = self.run.folder / "final"
+        return {
+            "page": self.run.folder / "report.html",
+            "picture": self.out / PICTURE,
+            "base": self.out / "base",
+            "raw": final / "raw",
+            "restored": final / "qk_restored",
+        }
+
+    @property
+    def verdict(self) -> dict[str, Any]:
+        """As `metrics.jsonl` has it."""
+        return dict(self.run.verdict or {})
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts."""
         return {
             "settings": asdict(self.settings),
-            "scores": {name: scores.to_json() for name, scores in self.scores.items()},
+            "scores": {name: score.to_json() for name, score in self.scores.items()},
             "losses": self.losses,
-            "drift": self.drift,
-            "files": {name: str(getattr(self, name)) for name in ("picture", "raw", "restored", "heldout")},
-            "seconds": {name: round(value, 1) for name, value in self.seconds.items()},
+            "recall": [[probe.step, probe.recall] for probe in self.run.probes if probe.weights == "raw"],
+            "alerts": sum(bool(probe.falls) for probe in self.run.probes),
+            "points": {
+                point["name"]: {"recall": point["recall"]["value"], "loss": point["task"]["loss"]}
+                for point in self.verdict["points"]
+                if point["task"] is not None
+            },
+            "recommended": self.verdict["recommended"],
+            "words": self.verdict["words"],
+            "files": {name: str(path) for name, path in self.files.items()},
+            "seconds": round(self.seconds, 1),
         }
 
 
@@ -76,108 +128,81 @@ def run_demo(
     watch: Watch | None = None,
     say: Callable[[str], None] | None = None,
 ) -> DemoReport:
-    """CoT-SFT of the packaged hybrid with `QKGuardCallback`, measured before, after and with Q/K restored.
+    """CoT-SFT of the packaged hybrid, rescaled, with `QKGuardCallback`; then an exam before, after and restored.
 
-    Writes `out/_qkguard/` (what the callback writes in any run), `out/drift.png`, `out/demo.json`, and the problems of
-    the exam to `out/heldout.jsonl`, for `qkguard sweep`. An earlier demo in `out` is replaced.
+    Recall is what the guard's own probes and verdict measured. Writes `out/base`, `out/_qkguard/` (what the callback
+    writes in any run), `out/demo.png` and `out/demo.json`. An earlier demo in `out` is replaced.
 
     Args:
         watch: opens a progress bar with a label (none by default).
         say: prints a line about the stage that begins (nothing by default).
 
     Raises:
-        QKGuardError: `out` holds something that is not a demo.
+        QKGuardError: `out` holds something that is not a demo; there is no GPU, or no W&B, where one is asked for.
     """
     settings = settings or DemoSettings()
     watch, say = watch or _unwatched, say or _unsaid
+    _check(settings)
     _make_room(out)
+    began = time.monotonic()
     from transformers import AutoTokenizer
 
     from qkguard.demo import show
-    from qkguard.demo.scores import Scores, measure
+    from qkguard.demo.base import write_base
     from qkguard.demo.training import fine_tune
-    from qkguard.probe import Prober, ProbeSettings
-    from qkguard.report.run import read_metrics
+    from qkguard.report.run import load_run
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    prober = Prober(
-        tokenizer,
-        ProbeSettings(
-            lengths=settings.lengths,
-            depths=settings.depths,
-            samples=settings.samples,
-            tasks=settings.tasks,
-            seed=settings.seed,
-        ),
-    )
+    base = out / "base"
+    write_base(model, base, settings.factor)
+    tokenizer = AutoTokenizer.from_pretrained(base)
     # Other problems than those of the training text, which has a seed of its own
-    chains = list(islice(problems(seed=settings.seed, lengths=settings.problem_lengths), settings.problems))
-    folders = {
-        "before": model,
-        "raw": out / "_qkguard" / "final" / "raw",
-        "qk_restored": out / "_qkguard" / "final" / "qk_restored",
-    }
-    scores: dict[str, Scores] = {}
-    seconds: dict[str, float] = {}
-
-    def score(name: str) -> None:
-        began = time.monotonic()
-        loaded = _load(folders[name])
-        if name == "before":
-            prober.find_formats(loaded)
-        with watch(f"probing {show.NAMES[name]}") as progress:
-            scores[name] = measure(loaded, tokenizer, prober, chains, progress)
-        seconds[name] = time.monotonic() - began
-
-    say("1/3 measuring the model before SFT: needle recall by length, chain-of-thought accuracy")
-    score("before")
-    say(f"2/3 CoT-SFT: {settings.steps} steps on step-by-step arithmetic with TRL's SFTTrainer and QKGuardCallback")
-    began = time.monotonic()
-    losses = fine_tune(
-        model,
-        tokenizer,
-        out,
-        steps=settings.steps,
-        batch=settings.batch,
-        learning_rate=settings.learning_rate,
-        seed=settings.seed,
-        watch=watch,
+    exam = list(islice(problems(settings.seed, settings.problem_lengths), settings.problems))
+    say(
+        f"1/2 {settings.steps} steps of CoT-SFT on step-by-step arithmetic with TRL's SFTTrainer and "
+        "QKGuardCallback, which probes recall on the way"
     )
-    seconds["sft"] = time.monotonic() - began
-    say("3/3 measuring the two checkpoints it wrote: raw, and with queries and keys restored")
-    score("raw")
-    score("qk_restored")
-    rows = read_metrics(out / "_qkguard")
-    drift = {k: v for row in rows for k, v in row.items() if k.startswith("qkguard/drift/")}
-    show.picture(out / "drift.png", rows, scores, f"CoT-SFT of a small hybrid, {settings.steps} steps")
-    _write_problems(out / HELDOUT, chains)
-    report = DemoReport(
-        out,
-        settings,
-        scores,
-        losses,
-        drift,
-        picture=out / "drift.png",
-        raw=folders["raw"],
-        restored=folders["qk_restored"],
-        heldout=out / HELDOUT,
-        seconds=seconds,
-    )
+    losses = fine_tune(base, tokenizer, out, settings, exam, watch)
+    run = load_run(out)
+    if run.verdict is None:
+        raise QKGuardError("The model found no needles before training, so there is no verdict. Probe more samples.")
+    say(f"2/2 an exam of {settings.problems} new problems, before SFT, after it and restored")
+    folders = {"before": base, "raw": run.folder / "final/raw", "qk_restored": run.folder / "final/qk_restored"}
+    points = {"before": "base", "raw": "raw", "qk_restored": f"interpolate alpha {settings.alpha:g}"}
+    by_name = {point["name"]: point for point in run.verdict["points"]}
+    scores = {}
+    for name, folder in folders.items():
+        found = by_name[points[name]]["recall_by_length"]
+        recall = {int(length): share for length, share in found.items()}
+        scores[name] = Score(points[name], recall, cot_accuracy(folder, tokenizer, exam, gpu=settings.gpu))
+    show.picture(out / PICTURE, run, scores)
+    report = DemoReport(out, settings, scores, losses, run, time.monotonic() - began)
     (out / REPORT).write_text(json.dumps(report.to_json(), indent=2) + "\n")
     return report
 
 
-def _write_problems(file: Path, chains: Sequence[Chain]) -> None:
-    """Rows for `qkguard sweep` whose answer is the whole chain of thought: a slip in one line of it counts."""
-    rows = ({"prompt": chain.prompt, "answer": chain.completion} for chain in chains)
-    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-
-
-def _load(folder: Path) -> Any:
+def cot_accuracy(folder: Path, tokenizer: Any, exam: Sequence[Chain], *, gpu: bool = False) -> float:
+    """Share of problems whose chain of thought greedy decoding gets right to the last token."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager").eval()
+    from qkguard.choice.task import encode_rows, score_rows
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
+    rows = [{"prompt": chain.prompt, "answer": chain.completion} for chain in exam]
+    encoded, _ = encode_rows(tokenizer, rows, max_length=model.config.max_position_embeddings)
+    return score_rows(model.to("cuda" if gpu else "cpu").eval(), encoded).accuracy or 0.0
+
+
+def _check(settings: DemoSettings) -> None:
+    from importlib.util import find_spec
+
+    if settings.gpu:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise QKGuardError("torch finds no GPU here. Leave out --gpu: the demo runs on a CPU too.")
+    if settings.wandb and find_spec("wandb") is None:
+        raise QKGuardError("wandb is not installed. Install qkguard[wandb], or leave out --wandb.")
 
 
 def _make_room(out: Path) -> None:

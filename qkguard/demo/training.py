@@ -2,47 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from random import Random
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from qkguard.demo.arithmetic import problems
+from qkguard.demo.arithmetic import Chain, problems
+from qkguard.probe.haystack import generated_prose
 from qkguard.training.callback import QKGuardCallback
 
+if TYPE_CHECKING:
+    from qkguard.demo.run import DemoSettings
+
+SENTENCES = 2000
+MAX_LENGTH = 128  # the longest problem with its chain of thought has 77 tokens
 Watch = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 """Opens a progress bar with a label; inside, a function of (done, total)."""
 
 
 def fine_tune(
-    model: Path, tokenizer: Any, out: Path, *, steps: int, batch: int, learning_rate: float, seed: int, watch: Watch
+    base: Path, tokenizer: Any, out: Path, settings: DemoSettings, exam: Sequence[Chain], watch: Watch
 ) -> list[tuple[int, float]]:
     """Train on generated step-by-step arithmetic in `out`; the guard leaves its files in `out/_qkguard`.
+
+    Args:
+        exam: problems kept out of training, which the verdict's loss is of.
 
     Returns:
         (step, training loss) at every logging step.
     """
-    chains = islice(problems(seed=1000 + seed), steps * batch)
-    data = Dataset.from_list([{"prompt": chain.prompt, "completion": chain.completion} for chain in chains])
+    chains = islice(problems(1000 + settings.seed, settings.problem_lengths), settings.steps * settings.batch)
     args = SFTConfig(
         output_dir=str(out),
-        max_steps=steps,
-        per_device_train_batch_size=batch,
-        learning_rate=learning_rate,
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch,
+        per_device_eval_batch_size=settings.batch,
+        learning_rate=settings.learning_rate,
         lr_scheduler_type="linear",
-        warmup_steps=max(1, steps // 20),
+        warmup_steps=max(1, settings.steps // 20),
         optim="adamw_torch",
-        max_length=256,
-        seed=seed,
-        logging_steps=max(1, steps // 60),
+        max_length=MAX_LENGTH,
+        seed=settings.seed,
+        logging_steps=max(1, settings.steps // 40),
+        eval_strategy="steps",
+        eval_steps=settings.steps,  # once, at the end
         save_strategy="no",
-        report_to="none",
-        use_cpu=True,
+        report_to="wandb" if settings.wandb else "none",
+        run_name="qkguard demo",
+        use_cpu=not settings.gpu,
         bf16=False,
         gradient_checkpointing=False,
         dataloader_pin_memory=False,
@@ -50,18 +63,41 @@ def fine_tune(
         # The one expert as a plain loop: twice as fast on a CPU.
         model_init_kwargs={"dtype": "float32", "experts_implementation": "eager", "device_map": None},
     )
-    # No probes in between: the demo measures recall itself, before and after, on more samples
-    guard = QKGuardCallback(routing_drift_steps="logging", probe_steps=0)
+    guard = QKGuardCallback(
+        method="interpolate",
+        alpha=settings.alpha,
+        tolerance=settings.tolerance,
+        routing_drift_steps="logging",
+        probe_steps=-(-settings.steps // settings.looks),
+        probe_lengths=settings.lengths,
+        probe_depths=settings.depths,
+        probe_samples=settings.samples,
+        probe_tasks=settings.tasks,
+        haystack=_prose(out / "haystack.txt", settings.seed),
+        probe_budget=None,  # a training of half a minute cannot pay for probes out of 2% of its time
+        strict=True,
+    )
     trainer = SFTTrainer(
-        model=str(model),
+        model=str(base),
         args=args,
-        train_dataset=data,
+        train_dataset=_rows(chains),
+        eval_dataset=_rows(exam),
         processing_class=tokenizer,
         callbacks=[_Watched(watch), guard],  # in this order: the bar is gone before the guard writes its files
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     return [(int(row["step"]), row["loss"]) for row in trainer.state.log_history if "loss" in row]
+
+
+def _prose(file: Path, seed: int) -> Path:
+    """Text to hide needles in: the model has met such prose with needles in it, and arithmetic never."""
+    file.write_text("\n".join(islice(generated_prose(Random(seed)), SENTENCES)) + "\n")
+    return file
+
+
+def _rows(chains: Any) -> Dataset:
+    return Dataset.from_list([{"prompt": chain.prompt, "completion": chain.completion} for chain in chains])
 
 
 class _Watched(TrainerCallback):

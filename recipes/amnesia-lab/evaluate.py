@@ -34,8 +34,7 @@ from qkguard.choice.candidates import (
 )
 from qkguard.choice.task import TaskResult, TaskRow, encode_rows, score_rows
 from qkguard.choice.verdict import Measurement, Verdict
-from qkguard.demo.arithmetic import problems
-from qkguard.demo.scores import answer_of
+from qkguard.demo.arithmetic import answer_of, problems
 from qkguard.drift import head_weights, routing_drift
 from qkguard.layout import find_attention
 from qkguard.offline.pair import open_folders

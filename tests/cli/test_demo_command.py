@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from qkguard import cli, demo
 
@@ -15,7 +16,7 @@ from qkguard import cli, demo
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same path with a handful of samples."""
-    settings = partial(demo.DemoSettings, lengths=(256,), depths=1, samples=1, tasks=("s2",), problems=2, batch=2)
+    settings = partial(demo.DemoSettings, lengths=(256,), depths=2, samples=1, tasks=("s2",), problems=2, batch=2)
     monkeypatch.setattr(demo, "DemoSettings", settings)
 
 
@@ -26,34 +27,57 @@ def run(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
     return int(stopped.value.code or 0)
 
 
-def test_it_ends_with_the_table_the_files_and_the_next_command(
+def test_it_ends_with_the_table_the_verdict_and_the_next_commands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "a demo"
     assert run(monkeypatch, "--out", out, "--steps", 2) == 0
     text, errors = capfd.readouterr()
-    for words in ("before SFT", "after SFT (raw)", "QK-restored", "needle recall, 256 tokens", "CoT accuracy"):
+    for words in (
+        "before SFT",
+        "after SFT (raw)",
+        "restored (",
+        "needle recall, 256 tokens",
+        "chains of thought right",
+    ):
         assert words in text
-    assert f"qkguard verify --full '{out}/_qkguard/final/qk_restored'" in text
-    assert f"--tuned '{out}/_qkguard/final/raw' --data '{out}/heldout.jsonl'" in text
+    assert "chosen for the effect" in text and "recipes/amnesia-lab" in text
+    assert "recall while it trained: 1.00 at step 0" in text
+    assert text.index("chains of thought right") < text.index("Recommended: ") < text.index("done in")
+    assert f"    '{out}/_qkguard/report.html'\n" in text and "qkguard restore --base BASE --tuned TUNED" in text
     assert "Warning" not in errors and "it/s" not in text + errors  # nothing but our own lines
-    assert (out / "drift.png").is_file() and (out / "heldout.jsonl").is_file()
+    assert (out / "demo.png").is_file() and (out / "_qkguard/report.html").is_file()
 
     assert run(monkeypatch, "--out", out, "--steps", 2, "--json") == 0
     report = json.loads(capfd.readouterr().out)
     assert set(report["scores"]) == {"before", "raw", "qk_restored"}
     assert run_verify(monkeypatch, report["files"]["restored"]) == 0
-    assert run_verify(monkeypatch, report["files"]["raw"]) == 2
+
+
+def test_it_goes_to_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    assert run(monkeypatch, "--out", tmp_path / "demo", "--steps", 2, "--wandb") == 0
+    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    import wandb
+
+    if wandb.run is not None:
+        wandb.finish()
+    data = file.read_bytes()
+    assert b"qkguard/niah/recall" in data and b"train/loss" in data
 
 
 def test_bad_input_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", no_gpu)
     (tmp_path / "mine.txt").write_text("mine")
-    for args in (("--out", tmp_path), ("--out", tmp_path / "new", "--steps", 0)):
+    new = tmp_path / "new"
+    for args in (("--out", tmp_path), ("--out", new, "--steps", 0), ("--out", new, "--gpu")):
         assert run(monkeypatch, *args) == 2
         assert capfd.readouterr().err.startswith("error: ")
-    assert not (tmp_path / "new").exists()
+    assert not new.exists()
 
 
 def run_verify(monkeypatch: pytest.MonkeyPatch, folder: str) -> int:
@@ -61,3 +85,7 @@ def run_verify(monkeypatch: pytest.MonkeyPatch, folder: str) -> int:
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     return int(stopped.value.code or 0)
+
+
+def no_gpu() -> bool:
+    return False

@@ -14,17 +14,14 @@ import torch
 from safetensors.torch import load_file
 
 from qkguard import QKGuardError
-from qkguard.choice.task import encode_rows
 from qkguard.demo import MODEL, DemoSettings, run_demo
-from qkguard.demo.arithmetic import problems
-from qkguard.demo.scores import Scores, answer_of
-from qkguard.demo.show import reading, table
-from qkguard.offline.task_rows import read_rows
+from qkguard.demo.arithmetic import answer_of, problems
+from qkguard.demo.base import write_base
+from qkguard.demo.run import Score, cot_accuracy
+from qkguard.demo.show import table
 from qkguard.probe import Prober, ProbeSettings, probe
 
-SMALL = DemoSettings(
-    steps=4, batch=4, learning_rate=1e-2, lengths=(256,), depths=2, samples=1, tasks=("single_2",), problems=4
-)
+SMALL = DemoSettings(steps=4, batch=4, learning_rate=1e-2, lengths=(256,), depths=4, tasks=("single_2",), problems=4)
 
 
 @pytest.fixture(scope="module")
@@ -137,36 +134,69 @@ def test_the_model_finds_needles_and_needs_its_keys_for_it(model: Any, tokenizer
     assert probe(model, tokenizer, attention=False, **settings).recall <= 0.1
 
 
+# -- the base ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_base_is_rescaled_and_computes_the_same(tmp_path: Path, model: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    write_base(MODEL, tmp_path / "base", 16.0)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    before, after = model.state_dict(), base.state_dict()
+    queries, keys = (f"model.layers.2.self_attn.{x}_proj.weight" for x in "qk")
+    assert {name for name, value in before.items() if not torch.equal(value, after[name])} == {queries, keys}
+    # two query heads of 48 rows look at the first key head
+    assert torch.equal(after[queries], torch.cat([16 * before[queries][:96], before[queries][96:]]))
+    assert torch.equal(after[keys], torch.cat([before[keys][:48] / 16, before[keys][48:]]))
+    ids = torch.randint(4, model.config.vocab_size, (2, 60), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(base(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
+        base.model.layers[2].self_attn.k_proj.weight[:48].mul_(2)
+        assert (base(ids).logits - model(ids).logits).abs().max() > 1e-2
+
+
+def test_the_rescaled_head_is_the_one_that_finds_needles(model: Any, tokenizer: Any) -> None:
+    settings: dict[str, Any] = {"lengths": (400,), "depths": 4, "samples": 2, "tasks": ("s2",), "attention": False}
+    keys = model.model.layers[2].self_attn.k_proj.weight
+    kept = keys.detach().clone()
+    recall = []
+    for head in (0, 1):
+        with torch.no_grad():
+            keys.copy_(kept)
+            rows = slice(48 * head, 48 * (head + 1))
+            keys[rows] = keys[rows].flip(0)
+        recall.append(probe(model, tokenizer, **settings).recall)
+    assert recall[0] <= 0.1 and recall[1] >= 0.9
+
+
 # -- what is shown ----------------------------------------------------------------------------------------------------
 
 
-def scores(recall: float, cot: float) -> Scores:
-    return Scores({256: recall, 2048: recall}, cot, 0.5, None)  # type: ignore[arg-type]
+def test_the_table_has_what_was_measured() -> None:
+    scores = {
+        "before": Score("base", {256: 1.0, 2048: 0.95}, 0.0),
+        "raw": Score("raw", {256: 0.5, 2048: 0.25}, 1.0),
+        "qk_restored": Score("interpolate alpha 0.6", {256: 1.0, 2048: 0.9}, 0.97),
+    }
+    columns, rows = table(scores)
+    assert columns == ["", "before SFT", "after SFT (raw)", "restored (interpolate alpha 0.6)"]
+    assert rows == [
+        ["needle recall, 256 tokens", "1.00", "0.50", "1.00"],
+        ["needle recall, 2,048 tokens", "0.95", "0.25", "0.90"],
+        ["chains of thought right", "0.00", "1.00", "0.97"],
+    ]
 
 
-@pytest.mark.parametrize(
-    ("before", "raw", "restored", "words"),
-    [
-        (
-            (1.0, 0.0),
-            (0.6, 1.0),
-            (0.9, 1.0),
-            "brought recall back to 0.90, 75% of what was lost, with CoT accuracy at",
-        ),
-        ((1.0, 0.0), (0.6, 1.0), (0.9, 0.5), "and left CoT accuracy at 0.50"),
-        ((1.0, 0.0), (1.0, 1.0), (1.0, 1.0), "cost no recall here (1.00 to 1.00). Restoring queries and keys left"),
-        ((1.0, 0.0), (0.6, 1.0), (0.5, 1.0), "lowered recall to 0.50"),
-        ((1.0, 0.0), (0.6, 1.0), (0.61, 1.0), "left recall at 0.61"),
-    ],
-)
-def test_the_reading_says_what_was_measured(
-    before: tuple[float, float], raw: tuple[float, float], restored: tuple[float, float], words: str
-) -> None:
-    found = {"before": scores(*before), "raw": scores(*raw), "qk_restored": scores(*restored)}
-    assert words in reading(found)
-    columns, rows = table(found)
-    assert columns == ["", "before SFT", "after SFT (raw)", "QK-restored"]
-    assert rows[1] == ["needle recall, 2,048 tokens", *(f"{r:.2f}" for r, _ in (before, raw, restored))]
+def test_a_chain_of_thought_is_right_where_greedy_decoding_writes_it(model: Any, tokenizer: Any) -> None:
+    short = list(islice(problems(5, (2, 3)), 12))  # the model has met these
+    right = 0
+    for chain in short:
+        prompt = tokenizer(chain.prompt, return_tensors="pt")
+        wanted = tokenizer(chain.completion, add_special_tokens=False).input_ids
+        written = model.generate(**prompt, max_new_tokens=len(wanted), do_sample=False)
+        right += written[0, prompt.input_ids.shape[1] :].tolist() == wanted
+    assert cot_accuracy(MODEL, tokenizer, short) == right / len(short) > 0.5
+    assert cot_accuracy(MODEL, tokenizer, list(islice(problems(5), 12))) < 0.5
 
 
 # -- the run ----------------------------------------------------------------------------------------------------------
@@ -176,25 +206,35 @@ def test_the_whole_demo_in_a_few_steps(tmp_path: Path, tokenizer: Any) -> None:
     out = tmp_path / "demo"
     said: list[str] = []
     first = run_demo(out, SMALL, say=said.append)
-    assert len(said) == 3
-    base, raw, restored = (load_file(f / "model.safetensors") for f in (MODEL, first.raw, first.restored))
-    changed = {name for name in raw if not torch.equal(raw[name], restored[name])}
-    assert changed == {f"model.layers.{i}.self_attn.{x}_proj.weight" for i in (2, 5) for x in "qk"}
-    assert all(torch.equal(restored[name], base[name].float()) for name in changed)
-    assert first.picture.read_bytes().startswith(b"\x89PNG") and first.picture.stat().st_size > 20_000
-    report = json.loads((out / "demo.json").read_text())
-    assert report["scores"]["raw"]["recall"] == {"256": first.scores["raw"].recall[256]}
-    assert report["losses"] == [list(pair) for pair in first.losses] and len(first.losses) == SMALL.steps
-    assert first.drift["qkguard/drift/layer_5/routing_rel"] > 0
+    assert len(said) == 2
+    base, raw, restored = (load_file(first.files[x] / "model.safetensors") for x in ("base", "raw", "restored"))
+    moved = {name for name in raw if not torch.equal(raw[name], base[name])}
+    queries_and_keys = {f"model.layers.{i}.self_attn.{x}_proj.weight" for i in (2, 5) for x in "qk"}
+    assert queries_and_keys < moved
+    assert {name for name in raw if not torch.equal(raw[name], restored[name])} <= queries_and_keys
+    assert first.files["picture"].read_bytes().startswith(b"\x89PNG")
+    assert [probe.step for probe in first.run.probes if probe.weights == "raw"] == [0, 1, 2, 3, 4]
+    assert "nothing is known" in first.files["page"].read_text()  # the verdict, and how far it reaches
+    assert (first.run.folder / "final/RECOMMENDED").read_text().strip() == first.verdict["folder"]
+    assert first.scores["qk_restored"].point == "interpolate alpha 0.6"
+    mixed = next(iter(queries_and_keys))
+    torch.testing.assert_close(restored[mixed], 0.6 * base[mixed] + 0.4 * raw[mixed])
 
-    rows = read_rows(first.heldout)
-    assert [row["prompt"] for row in rows] == [chain.prompt for chain in islice(problems(SMALL.seed), SMALL.problems)]
-    encoded, _ = encode_rows(tokenizer, rows, max_length=256)
-    assert all(row.answer == (row.start, len(row.ids)) for row in encoded), "the answer is the whole chain"
+    report = json.loads((out / "demo.json").read_text())
+    assert report["scores"]["raw"]["recall"] == {"256": first.run.probe_of("raw").recall}  # type: ignore[union-attr]
+    assert report["losses"] == [list(pair) for pair in first.losses] and len(first.losses) == SMALL.steps
+    kept = [json.loads(line) for line in (first.run.folder / "heldout.jsonl").read_text().splitlines()]
+    asked = [
+        tokenizer(chain.prompt).input_ids
+        for chain in islice(problems(SMALL.seed, SMALL.problem_lengths), SMALL.problems)
+    ]
+    assert sorted(row["input_ids"][: len(ids)] for row, ids in zip(kept, asked, strict=True)) == sorted(asked)
 
     again = run_demo(out, SMALL)  # replaces the first, and repeats it
     assert again.losses == first.losses
-    assert all(torch.equal(raw[name], value) for name, value in load_file(again.raw / "model.safetensors").items())
+    assert all(
+        torch.equal(raw[name], value) for name, value in load_file(again.files["raw"] / "model.safetensors").items()
+    )
     other = run_demo(out, replace(SMALL, seed=1))
     assert other.losses != first.losses
 
@@ -206,6 +246,19 @@ def test_a_folder_that_is_no_demo_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(QKGuardError, match="is a file"):
         run_demo(tmp_path / "thesis.txt", SMALL)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_said_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(QKGuardError, match="finds no GPU here"):
+        run_demo(tmp_path / "new", replace(SMALL, gpu=True))
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.gpu
+def test_the_demo_on_a_gpu(tmp_path: Path) -> None:
+    report = run_demo(tmp_path / "new", replace(SMALL, gpu=True))
+    assert report.scores["before"].mean_recall > 0.9 and len(report.losses) == SMALL.steps
 
 
 def _key(task: str) -> Any:

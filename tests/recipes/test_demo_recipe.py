@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -28,7 +29,7 @@ OPENING = (
 @pytest.fixture(scope="module")
 def recipe() -> Iterator[Any]:
     """The script's modules, which import each other by their bare names."""
-    names = ("data", "model", "schedule", "tokenizer")
+    names = ("data", "model", "publish", "schedule", "seeds", "tokenizer")
     sys.path.insert(0, str(RECIPE))
     try:
         yield {name: import_module(name) for name in names}
@@ -129,3 +130,32 @@ def test_the_script_runs_and_its_model_loads(tmp_path: Path) -> None:
         assert model.dtype == torch.float32 and len(AutoTokenizer.from_pretrained(tmp_path / name)) == 421
         weights.append(model.model.embed_tokens.weight)
     assert not torch.equal(*weights)  # the branches part after the fork
+
+
+def result(seed: int, kernels: str, restored: float) -> dict[str, Any]:
+    models = {"before": (1.0, 0.0), "raw": (0.25, 1.0), "qk_restored": (restored, 0.95)}
+    scores = {name: {"recall": {"256": r, "1024": r / 2}, "cot_accuracy": c} for name, (r, c) in models.items()}
+    return {"set": kernels, "seed": seed, "scores": scores, "recommended": "interpolate 0.5", "alerts": 3}
+
+
+def test_the_table_of_seeds_has_a_line_per_run_and_goes_between_its_marks(recipe: Any) -> None:
+    seeds = recipe["seeds"]
+    results = [result(1, "avx512", 0.9), result(1, "avx2", 0.8), result(0, "avx2", 1.0)]
+    lines = seeds.table(results).splitlines()
+    assert [line.split(" | ")[:2] for line in lines[2:]] == [["| avx2", "0"], ["| avx2", "1"], ["| avx512", "1"]]
+    assert lines[2].endswith("| 0.75 (0.50 to 1.00) | interpolate 0.5 | 0.00 | 1.00 | 0.95 | 3 |")
+    text = f"a\n{seeds.START}\nold\n{seeds.END}\nb\n"
+    assert seeds.written(text, results) == f"a\n{seeds.START}\n{seeds.table(results)}\n{seeds.END}\nb\n"
+    with pytest.raises(ValueError, match="not enough values"):
+        seeds.written("no marks", results)
+
+
+def test_what_is_published_is_what_was_measured(recipe: Any) -> None:
+    seeds, publish = recipe["seeds"], recipe["publish"]
+    shipped = json.loads(seeds.RESULTS.read_text())
+    assert seeds.table(shipped) in seeds.README.read_text()
+    page = "x <!-- demo: sentence -->old<!-- end --> y"
+    assert publish.written(page, {"sentence": "new"}) == "x <!-- demo: sentence -->new<!-- end --> y"
+    with pytest.raises(KeyError):
+        publish.written("<!-- demo: other -->old<!-- end -->", {"sentence": "new"})
+    assert not [name for name in publish.PAGES if "pending" in (publish.ROOT / name).read_text()]
