@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qkguard.demo.arithmetic import Chain, problems
+from qkguard.demo.arithmetic import problems
+from qkguard.demo.scores import Score, cot_accuracy
 from qkguard.errors import QKGuardError
 
 if TYPE_CHECKING:
@@ -52,25 +53,6 @@ class DemoSettings:
     problem_lengths: tuple[int, int] = (4, 5)
     gpu: bool = False
     wandb: bool = False
-
-
-@dataclass(frozen=True)
-class Score:
-    """What one model came to: `point` is its name in the verdict, `recall` is by context length in tokens,
-    `cot_accuracy` the share of the exam's problems whose whole chain of thought is right.
-    """
-
-    point: str
-    recall: dict[int, float]
-    cot_accuracy: float
-
-    @property
-    def mean_recall(self) -> float:
-        return sum(self.recall.values()) / len(self.recall)
-
-    def to_json(self) -> dict[str, Any]:
-        recall = {str(length): share for length, share in self.recall.items()}
-        return {"point": self.point, "recall": recall, "cot_accuracy": self.cot_accuracy}
 
 
 @dataclass(frozen=True)
@@ -178,19 +160,6 @@ def run_demo(
     report = DemoReport(out, settings, scores, losses, run, time.monotonic() - began)
     (out / REPORT).write_text(json.dumps(report.to_json(), indent=2) + "\n")
     return report
-
-
-def cot_accuracy(folder: Path, tokenizer: Any, exam: Sequence[Chain], *, gpu: bool = False) -> float:
-    """Share of problems whose chain of thought greedy decoding gets right to the last token."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from qkguard.choice.task import encode_rows, score_rows
-
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
-    rows = [{"prompt": chain.prompt, "answer": chain.completion} for chain in exam]
-    encoded, _ = encode_rows(tokenizer, rows, max_length=model.config.max_position_embeddings)
-    return score_rows(model.to("cuda" if gpu else "cpu").eval(), encoded).accuracy or 0.0
 
 
 def _check(settings: DemoSettings) -> None:

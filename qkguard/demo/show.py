@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from qkguard.demo.run import Score
+from qkguard.demo.scores import Score
 from qkguard.report.run import DRIFT, Run
 
 NAMES = {"before": "before SFT", "raw": "after SFT (raw)", "qk_restored": "restored"}

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qkguard.demo import show
-from qkguard.demo.run import Score
+from qkguard.demo.scores import Score
 from qkguard.report.run import load_run
 
 ROOT = Path(__file__).parents[2]

@@ -17,7 +17,7 @@ from qkguard import QKGuardError
 from qkguard.demo import MODEL, DemoSettings, run_demo
 from qkguard.demo.arithmetic import answer_of, problems
 from qkguard.demo.base import write_base
-from qkguard.demo.run import Score, cot_accuracy
+from qkguard.demo.scores import Score, cot_accuracy
 from qkguard.demo.show import table
 from qkguard.probe import Prober, ProbeSettings, probe
 
