@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from qkguard.demo.arithmetic import problems
 from qkguard.demo.scores import Score, cot_accuracy
+from qkguard.demo.settings import DemoSettings
 from qkguard.errors import QKGuardError
 
 if TYPE_CHECKING:
@@ -25,34 +26,6 @@ MODEL = Path(__file__).parent / "model"
 
 PICTURE = "demo.png"
 REPORT = "demo.json"  # its presence also marks a folder as one that a new demo may replace
-
-
-@dataclass(frozen=True)
-class DemoSettings:
-    """How the base is rescaled, how it is trained, and how finely recall is probed.
-
-    `factor` is that of `base.write_base`; `alpha` that of interpolate, by which the run restores; `tolerance` is the
-    verdict's. `lengths` are in tokens, with `depths` x `samples` needles per task and length; `looks` probes are
-    spread over the training. The exam has `problems`, of `problem_lengths` lines each. `gpu` trains on one; `wandb`
-    sends the run to Weights & Biases.
-    """
-
-    factor: float = 14.0
-    alpha: float = 0.6
-    tolerance: float = 0.005
-    steps: int = 80
-    batch: int = 32
-    learning_rate: float = 1e-3
-    seed: int = 0
-    lengths: tuple[int, ...] = (256, 512, 1024)
-    depths: int = 4
-    samples: int = 2
-    tasks: tuple[str, ...] = ("single_2", "multikey_1")
-    looks: int = 4
-    problems: int = 64
-    problem_lengths: tuple[int, int] = (4, 5)
-    gpu: bool = False
-    wandb: bool = False
 
 
 @dataclass(frozen=True)

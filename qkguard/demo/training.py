@@ -7,18 +7,16 @@ from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from qkguard.demo.arithmetic import Chain, problems
+from qkguard.demo.settings import DemoSettings
 from qkguard.probe.haystack import generated_prose
 from qkguard.training.callback import QKGuardCallback
-
-if TYPE_CHECKING:
-    from qkguard.demo.run import DemoSettings
 
 SENTENCES = 2000
 MAX_LENGTH = 128  # the longest problem with its chain of thought has 77 tokens
