@@ -57,8 +57,8 @@ def picture(path: Path, run: Run, scores: Mapping[str, Score]) -> None:
         lengths.plot(range(len(score.recall)), score.recall.values(), "o-", color=_COLORS[name], label=text)
         lengths.set_xticks(range(len(score.recall)), [f"{length:,}" for length in score.recall])
     lengths.set(xlabel="context length in tokens", ylim=(-0.03, 1.05), title="recall by length")
-    for axes in (drift, training, lengths):
-        axes.legend(fontsize=7.5)
+    for axes, place in ((drift, "center right"), (training, "center right"), (lengths, "center")):
+        axes.legend(fontsize=7.5, loc=place)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -50,13 +49,18 @@ def points(verdict: dict[str, Any]) -> str:
     return markdown(["", "recall", "task loss"], rows)
 
 
-def texts(folder: Path) -> dict[str, str]:
-    """What goes between the markers, by their names."""
-    report = json.loads((folder / "demo.json").read_text())
+def scores_of(folder: Path) -> dict[str, Score]:
+    """The demo's scores, read back."""
     scores = {}
-    for name, score in report["scores"].items():
+    for name, score in json.loads((folder / "demo.json").read_text())["scores"].items():
         recall = {int(length): share for length, share in score["recall"].items()}
         scores[name] = Score(score["point"], recall, score["cot_accuracy"])
+    return scores
+
+
+def texts(folder: Path) -> dict[str, str]:
+    """What goes between the markers, by their names."""
+    report, scores = json.loads((folder / "demo.json").read_text()), scores_of(folder)
     verdict = load_run(folder).verdict
     assert verdict is not None
     words = "\n" + "\n".join(f"> {words}" for words in report["words"]) + "\n"
@@ -65,7 +69,6 @@ def texts(folder: Path) -> dict[str, str]:
         "table": markdown(*show.table(scores)),
         "points": points(dict(verdict)),
         "words": words,
-        "seconds": f"{report['seconds']:.0f} s",
     }
 
 
@@ -84,7 +87,7 @@ def main() -> None:
     for name in PAGES:
         page = ROOT / name
         page.write_text(written(page.read_text(encoding="utf-8"), found), encoding="utf-8")
-    shutil.copy(folder / "demo.png", ROOT / "docs" / "demo.png")
+    show.picture(ROOT / "docs" / "demo.png", load_run(folder), scores_of(folder))
 
 
 if __name__ == "__main__":
