@@ -15,7 +15,7 @@ class DemoSettings:
     sends the run to Weights & Biases.
     """
 
-    factor: float = 12.0
+    factor: float = 14.0
     alpha: float = 0.6
     tolerance: float = 0.005
     steps: int = 80
