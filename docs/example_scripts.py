@@ -20,7 +20,7 @@ def scripts() -> str:
 
 def sections() -> Iterator[str]:
     """One for each, scripts first."""
-    for script in sorted(path for path in EXAMPLES.glob("*.py") if path.name not in TOOLS):
+    for script in sorted(path for path in EXAMPLES.glob("*.py") if path.name not in TOOLS and not is_source(path)):
         text = script.read_text(encoding="utf-8")
         title, _, rest = (ast.get_docstring(ast.parse(text)) or script.stem).partition("\n")
         code = text.split('"""', 2)[2].strip()
@@ -29,6 +29,11 @@ def sections() -> Iterator[str]:
     for notebook in sorted(EXAMPLES.glob("*.ipynb")):
         cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
         yield f"\n## {notebook.name}\n\n" + "\n\n".join(shown(cell) for cell in cells) + "\n"
+
+
+def is_source(script: Path) -> bool:
+    """Whether a notebook is made of this script, and shows it."""
+    return script.with_suffix(".ipynb").exists()
 
 
 def shown(cell: Mapping[str, Any]) -> str:
