@@ -115,8 +115,9 @@ class RunVerdict(Verdict):
         return out
 
     def measured(self) -> str:
-        """All points with their intervals, on one line."""
-        return "; ".join(map(_numbers, self.models.values()))
+        """All points with their intervals, on one line, and which rows the loss is of."""
+        rows = [f"loss over {self.data}"] if self.data else []
+        return "; ".join([*map(_numbers, self.models.values()), *rows])
 
 
 def _numbers(point: Measurement) -> str:
