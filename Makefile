@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 # Some images tell Python to keep no bytecode: every process would then compile torch and transformers anew, 5 s each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo check test test-integrations lint docs notebook
+.PHONY: demo check test test-integrations test-oldest test-newest lint docs notebook
 
 demo: $(STAMP)
 	$(BIN)/qkguard demo
@@ -26,6 +26,13 @@ check: $(STAMP) lint
 test-integrations: $(STAMP)
 	$(BIN)/python tests/integrations/environments.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m integrations tests/integrations
+
+# trainings and saves with the oldest versions supported, and with the newest there are: 7 GB each, outside the repository
+test-oldest: $(STAMP)
+	$(BIN)/python tests/versions/environments.py oldest
+
+test-newest: $(STAMP)
+	$(BIN)/python tests/versions/environments.py newest
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

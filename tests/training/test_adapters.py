@@ -6,11 +6,13 @@ import json
 import logging
 import shutil
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -32,6 +34,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "transposed": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
 }
 TOKENS = torch.arange(3, 23)[None]
+# older ones misplace or refuse some adapters, whoever wrote them: seen in 5.0, 5.2 and 5.6
+LOADS_ADAPTERS = Version(version("transformers")) >= Version("5.17")
 
 
 def lora(**config: Any) -> LoraConfig:
@@ -49,9 +53,11 @@ def stock_loads(base: Path, adapter: Path, folder: Path) -> list[torch.Tensor]:
         warnings.simplefilter("error", UserWarning)  # PEFT warns of missing adapter keys
         warnings.filterwarnings("ignore", message="(?!.*missing adapter keys)")
         first = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
-        second = AutoModelForCausalLM.from_pretrained(base)
-        second.load_adapter(str(adapter))
-        out = [logits(first), logits(second)]
+        out = [logits(first)]
+        if LOADS_ADAPTERS:
+            second = AutoModelForCausalLM.from_pretrained(base)
+            second.load_adapter(str(adapter))
+            out.append(logits(second))
         first.merge_and_unload(safe_merge=True).save_pretrained(folder)
     return [*out, logits(AutoModelForCausalLM.from_pretrained(folder))]
 
@@ -132,6 +138,7 @@ def test_bit_identical_with_and_without_the_guard(tmp_path, dora, monkeypatch):
     assert manifest["probe"]["raw"]["answer_logprob"] != manifest["probe"]["restored"]["answer_logprob"]
 
 
+@pytest.mark.skipif(Version(version("peft")) < Version("0.20"), reason="this PEFT leaves fused experts out")
 def test_adapters_on_fused_experts_are_restored_but_not_merged(tmp_path):
     base = save_base(tmp_path / "base", "qwen3_next")
     config = lora(target_modules="all-linear")
