@@ -7,6 +7,7 @@ import json
 import logging
 import random
 import re
+import time
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,8 @@ from qkguard.training import final_verdict
 from qkguard.training.final_verdict import FinalVerdict
 from qkguard.training.trackers import Tracker
 from tests.support import judge
+from tests.support.models import tiny_model
+from tests.support.probing import bpe_tokenizer
 from tests.support.training import arguments, train
 
 PROBES: dict[str, Any] = {"probe_lengths": [128], "probe_samples": 2, "probe_tasks": ["s2"], "probe_budget": None}
@@ -96,6 +99,31 @@ def test_the_loss_is_read_on_no_more_tokens_than_the_probe(tmp_path: Path) -> No
     tune(tmp_path, guard)
     assert len(guard.session.recall_monitor.prober.sample_keys) == 2
     assert verdict_row(tmp_path)["verdict"]["data"] == "8 rows of the evaluation set"  # of 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llama", "qwen3_next"])
+def test_a_short_run_spends_at_most_a_third_of_its_time_in_probes(
+    tmp_path: Path, monkeypatch: Any, caplog: Any, kind: str
+) -> None:
+    """24 steps with the default settings, of a model that finds no needles and is probed all the same."""
+    heard(monkeypatch, caplog)
+    monkeypatch.setattr("qkguard.training.recall_monitor.RecallMonitor.at_floor", False)
+    text = "the quick brown fox thinks step by step and answers forty two. " * 12
+    rows = Dataset.from_list([{"prompt": f"Question {i}?", "completion": text} for i in range(200)])
+    guard, began = QKGuardCallback(strict=True), time.perf_counter()
+    train(
+        tmp_path,
+        arguments(tmp_path, max_steps=24, per_device_train_batch_size=8, save_strategy="no", max_length=1024),
+        guard,
+        model=tiny_model(kind, vocab_size=1024, max_position_embeddings=4096),
+        processing_class=bpe_tokenizer(),
+        train_dataset=rows,
+    )
+    whole = time.perf_counter() - began
+    probes = re.search(r"Recall probes took ([\d.]+) s", caplog.text)
+    assert probes and verdict_row(tmp_path)["verdict"]["recommended"] == "raw"
+    assert float(probes[1]) + guard.session.verdict.seconds < whole / 3
 
 
 def test_a_restore_wins_and_everything_says_so(tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:
