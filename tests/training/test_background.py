@@ -129,6 +129,8 @@ def test_training_goes_on_beside_a_slow_write(base, tmp_path, gate):
     def at_two() -> None:
         assert gate.begun.wait(GATE_SECONDS)
         seen[2] = out.exists()
+        assert seconds(run, "save")
+        time.sleep(sum(seconds(run, "save")))  # the write takes longer than the save did, however slow the machine
         gate.open.set()
         is_done(callback)
         seen["made"] = out.exists()
