@@ -18,7 +18,7 @@ def import_model_code() -> None:
     """Import torch and what all model classes of transformers need; does nothing where they are there.
 
     The import makes a million objects, and nearly all of them stay: looking through them again and again for what
-    could be freed takes a sixth of its time. Without any look they would all be young, and gone through right after it.
+    could be freed takes a sixth of its time. Without any look all would be young, and gone through right after it.
     """
     if "transformers.modeling_utils" in sys.modules:
         return
