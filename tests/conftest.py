@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +26,16 @@ LONGEST = ("distributed/test_ranks.py", "examples/test_examples.py", "docs/test_
 """Files that take minutes. A file runs on one worker: one that began last would run on when all others are done."""
 
 Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(autouse=True)
+def the_package_s_logger() -> Iterator[None]:
+    """Commands run in this process set up the package's logger; the next test finds it as it was."""
+    logger = logging.getLogger("qkguard")
+    handlers, level, propagate = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.propagate = handlers, propagate
+    logger.setLevel(level)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -54,6 +54,7 @@ def test_an_interrupt_is_told_and_raised():
 
 def test_a_rank_that_waits_for_others_says_for_whom(monkeypatch):
     def case(rank: int) -> list[str]:
+        ranks.agree("starting", int)  # from here on all of them are there
         ranks.WARNING_SECONDS = 1.0  # the first look is after two seconds
         lines: list[str] = []
         handler = logging.Handler()
