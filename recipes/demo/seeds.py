@@ -27,7 +27,7 @@ COLUMNS = (
     "recall before",
     "after SFT",
     "restored",
-    "by",
+    "recommended",
     "chains before",
     "after",
     "restored",
