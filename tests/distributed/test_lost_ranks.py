@@ -55,13 +55,13 @@ def test_an_interrupt_is_told_and_raised():
 def test_a_rank_that_waits_for_others_says_for_whom(monkeypatch):
     def case(rank: int) -> list[str]:
         ranks.agree("starting", int)  # from here on all of them are there
-        ranks.WARNING_SECONDS = 1.0  # the first look is after two seconds
+        ranks.WARNING_SECONDS = 3.0  # told at the second look, after four seconds: rank 1's own sign has come by then
         lines: list[str] = []
         handler = logging.Handler()
         handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
         logging.getLogger("qkguard").handlers[:] = [handler]
         if rank == LAST:
-            time.sleep(5)
+            time.sleep(8)
         ranks.agree("writing /a/model", int)
         return lines
 
