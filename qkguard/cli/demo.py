@@ -8,7 +8,6 @@ import shlex
 import sys
 import time
 import warnings
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +16,7 @@ import typer
 
 from qkguard.cli import options as opt
 from qkguard.cli.output import no_loading_bars, print_json, print_table, progress_bar, quiet_transformers, say
+from qkguard.demo.settings import DemoSettings
 from qkguard.errors import QKGuardError
 
 
@@ -24,7 +24,7 @@ def demo(
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder to write; an earlier demo there is replaced.")
     ] = Path("qkguard-demo"),
-    steps: Annotated[int | None, typer.Option(help="SFT steps.", show_default="90")] = None,
+    steps: Annotated[int, typer.Option(help="SFT steps.")] = DemoSettings.steps,
     seed: Annotated[int, typer.Option(help="Seed of training data, order and exam.")] = 0,
     gpu: Annotated[bool, typer.Option("--gpu", help="Train on the GPU.")] = False,
     wandb: Annotated[bool, typer.Option("--wandb", help="Send the run to Weights & Biases.")] = False,
@@ -41,16 +41,14 @@ def demo(
       qkguard demo --out my-demo
       qkguard demo --gpu --wandb
     """
-    if steps is not None and steps < 1:
+    if steps < 1:
         raise QKGuardError(f"Invalid --steps {steps}: expected a whole number >= 1.")
     began = time.monotonic()
     tell = partial(print, file=sys.stderr) if as_json else say
     _quiet(gpu)
-    from qkguard.demo import DemoSettings, run_demo
+    from qkguard.demo import run_demo
 
-    settings = DemoSettings(seed=seed, gpu=gpu, wandb=wandb)
-    if steps is not None:
-        settings = replace(settings, steps=steps)
+    settings = DemoSettings(steps=steps, seed=seed, gpu=gpu, wandb=wandb)
     tell(
         "qkguard demo: what chain-of-thought SFT does to a small hybrid's long-range recall, and what the guard does\n"
         "The base is chosen for the effect: in the head that finds needles, queries are multiplied by "
