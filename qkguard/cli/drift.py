@@ -7,8 +7,15 @@ from typing import Annotated, Any
 import typer
 
 from qkguard.cli import options as opt
-from qkguard.cli.output import print_json, print_table, progress_bar, quiet_transformers, say, warn
-from qkguard.layout.model_code import leave_without_collecting
+from qkguard.cli.output import (
+    leave_without_collecting,
+    print_json,
+    print_table,
+    progress_bar,
+    quiet_transformers,
+    say,
+    warn,
+)
 from qkguard.report.numbers import number
 
 COLUMNS = ("q_rel", "k_rel", "q_1mcos", "k_1mcos", "routing_rel", "q_top_sv", "k_top_sv")

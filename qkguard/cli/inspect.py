@@ -8,9 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from qkguard.cli import options as opt
-from qkguard.cli.output import print_json, print_table, quiet_transformers, say, warn
+from qkguard.cli.output import leave_without_collecting, print_json, print_table, quiet_transformers, say, warn
 from qkguard.errors import QKGuardError
-from qkguard.layout.model_code import leave_without_collecting
 from qkguard.report.numbers import human_bytes
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +20,15 @@ from qkguard.report.numbers import human_bytes, number
 def quiet_transformers() -> None:
     """Keep the library's remarks about configs out of a command's output; the user's own setting wins."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def leave_without_collecting() -> None:
+    """Let this process end without a last look through all objects for what could be freed: most of a second, where
+    the model code of transformers was imported.
+
+    For commands whose files are closed by then: what only the collector would close at the end stays open.
+    """
+    atexit.register(gc.freeze)
 
 
 def no_loading_bars() -> None:

@@ -10,8 +10,14 @@ from typing import Annotated, Any
 import typer
 
 from qkguard.cli import options as opt
-from qkguard.cli.output import drifts, progress_bar, quiet_transformers, show_written, weight_size
-from qkguard.layout.model_code import leave_without_collecting
+from qkguard.cli.output import (
+    drifts,
+    leave_without_collecting,
+    progress_bar,
+    quiet_transformers,
+    show_written,
+    weight_size,
+)
 from qkguard.report.numbers import number, plural
 
 

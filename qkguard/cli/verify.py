@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 
 from qkguard.cli import options as opt
-from qkguard.cli.output import print_json, say, warn
-from qkguard.layout.model_code import leave_without_collecting
+from qkguard.cli.output import leave_without_collecting, print_json, say, warn
 from qkguard.report.numbers import human_bytes
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import gc
 import sys
 from importlib import import_module
@@ -28,11 +27,3 @@ def import_model_code() -> None:
         import_module("transformers.modeling_utils")
     finally:
         gc.set_threshold(*before)
-
-
-def leave_without_collecting() -> None:
-    """Let this process end without a last look through those objects, which takes most of a second.
-
-    For commands whose files are closed by then: what only the collector would close at the end stays open.
-    """
-    atexit.register(gc.freeze)

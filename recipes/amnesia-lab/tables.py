@@ -321,11 +321,11 @@ def explored_table(path: Path) -> str:
     return table(head, body)
 
 
-def study_table(found: Mapping[str, Mapping], trivial: Sequence[str] = TRIVIAL) -> str:
-    """The predictors of the loss of recall, the strongest first; `trivial` are those that need no diagnosis."""
+def study_table(found: Mapping[str, Mapping]) -> str:
+    """The predictors of the loss of recall, the strongest first."""
     rows = []
     for name, row in sorted(found.items(), key=lambda item: -abs(item[1]["correlation"])):
-        best = max(trivial, key=lambda other: abs(found[other]["correlation"]))
+        best = max(TRIVIAL, key=lambda other: abs(found[other]["correlation"]))
         lead = row["leads"][best]
         ahead = "" if row["trivial"] else with_interval(lead["value"], lead["interval"])
         shown = [with_interval(row[k], row[f"{p}interval"]) for k, p in (("correlation", ""), ("within", "within_"))]
