@@ -54,6 +54,14 @@ class Shares:
         shutil.rmtree(self.place, ignore_errors=True)  # a killed process may have left one
         self.place.mkdir()
 
+    def close(self) -> None:
+        """Rank 0 gives up: the place goes at once, before its files go one by one.
+
+        Else another rank that misses one of them would take that for a failure of its own.
+        """
+        with suppress(OSError):
+            self.place.rename(self.place.with_name(f"{SHARES}-closed"))
+
     def leave(self, rank: int, records: list[Record]) -> None:
         """Rank `rank` is done."""
         write_json(self._record(rank), {"records": records})
@@ -161,5 +169,6 @@ def write_together(
         records = write_files(plan, staging.folder, 0, world, progress)
         return complete(plan, staging, records + shares.collect(world, heed), extra)
     except BaseException:
+        shares.close()
         staging.discard()
         raise

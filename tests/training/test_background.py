@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -511,6 +512,30 @@ def test_a_rank_that_nobody_waits_for_gives_up(tmp_path):
         raise ZeroDivisionError("by zero")
     with pytest.raises(ShareError, match="rank 1: ZeroDivisionError: by zero"):
         place.collect(2, no_heed)
+
+
+def test_a_rank_that_writes_while_rank_0_clears_up_has_not_failed(tmp_path, monkeypatch):
+    """Nor does it name itself as the cause: what it misses was taken away."""
+    place = Shares(tmp_path / "new")
+    place.open()
+    told: list[str] = []
+
+    def discard() -> None:  # rank 1 is about to leave its records
+        with pytest.raises(ShareError, match="rank 0 gave up"), shares.telling(place, 1):
+            place.leave(1, [])
+        told.append("gave up")
+
+    def broken(*args: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shares, "write_files", broken)
+    staging: Any = SimpleNamespace(folder=tmp_path / "new", discard=discard)
+    with pytest.raises(OSError, match="No space left"):
+        shares.write_together(None, staging, 2, {}, no_heed)  # type: ignore[arg-type]
+    assert told == ["gave up"] and not (tmp_path / "shares").exists()
+    place.open()
+    with pytest.raises(OSError, match="No space left"), shares.telling(place, 1):
+        broken()  # a failure of its own stays one
 
 
 # -- the end of the process -----------------------------------------------------------------------------------------
