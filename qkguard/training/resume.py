@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,12 +63,14 @@ def holds_only_restored(checkpoint: Path) -> bool:
 def set_aside(made: Path, folder: Path, name: str) -> Path:
     """Move a folder or file of the guard's to `superseded/name` in the run folder; returns its new place.
 
-    The times of the folder around it stay as they are: Trainer's rotation goes by those of checkpoints.
+    Later ones of the same name are `name_2`, `name_3` and so on: a run may start again hundreds of times. The times of
+    the folder around it stay as they are: Trainer's rotation goes by those of checkpoints.
     """
     target = folder / SUPERSEDED / name
     target.parent.mkdir(parents=True, exist_ok=True)
-    while target.exists():
-        target = target.with_name(target.name + "-older")
+    if target.exists():
+        later = (target.with_name(f"{name}_{n}") for n in count(2))
+        target = next(place for place in later if not place.exists())
     before = made.parent.stat()
     shutil.move(made, target)  # the run folder may be on another file system
     os.utime(made.parent, ns=(before.st_atime_ns, before.st_mtime_ns))

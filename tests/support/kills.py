@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,10 @@ def kill_one(folder: Path, model: Any, data: Any, chance: random.Random) -> bool
         os.close(read)
         try:
             train(folder, model, data, begun)
+        except BaseException:
+            traceback.print_exc()
         finally:
+            sys.stderr.flush()
             os._exit(1)
     os.close(begun)
     for _ in range(chance.randint(1, 3)):

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from qkguard import QKGuardCallback
+from qkguard.training.resume import set_aside
 from tests.support import judge
 from tests.support.training import arguments, make_trainer, save_base, token_rows, train
 
@@ -110,6 +111,17 @@ def test_a_restored_folder_never_outlives_a_rewritten_checkpoint(base, tmp_path)
     trainer.add_callback(PutBack())
     trainer.train()
     assert not (run / "checkpoint-2/qk_restored").exists()
+
+
+def test_a_run_may_start_again_hundreds_of_times(tmp_path):
+    """What is set aside again and again keeps short names, in order: a name that grew would be refused by the disk."""
+    for n in range(300):
+        (tmp_path / "checkpoint-1").mkdir()
+        (tmp_path / "checkpoint-1/n").write_text(str(n))
+        moved = set_aside(tmp_path / "checkpoint-1", tmp_path / "run", "checkpoint-1")
+        assert (moved / "n").read_text() == str(n)
+    names = {f"checkpoint-1_{n}" for n in range(2, 301)} | {"checkpoint-1"}
+    assert {path.name for path in (tmp_path / "run/superseded").iterdir()} == names
 
 
 def test_rows_kept_by_an_earlier_training_are_set_aside(base, tmp_path):
