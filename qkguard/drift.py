@@ -20,9 +20,9 @@ from qkguard.layout.heads import find_heads
 from qkguard.layout.selection import Selection
 from qkguard.layout.spec import AttentionSpec, Block, ParamMap
 
-# Elements at a time. CPU: small enough to stay in the cache; accelerators: large enough to be bound by memory.
+# Elements at a time. CPU: small enough to stay in the cache; accelerators: few launches, and 120 MB of memory at most.
 CPU_CHUNK = 1 << 18
-ACCELERATOR_CHUNK = 1 << 24
+ACCELERATOR_CHUNK = 1 << 23
 
 
 class Sums(NamedTuple):
@@ -50,34 +50,33 @@ class Sums(NamedTuple):
         return max(0.0, self.moved - longer**2) / (2 * norm * norm0)
 
 
-def difference_sums(live: Array, pre: Array) -> Array:
-    """[|W - W0|^2, <W0, W - W0>] of two 1-D arrays of equal length and any float dtype.
+def difference_sums(live: Array, pre: Array) -> list[tuple[Array, Array]]:
+    """|W - W0|^2 and <W0, W - W0> of two 1-D arrays of equal length and any float dtype, chunk by chunk.
 
-    Returns float64 on `live`'s device. Differences are taken in float32; chunks are summed in float32 by `sum`, whose
-    cascade (numpy's and torch's) keeps 1e-7 where a dot product loses 1e-5, and added in float64.
+    Returns float32 scalars on `live`'s device, to be added in float64. Differences are taken in float32; chunks are
+    summed in float32 by `sum`, whose cascade (numpy's and torch's) keeps 1e-7 where a dot product loses 1e-5. On an
+    accelerator nothing here waits, and few kernels are launched: of many small weights the launches take longest.
     """
-    out = zeros(2, live)
-    for w0, delta in _chunks(live, pre):
-        out += library(live).stack([(delta * delta).sum(), (w0 * delta).sum()])
-    return out
+    return [((delta * delta).sum(), (w0 * delta).sum()) for w0, delta in _chunks(live, pre)]
 
 
 def square_sum(array: Array) -> float:
     """|W|^2 of a 1-D array with the accumulation of `difference_sums`."""
     total = zeros((), array)
-    for w, _ in _chunks(array, array):
+    for start in range(0, len(array), CPU_CHUNK):
+        w = single(array[start : start + CPU_CHUNK])
         total += (w * w).sum()
     return float(total)
 
 
 def _chunks(live: Array, pre: Array) -> Iterator[tuple[Array, Array]]:
-    """(W0, W - W0) of two 1-D arrays in float32, some elements at a time, where `live` is."""
-    chunk = CPU_CHUNK if _on_cpu(live) else ACCELERATOR_CHUNK
+    """W0 and, in float32, W - W0 of two 1-D arrays, some elements at a time, where `live` is."""
+    on_cpu = _on_cpu(live)
+    chunk = CPU_CHUNK if on_cpu else ACCELERATOR_CHUNK
     for start in range(0, len(live), chunk):
         before = pre[start : start + chunk]
-        if not isinstance(before, np.ndarray):
-            before = before.to(live.device, non_blocking=True)  # and converted there
-        w0 = single(before)
+        # an accelerator converts W0 in the kernels that read it
+        w0 = single(before) if on_cpu else before.to(live.device, non_blocking=True)
         yield w0, single(live[start : start + chunk]) - w0
 
 
@@ -93,7 +92,8 @@ def add(sums: Sequence[Sums]) -> Sums:
 def rows_drift(post: Array, pre: Array) -> Sums:
     """The sums of drift over two arrays of one shape, `pre` before SFT."""
     out = zeros(3, post)
-    for w0, delta in _chunks(post.reshape(-1), pre.reshape(-1)):
+    for before, delta in _chunks(post.reshape(-1), pre.reshape(-1)):
+        w0 = single(before)
         out += library(post).stack([(delta * delta).sum(), (w0 * delta).sum(), (w0 * w0).sum()])
     return Sums(*out.tolist())
 

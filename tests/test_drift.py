@@ -17,7 +17,9 @@ def _pair(scale, dtype=torch.float32, shape=(96, 4096), seed=0):
 
 
 def _sums(w, w0):
-    moved, cross = difference_sums(w.reshape(-1), w0.reshape(-1)).tolist()
+    moved, cross = (
+        sum(map(float, part)) for part in zip(*difference_sums(w.reshape(-1), w0.reshape(-1)), strict=True)
+    )
     return Sums(moved, cross, square_sum(w0.reshape(-1)))
 
 

@@ -14,7 +14,7 @@ from qkguard.errors import QKGuardError, current_names
 from qkguard.training.attempt import LATER, attempt
 from qkguard.training.resume import set_aside_alone
 from qkguard.training.run_folder import run_folder
-from qkguard.training.schedules import is_due
+from qkguard.training.schedules import is_due, step_comes_next
 from qkguard.training.session import Session
 
 if TYPE_CHECKING:  # pydantic doubles the time that `from qkguard import QKGuardCallback` takes
@@ -89,10 +89,11 @@ class QKGuardCallback(TrainerCallback):
     ) -> None:
         if self.session:
             self.session.look(state.global_step)
-            self.session.measure(
+            self.session.drift.measure(
                 state.global_step,
                 drift=is_due(self.config.drift_steps, state.global_step, control.should_log),
                 routing=is_due(self.config.routing_drift_steps, state.global_step, control.should_log),
+                beside=step_comes_next(state, control),
             )
             if control.should_save:  # a checkpoint without a reference could not be resumed
                 self.session.reference_written()
@@ -108,6 +109,7 @@ class QKGuardCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.session:
+            self.session.drift.settle()
             self.session.final_verdict.keep_heldout(kwargs.get("eval_dataloader"))
             self.session.recall_monitor.at_evaluation(state, control)
 
@@ -117,7 +119,7 @@ class QKGuardCallback(TrainerCallback):
         if self.session and control.should_save:
             self.session.reference_written()
         if self.session and control.should_log:  # logging_strategy="epoch"; what a step logged has reset the flag
-            self.session.measure(
+            self.session.drift.measure(
                 state.global_step,
                 drift=self.config.drift_steps == "logging",
                 routing=self.config.routing_drift_steps == "logging",
@@ -162,7 +164,9 @@ class QKGuardCallback(TrainerCallback):
         """Measure what the training came to, and write the final models; ALL ranks must call this."""
         assert self.session is not None
         step = self.session.note_end(state)
-        self.session.measure(step, drift=bool(self.config.drift_steps), routing=bool(self.config.routing_drift_steps))
+        self.session.drift.measure(
+            step, drift=bool(self.config.drift_steps), routing=bool(self.config.routing_drift_steps)
+        )
         self.session.recall_monitor.at_end(step, control)
         self.session.give_verdict(step, loader)
         self.session.background.finish()

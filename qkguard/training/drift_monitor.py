@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,16 +25,28 @@ from qkguard.drift import (
     square_sum,
 )
 from qkguard.layout.spec import ParamMap
+from qkguard.training.side_stream import SideStream
+
+
+class Started(NamedTuple):
+    """Of each piece of this rank's shards the number of weight and role, and two sums (pieces, 2) on its device."""
+
+    keys: list[int]
+    sums: Tensor
 
 
 class DriftMonitor:
     """Measures how far a live, possibly sharded model has moved from its reference; ALL ranks must call its methods.
 
     For adapters, `qkguard.adapters.drift.AdapterDriftMonitor` gives the same metrics.
+
+    Attributes:
+        side: where an accelerator works out the sums of drift; wait for it before the weights change.
     """
 
     def __init__(self, reference: Reference) -> None:
         self.reference, self.selection = reference, reference.selection
+        self.side = SideStream()
         self._role_slices = {name: pmap.role_slices(*reference.spans[name]) for name, pmap in reference.maps.items()}
         self._keys = [(name, role) for name, pmap in reference.maps.items() for role in _roles(pmap)]
         self._base_sums = {key: self._base_sum(*key) for key in self._keys}  # |W0|^2 of this rank's rows
@@ -42,7 +55,6 @@ class DriftMonitor:
         kept = self.reference.slices[name]
         return sum(square_sum(kept[rows.compact]) for rows in self._role_slices[name] if rows.role == role)
 
-    @torch.no_grad()
     def measure(
         self, model: nn.Module, deferred: ranks.Deferred, *, drift: bool = True, routing: bool = False
     ) -> tuple[dict[str, float], dict[str, list[float]]]:
@@ -52,17 +64,39 @@ class DriftMonitor:
         small all-reduce. With `routing`, routing drift and top singular values too: the weights are gathered a layer
         at a time, and the layers are dealt out over the ranks.
         """
-        parts: dict[str, Tensor] = {}
-        params = deferred.run(partial(self.reference.params, model))
-        sums = deferred.run(partial(self._sums, params)) if drift and params is not None else None
-        exchange = deferred.run(self.reference.exchange) if routing else None
+        started = deferred.run(partial(self.start, model)) if drift else None
+        gathering = deferred.run(partial(self._ready_to_gather, model)) if routing else None
+        return self._finish(started, gathering, deferred)
+
+    @torch.no_grad()
+    def start(self, model: nn.Module) -> Started:
+        """Begin to measure the weights as they are now, where they lie; every rank by itself. `finish` reads it."""
+        params = self.reference.params(model)
+        return self.side.run(partial(self._difference_sums, params))
+
+    def finish(self, started: Started | None, deferred: ranks.Deferred) -> dict[str, float]:
+        """The metrics of what `start` began, None on a rank where that failed; ALL ranks must call this."""
+        return self._finish(started, None, deferred)[0]
+
+    def _ready_to_gather(self, model: nn.Module) -> tuple[dict[str, Param], collectives.Exchange]:
+        return self.reference.params(model), self.reference.exchange()
+
+    @torch.no_grad()
+    def _finish(
+        self,
+        started: Started | None,
+        gathering: tuple[dict[str, Param], collectives.Exchange] | None,
+        deferred: ranks.Deferred,
+    ) -> tuple[dict[str, float], dict[str, list[float]]]:
+        with self.side.stream():  # here and below not behind the training's own work
+            sums = None if started is None else deferred.run(partial(self._sums, started))
         deferred.agree()
-        if sums is not None:
-            parts["sums"] = sums
-        if exchange is not None and params is not None:
-            layers = self._layer_routing(params, exchange, deferred)
+        parts: dict[str, Tensor] = {} if sums is None else {"sums": sums}
+        if gathering is not None:
+            layers = self._layer_routing(*gathering, deferred)
             parts["routing"] = as_tensor(routing_table(self.selection, layers))
-        total = collectives.agreed_sums(parts, deferred)
+        with self.side.stream():
+            total = collectives.agreed_sums(parts, deferred)
         metrics: dict[str, float] = {}
         heads: dict[str, list[float]] = {}
         if "sums" in total:
@@ -73,18 +107,25 @@ class DriftMonitor:
             metrics |= found
         return metrics, heads
 
-    def _sums(self, params: dict[str, Param]) -> Tensor:
-        """This rank's part of the sums of drift, (weights and roles, 3)."""
-        sums = torch.zeros(len(self._keys), 3, dtype=torch.float64)
-        on_device: list[tuple[int, Tensor]] = []  # read back at the end: an accelerator is synchronised only once
+    def _difference_sums(self, params: dict[str, Param]) -> Started:
+        keys, found = [], []
         for i, (name, role) in enumerate(self._keys):
             live, kept = self.reference.live(params, name), self.reference.slices[name]
-            sums[i, 2] = self._base_sums[name, role]
             for rows in self._role_slices[name]:
                 if rows.role == role:
-                    on_device.append((i, difference_sums(live[rows.flat], kept[rows.compact])))
-        for i, pair in on_device:
-            sums[i, :2] += pair.cpu()
+                    pieces = difference_sums(live[rows.flat], kept[rows.compact])
+                    keys += [i] * len(pieces)
+                    found += [number for pair in pieces for number in pair]
+        if not found:
+            return Started(keys, torch.zeros(0, 2))
+        device = found[0].device  # a process may have spread its layers over several
+        return Started(keys, torch.stack([number.to(device) for number in found]).view(-1, 2))
+
+    def _sums(self, started: Started) -> Tensor:
+        """This rank's part of the sums of drift, (weights and roles, 3) in float64, once they are there."""
+        sums = torch.zeros(len(self._keys), 3, dtype=torch.float64)
+        sums[:, 2] = torch.tensor([self._base_sums[key] for key in self._keys], dtype=torch.float64)
+        sums[:, :2].index_add_(0, torch.tensor(started.keys, dtype=torch.int64), started.sums.cpu().double())
         return sums
 
     def _layer_routing(

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState
 
 
 def is_due(schedule: int | Literal["logging"], step: int, logging_now: bool) -> bool:
@@ -12,6 +15,12 @@ def is_due(schedule: int | Literal["logging"], step: int, logging_now: bool) -> 
     if schedule == "logging":
         return logging_now
     return schedule > 0 and step % schedule == 0
+
+
+def step_comes_next(state: TrainerState, control: TrainerControl) -> bool:
+    """Whether the trainer goes from a step's end to the next step, as far as it knows by then."""
+    stops = control.should_save or control.should_evaluate or control.should_epoch_stop or control.should_training_stop
+    return not stops and state.global_step < state.max_steps
 
 
 def pace(schedule: int | Literal["logging"]) -> str:

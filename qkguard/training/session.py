@@ -29,6 +29,7 @@ from qkguard.report.run import METRICS, RETRIEVAL_LAYERS
 from qkguard.restore.registry import check_per_layer
 from qkguard.training.attempt import LATER, attempt
 from qkguard.training.background import BackgroundWriter, Save, Write
+from qkguard.training.drift_log import DriftLog
 from qkguard.training.final_verdict import FinalVerdict, RunVerdict
 from qkguard.training.full_weights import FullWeights
 from qkguard.training.metrics_log import MetricsLog, Tracker
@@ -47,8 +48,6 @@ if TYPE_CHECKING:  # pydantic and PEFT double the time that `from qkguard import
 
 logger = logging.getLogger(__name__)
 
-WITHOUT_DRIFT = "drift_steps=0 trains without measuring it."
-
 
 class Session:
     """The guard of one model and one run folder, over one `train()` or several.
@@ -63,8 +62,7 @@ class Session:
         weights: how full weights, or adapters, are measured, swapped and written.
         recall_monitor: probes recall.
         metrics_log: rank 0's log of this `train()`; None on other ranks.
-        drift: the last drift metrics of this `train()`, with the "step" they were measured at ("routing_step" for
-            routing drift).
+        drift: measures drift in this `train()`.
         final_step: once training has ended, the step that the live weights are from.
         saved: step -> the checkpoint that Trainer saved then, of this `train()`.
         final_verdict: measures which model to ship when this `train()` ends.
@@ -144,7 +142,8 @@ class Session:
         self.saved: dict[int, Path] = {}
         self._seen_saves = SeenSaves()
         self.reloads_best = bool(args.load_best_model_at_end)
-        self.drift: dict[str, float] = {}
+        monitor, strict = self.weights.drift_monitor, self.config.strict
+        self.drift = DriftLog(monitor, self.model, self.publish, self.raise_owed, strict=strict)
         self.final_step: int | None = None
         self._owed: QKGuardError | None = None
         self.metrics_log = ranks.agree("opening the run folder", partial(self._open_folders, args, state))
@@ -187,22 +186,6 @@ class Session:
 
     # -- measuring ---------------------------------------------------------------------------------------------------
 
-    def measure(self, step: int, *, drift: bool, routing: bool) -> None:
-        """Measure what is asked for and publish it; ALL ranks must call this. `step`: that of the live weights."""
-        monitor = self.weights.drift_monitor
-        if monitor is None or not (drift or routing):
-            return
-        started = time.perf_counter()
-        deferred = ranks.Deferred("measuring drift")
-        deferred.run(self.raise_owed)
-        with attempt(f"measuring drift at step {step}", strict=self.config.strict, advice=WITHOUT_DRIFT):
-            metrics, heads = monitor.measure(self.model, deferred, drift=drift, routing=routing)
-            if any(value != value for value in metrics.values()) and ranks.rank() == 0:
-                logger.warning("Drift is not a number at step %d: the queries or keys hold NaN or Inf.", step)
-            self.drift |= metrics | ({"step": step} if drift else {}) | ({"routing_step": step} if routing else {})
-            metrics["qkguard/overhead/drift_seconds"] = time.perf_counter() - started
-            self.publish(metrics, step, {"routing_rel_per_head": heads} if routing else None)
-
     def give_verdict(self, step: int, train_loader: Any) -> None:
         """Training has ended: measure which model to ship, and say so; ALL ranks must call this."""
         self.verdict = self.final_verdict.give(step, train_loader, self.publish)
@@ -218,6 +201,7 @@ class Session:
 
     def finish(self) -> None:
         """Training is over: write the run's page, and send its final numbers to the trackers; ALL ranks."""
+        self.drift.close()
         summary = self._summary()
 
         def write_page(log: MetricsLog) -> None:
@@ -238,7 +222,7 @@ class Session:
         summary: dict[str, float | str] = {
             f"recall_{which}": probes[which]["recall"] for which in ("before", "raw", "restored") if which in probes
         }
-        over_layers = {key: value for key, value in self.drift.items() if key.count("/") == 2}
+        over_layers = {key: value for key, value in self.drift.last.items() if key.count("/") == 2}
         summary |= {key.rpartition("/")[2]: value for key, value in over_layers.items()}
         if self.verdict is not None:
             summary |= {"recommended": self.verdict.recommended.name, "verdict": " ".join(self.verdict.words)}
@@ -366,8 +350,9 @@ class Session:
         self._report_save(written, save, time.perf_counter() - started)
 
     def _record(self, step: int) -> dict[str, Any]:
-        """What manifests say of the training so far; a copy, because the training goes on."""
-        record: dict[str, Any] = {"step": step, "drift": self.drift}
+        """What manifests say of the training so far; a copy, because that goes on. ALL ranks must call this."""
+        self.drift.settle()
+        record: dict[str, Any] = {"step": step, "drift": self.drift.last}
         probes = self.recall_monitor.summary
         if self.retrieval is not None:
             record["retrieval"] = self.retrieval.summary()

@@ -54,12 +54,13 @@ RUNS = {"plain": None, "guarded": GUARDED | {"probe_steps": "0"}, "again": None,
 
 
 def synchronize() -> None:
+    """Wait for the training's own stream: what the guard begins beside a step need not be done."""
     if CUDA:
-        torch.cuda.synchronize()
+        torch.cuda.current_stream().synchronize()
 
 
 class Clock(TrainerCallback):
-    """Wall time at the starts of steps and around saves, the accelerator idle; comes before the guard."""
+    """Wall time at the starts of steps and around saves, the training's work done; comes before the guard."""
 
     def __init__(self, guard: QKGuardCallback | None) -> None:
         self.guard = guard

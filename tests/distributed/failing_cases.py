@@ -16,6 +16,7 @@ from qkguard import QKGuardCallback
 from qkguard.checkpoint import reference_file
 from qkguard.distributed import ranks
 from qkguard.training import drift_monitor
+from qkguard.training.side_stream import SideStream
 from tests.distributed.cases import base_model, raises, rank, reset
 from tests.distributed.probing_cases import lines_into
 from tests.support.training import arguments, make_trainer, train
@@ -108,3 +109,18 @@ def agreements(folder: Path) -> None:
     (start,) = [count for event, count in seen[0] if event == "begin"]
     saves = [count for event, count in seen[0] if event == "save"]
     assert (start, saves) == (7, [3, 4, 4]), (start, saves)
+
+
+def agreements_beside(folder: Path) -> None:
+    """Drift that is worked out beside the next step has its one agreement when that has ended."""
+    reset()
+    base = base_model(folder)
+    before, behind = Counting(), Counting()
+    trainer = make_trainer(base, arguments(folder, logging_steps=2, max_steps=8, save_steps=8))
+    for callback in (before, QKGuardCallback(routing_drift_steps=6, probe_steps=0), behind):
+        trainer.add_callback(callback)
+    with pytest.MonkeyPatch.context() as patch:  # as on an accelerator
+        patch.setattr(SideStream, "goes_beside", property(lambda side: side._steps_seen))
+        trainer.train()
+    spent = [two[1] - one[1] for one, two in zip(before.counts, behind.counts, strict=True) if one[0] == "step"]
+    assert spent == [0, 0, 1, 0, 1, 1, 0, 2], spent  # at 6 with routing, at 8 before the save, which waits

@@ -1,0 +1,145 @@
+"""Drift that is worked out beside the next step: the same numbers, of the same steps, before anything reads them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import optimizer
+from transformers import TrainerCallback
+
+from qkguard import QKGuardCallback
+from qkguard.training.side_stream import SideStream
+from tests.support.judge import metrics_rows
+from tests.support.training import arguments, make_trainer, save_base
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return save_base(tmp_path_factory.mktemp("base") / "llama", "llama")
+
+
+def guard(**options) -> QKGuardCallback:
+    return QKGuardCallback(**{"strict": True, "probe_steps": 0, "routing_drift_steps": 0} | options)
+
+
+@pytest.fixture
+def beside(monkeypatch) -> None:
+    """As on an accelerator, but the work is done when it is begun."""
+    monkeypatch.setattr(SideStream, "goes_beside", property(lambda side: side._steps_seen))
+
+
+def drift_rows(run: Path) -> list[dict]:
+    there = (run / "_qkguard/metrics.jsonl").exists()
+    rows = [row for row in metrics_rows(run) if "qkguard/drift/q_rel" in row] if there else []
+    return [{key: value for key, value in row.items() if "overhead" not in key} for row in rows]
+
+
+class Look(TrainerCallback):
+    """Of which steps there is drift in the file when a step has ended; stands behind the guard."""
+
+    def __init__(self, run: Path, save_after: int | None = None) -> None:
+        self.run, self.save_after, self.seen = run, save_after, []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seen.append([row["step"] for row in drift_rows(self.run)])
+        if state.global_step == self.save_after:
+            control.should_save = True
+
+
+def trained(base: Path, folder: Path, own: QKGuardCallback | None = None, after: int | None = None, **options) -> Look:
+    look = Look(folder / "run", after)
+    args = arguments(folder, **{"max_steps": 5, "save_steps": 3} | options)
+    trainer = make_trainer(base, args, own or guard())
+    trainer.add_callback(look)
+    trainer.train()
+    return look
+
+
+def test_rows_are_those_of_measuring_at_once(base, tmp_path, monkeypatch):
+    at_once = trained(base, tmp_path / "at once")
+    monkeypatch.setattr(SideStream, "goes_beside", property(lambda side: side._steps_seen))
+    later = trained(base, tmp_path / "beside")
+    assert at_once.seen == [[1], [1, 2], [1, 2, 3], [1, 2, 3, 4], [1, 2, 3, 4, 5]]
+    assert later.seen == [[], [1], [1, 2, 3], [1, 2, 3], [1, 2, 3, 4, 5]]  # a save follows 3, and nothing follows 5
+    assert drift_rows(tmp_path / "beside/run") == drift_rows(tmp_path / "at once/run")
+    trained(base, tmp_path / "other", learning_rate=1e-3)
+    assert drift_rows(tmp_path / "other/run") != drift_rows(tmp_path / "at once/run")
+
+
+def test_a_save_that_nobody_announced_has_the_drift_of_its_step(base, tmp_path, beside):
+    """Another callback asks for it when the measurement is already under way."""
+    trained(base, tmp_path, after=4, save_steps=100)
+    manifest = json.loads((tmp_path / "run/checkpoint-4/qk_restored/qkguard.json").read_text())
+    assert manifest["drift"]["step"] == 4
+    (row,) = [row for row in drift_rows(tmp_path / "run") if row["step"] == 4]
+    assert manifest["drift"]["qkguard/drift/q_rel"] == row["qkguard/drift/q_rel"] > 0
+
+
+def test_what_fails_is_told_for_its_step_and_training_goes_on(base, tmp_path, beside, monkeypatch, caplog):
+    def broken(*args):
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr("qkguard.training.drift_monitor.difference_sums", broken)
+    logging.getLogger("qkguard").propagate = True
+    with caplog.at_level(logging.ERROR, logger="qkguard"):
+        trained(base, tmp_path, guard(strict=False))
+    told = [record.getMessage() for record in caplog.records]
+    assert [f"Measuring drift at step {n} failed: RuntimeError: boom" in line for n, line in enumerate(told, 1)][:5]
+    assert len(told) == 6, "every step, and the end"
+    with pytest.raises(RuntimeError, match="boom"):
+        trained(base, tmp_path / "strict")
+
+
+def test_nothing_goes_beside_where_the_optimizer_does_not_announce_its_steps(base, tmp_path, beside, monkeypatch):
+    monkeypatch.setattr(SideStream, "_before_step", lambda *_: None)
+    assert trained(base, tmp_path).seen == [[1], [1, 2], [1, 2, 3], [1, 2, 3, 4], [1, 2, 3, 4, 5]]
+
+
+def test_no_hook_is_left_on_optimizers(base, tmp_path):
+    before, seen = dict(optimizer._global_optimizer_pre_hooks), []
+
+    class During(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            seen.append(len(optimizer._global_optimizer_pre_hooks) - len(before))
+
+    trainer = make_trainer(base, arguments(tmp_path), guard())
+    trainer.add_callback(During())
+    trainer.train()
+    assert optimizer._global_optimizer_pre_hooks == before and set(seen) == {1}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("listens", [True, False])
+def test_weights_wait_for_what_reads_them(listens):
+    """A slow reader beside a step; without the wait it would see the weights of the next one."""
+    weight = nn.Parameter(torch.zeros(1 << 20, device="cuda"))
+    sgd = torch.optim.SGD([weight], lr=1.0)
+    side = SideStream()
+    if listens:
+        side.listen()
+
+    def slow() -> torch.Tensor:
+        torch.cuda._sleep(500_000_000)  # a quarter of a second of cycles
+        return weight.detach().clone()
+
+    seen = side.run(slow)
+    weight.grad = torch.ones_like(weight)
+    sgd.step()
+    torch.cuda.synchronize()
+    side.close()
+    assert float(seen.abs().max()) == (0.0 if listens else 1.0) and float(weight.detach().max()) == -1.0
+
+
+@pytest.mark.gpu
+def test_numbers_on_a_gpu_are_those_of_measuring_at_once(base, tmp_path, monkeypatch):
+    gpu = {"use_cpu": False, "max_steps": 8, "save_steps": 100}
+    later = trained(base, tmp_path / "beside", **gpu)
+    monkeypatch.setattr(SideStream, "goes_beside", False)
+    at_once = trained(base, tmp_path / "at once", **gpu)
+    assert later.seen[1] == [1] and at_once.seen[1] == [1, 2]
+    assert drift_rows(tmp_path / "beside/run") == drift_rows(tmp_path / "at once/run")
