@@ -9,9 +9,9 @@ W0 is before SFT, W now. Everything is computed from differences W - W0 with flo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import isfinite, sqrt
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -20,9 +20,13 @@ from qkguard.layout.heads import find_heads
 from qkguard.layout.selection import Selection
 from qkguard.layout.spec import AttentionSpec, Block, ParamMap
 
-# Elements at a time. CPU: small enough to stay in the cache; accelerators: few launches, and 120 MB of memory at most.
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Elements at a time. CPU: small enough to stay in the cache; accelerators: large enough to be bound by memory.
 CPU_CHUNK = 1 << 18
-ACCELERATOR_CHUNK = 1 << 23
+ACCELERATOR_CHUNK = 3 << 22  # 150 MB at most
+ROW = 1 << 14  # elements that an accelerator adds up in float32
 
 
 class Sums(NamedTuple):
@@ -50,33 +54,80 @@ class Sums(NamedTuple):
         return max(0.0, self.moved - longer**2) / (2 * norm * norm0)
 
 
-def difference_sums(live: Array, pre: Array) -> list[tuple[Array, Array]]:
-    """|W - W0|^2 and <W0, W - W0> of two 1-D arrays of equal length and any float dtype, chunk by chunk.
+def difference_sums(live: Array, pre: Array) -> Array:
+    """[|W - W0|^2, <W0, W - W0>] of two 1-D arrays of equal length and any float dtype.
 
-    Returns float32 scalars on `live`'s device, to be added in float64. Differences are taken in float32; chunks are
-    summed in float32 by `sum`, whose cascade (numpy's and torch's) keeps 1e-7 where a dot product loses 1e-5. On an
-    accelerator nothing here waits, and few kernels are launched: of many small weights the launches take longest.
+    Returns float64 on `live`'s device. Differences are taken in float32; chunks are summed in float32 by `sum`, whose
+    cascade (numpy's and torch's) keeps 1e-7 where a dot product loses 1e-5, and added in float64.
     """
-    return [((delta * delta).sum(), (w0 * delta).sum()) for w0, delta in _chunks(live, pre)]
+    out = zeros(2, live)
+    for w0, delta in _chunks(live, pre):
+        out += library(live).stack([(delta * delta).sum(), (w0 * delta).sum()])
+    return out
+
+
+def launch_sums(pieces: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """`difference_sums` of many (W, W0), 1-D, begun on the accelerator of W; nothing here waits for it.
+
+    Weights are joined, because launching kernels would take longer than running them. Returns (rows, 2) in float32 of
+    some weights each: of every weight, one row after the other of `row_counts`, to be added in float64.
+    """
+    groups: list[list[tuple[Tensor, Tensor]]] = []
+    room, kind = 0, None
+    for live, pre in pieces:
+        for start in range(0, len(live), ACCELERATOR_CHUNK):
+            piece = live[start : start + ACCELERATOR_CHUNK], pre[start : start + ACCELERATOR_CHUNK]
+            size = _padded(len(piece[0]))
+            if size > room or kind != (live.device, pre.dtype):
+                groups.append([])
+                room, kind = ACCELERATOR_CHUNK, (live.device, pre.dtype)
+            groups[-1].append(piece)
+            room -= size
+    return [_launch(group) for group in groups]
+
+
+def row_counts(lengths: Iterable[int]) -> list[int]:
+    """Into how many rows `launch_sums` divides weights of so many elements."""
+    return [_padded(length) // ROW for length in lengths]
+
+
+def _padded(length: int) -> int:
+    return -(-length // ROW) * ROW
+
+
+def _launch(group: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """(rows, 2) of weights that fit a chunk together; zeros after a weight's end add nothing to its last row."""
+    import torch
+
+    live, pre = group[0]
+    size = sum(_padded(len(live)) for live, _ in group)
+    before = torch.zeros(size, dtype=pre.dtype, device=live.device)
+    delta = torch.zeros(size, dtype=torch.float32, device=live.device)
+    start = 0
+    for live, pre in group:
+        before[start : start + len(pre)].copy_(pre, non_blocking=True)
+        delta[start : start + len(live)].copy_(live)
+        start += _padded(len(live))
+    delta -= before
+    return torch.stack([(factor * delta).view(-1, ROW).sum(1) for factor in (delta, before)], dim=1)
 
 
 def square_sum(array: Array) -> float:
     """|W|^2 of a 1-D array with the accumulation of `difference_sums`."""
     total = zeros((), array)
-    for start in range(0, len(array), CPU_CHUNK):
-        w = single(array[start : start + CPU_CHUNK])
+    for w, _ in _chunks(array, array):
         total += (w * w).sum()
     return float(total)
 
 
 def _chunks(live: Array, pre: Array) -> Iterator[tuple[Array, Array]]:
-    """W0 and, in float32, W - W0 of two 1-D arrays, some elements at a time, where `live` is."""
-    on_cpu = _on_cpu(live)
-    chunk = CPU_CHUNK if on_cpu else ACCELERATOR_CHUNK
+    """(W0, W - W0) of two 1-D arrays in float32, some elements at a time, where `live` is."""
+    chunk = CPU_CHUNK if _on_cpu(live) else ACCELERATOR_CHUNK
     for start in range(0, len(live), chunk):
         before = pre[start : start + chunk]
-        # an accelerator converts W0 in the kernels that read it
-        w0 = single(before) if on_cpu else before.to(live.device, non_blocking=True)
+        if not isinstance(before, np.ndarray):
+            before = before.to(live.device, non_blocking=True)  # and converted there
+        w0 = single(before)
         yield w0, single(live[start : start + chunk]) - w0
 
 
@@ -92,8 +143,7 @@ def add(sums: Sequence[Sums]) -> Sums:
 def rows_drift(post: Array, pre: Array) -> Sums:
     """The sums of drift over two arrays of one shape, `pre` before SFT."""
     out = zeros(3, post)
-    for before, delta in _chunks(post.reshape(-1), pre.reshape(-1)):
-        w0 = single(before)
+    for w0, delta in _chunks(post.reshape(-1), pre.reshape(-1)):
         out += library(post).stack([(delta * delta).sum(), (w0 * delta).sum(), (w0 * w0).sum()])
     return Sums(*out.tolist())
 
@@ -291,12 +341,13 @@ def layer_metrics(selection: Selection, sums: Mapping[tuple[str, str], Sums]) ->
     a layer, as one vector); biases have their own numbers in `drift_report`.
     """
     per_layer: dict[str, float] = {}
+    of_weight: dict[str, list[tuple[str, Sums]]] = {}
+    for (name, roles), found in sums.items():
+        of_weight.setdefault(name, []).append((roles, found))
     for i, (_, maps) in enumerate(selection):
         weights = [param.name for param in maps if param.kind == "weight"]
         for role in "qk":
-            own = []
-            for weight in weights:
-                own += [found for (name, roles), found in sums.items() if name == weight and role in roles]
+            own = [found for weight in weights for roles, found in of_weight.get(weight, []) if role in roles]
             drift = _role_drift(role, own)
             per_layer |= {f"{layer_label(i, selection)}/{name}": value for name, value in drift.items()}
     return _summarised(per_layer, ("q_rel", "k_rel"))

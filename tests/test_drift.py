@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from qkguard.drift import Sums, difference_sums, routing_drift, square_sum, top_singular_value
+from qkguard.drift import (
+    ROW,
+    Sums,
+    difference_sums,
+    launch_sums,
+    routing_drift,
+    row_counts,
+    square_sum,
+    top_singular_value,
+)
 
 SCALES = [1e-2, 1e-3, 1e-4, 1e-5, 1e-6]
 
@@ -17,9 +26,7 @@ def _pair(scale, dtype=torch.float32, shape=(96, 4096), seed=0):
 
 
 def _sums(w, w0):
-    moved, cross = (
-        sum(map(float, part)) for part in zip(*difference_sums(w.reshape(-1), w0.reshape(-1)), strict=True)
-    )
+    moved, cross = difference_sums(w.reshape(-1), w0.reshape(-1)).tolist()
     return Sums(moved, cross, square_sum(w0.reshape(-1)))
 
 
@@ -41,6 +48,24 @@ def test_bfloat16_drift_is_that_of_the_stored_values():
     w, w0 = _pair(1e-2, torch.bfloat16)
     a, b = w.double().numpy(), w0.double().numpy()
     assert _sums(w, w0).rel == pytest.approx(np.linalg.norm(a - b) / np.linalg.norm(b), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_of_joined_weights_are_those_of_each(dtype, monkeypatch):
+    """What an accelerator runs, over weights of uneven lengths, one of them longer than a chunk."""
+    monkeypatch.setattr("qkguard.drift.ACCELERATOR_CHUNK", 4 * ROW)
+    lengths = [100, ROW, 3 * ROW + 1, 9 * ROW + 5, 1, 2 * ROW]
+    pairs = [_pair(1e-3, dtype, (length,), seed) for seed, length in enumerate(lengths)]
+    found = launch_sums(pairs)
+    assert all(len(rows) <= 4 for rows in found) and len(found) < len(lengths) + 2, "joined, and of bounded size"
+    of_weight = torch.cat(found).double().split(row_counts(lengths))
+    assert len(of_weight) == len(pairs)
+    for rows, (w, w0) in zip(of_weight, pairs, strict=True):
+        a, b = w.double(), w0.double()
+        moved, cross = rows.sum(0).tolist()
+        assert moved == pytest.approx(float(((a - b) ** 2).sum()), rel=1e-6)
+        assert cross == pytest.approx(float((b * (a - b)).sum()), abs=1e-6 * float(a.norm() * (a - b).norm()))
+    assert float(of_weight[0].sum(0)[0]) != pytest.approx(float(of_weight[1].sum(0)[0]), rel=1e-3)
 
 
 def test_pure_scaling_has_no_angle():

@@ -44,6 +44,7 @@ class Reference:
         self.shards = shards
         self.spans = {name: of_ranks[ranks.rank()] for name, of_ranks in shards.items()}
         self.slice_spans = {name: _compact_spans(maps[name], of_ranks) for name, of_ranks in shards.items()}
+        self._params: dict[str, Param] = {}
 
     @classmethod
     def take(cls, model: nn.Module, selection: Selection) -> Reference:
@@ -101,7 +102,11 @@ class Reference:
         Raises:
             QKGuardError: the model is not the one that the reference was taken from.
         """
-        return _find_params(sharding.unwrap(model), self.maps)
+        model = sharding.unwrap(model)
+        # what has been checked stays checked: of a large model that takes milliseconds, at every measurement
+        if not self._params or not all(_is_at(model, name, param) for name, param in self._params.items()):
+            self._params = _find_params(model, self.maps)
+        return self._params
 
     def live(self, params: dict[str, Param], name: str) -> Tensor:
         """This rank's flat shard of a live parameter, on its device; `maps[name]` finds the rows in it."""
@@ -170,6 +175,13 @@ def _find_params(model: nn.Module, maps: dict[str, ParamMap]) -> dict[str, Param
             raise QKGuardError(f"{name} has shape {found} in the model; the layout expects {pmap.shape}.")
     sharding.check_supported(model, maps)
     return {name: live[name] for name in maps}
+
+
+def _is_at(model: nn.Module, name: str, param: Param) -> bool:
+    try:
+        return model.get_parameter(name) is param
+    except AttributeError:
+        return False
 
 
 def _compact_spans(pmap: ParamMap, shards: list[Span]) -> list[Span]:

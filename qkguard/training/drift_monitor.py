@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -16,12 +17,14 @@ from qkguard.drift import (
     LayerRouting,
     Sums,
     difference_sums,
+    launch_sums,
     layer_label,
     layer_metrics,
     layer_routing,
     routing_from_table,
     routing_metrics,
     routing_table,
+    row_counts,
     square_sum,
 )
 from qkguard.layout.spec import ParamMap
@@ -29,10 +32,11 @@ from qkguard.training.side_stream import SideStream
 
 
 class Started(NamedTuple):
-    """Of each piece of this rank's shards the number of weight and role, and two sums (pieces, 2) on its device."""
+    """A measurement that has begun: of each row of sums the number of weight and role, and the rows, (n, 2) together,
+    where the weights are."""
 
-    keys: list[int]
-    sums: Tensor
+    keys: Tensor
+    sums: list[Tensor]
 
 
 class DriftMonitor:
@@ -108,24 +112,27 @@ class DriftMonitor:
         return metrics, heads
 
     def _difference_sums(self, params: dict[str, Param]) -> Started:
-        keys, found = [], []
+        keys: list[int] = []
+        pieces: list[tuple[Tensor, Tensor]] = []
         for i, (name, role) in enumerate(self._keys):
             live, kept = self.reference.live(params, name), self.reference.slices[name]
             for rows in self._role_slices[name]:
                 if rows.role == role:
-                    pieces = difference_sums(live[rows.flat], kept[rows.compact])
-                    keys += [i] * len(pieces)
-                    found += [number for pair in pieces for number in pair]
-        if not found:
-            return Started(keys, torch.zeros(0, 2))
-        device = found[0].device  # a process may have spread its layers over several
-        return Started(keys, torch.stack([number.to(device) for number in found]).view(-1, 2))
+                    keys.append(i)
+                    pieces.append((live[rows.flat], kept[rows.compact]))
+        numbers = torch.tensor(keys, dtype=torch.int64)
+        if not _on_accelerator(pieces):
+            return Started(numbers, [difference_sums(live, pre)[None] for live, pre in pieces])
+        counts = torch.tensor(row_counts(len(live) for live, _ in pieces))
+        return Started(numbers.repeat_interleave(counts), launch_sums(pieces))
 
     def _sums(self, started: Started) -> Tensor:
         """This rank's part of the sums of drift, (weights and roles, 3) in float64, once they are there."""
         sums = torch.zeros(len(self._keys), 3, dtype=torch.float64)
         sums[:, 2] = torch.tensor([self._base_sums[key] for key in self._keys], dtype=torch.float64)
-        sums[:, :2].index_add_(0, torch.tensor(started.keys, dtype=torch.int64), started.sums.cpu().double())
+        if started.sums:
+            rows = torch.cat([rows.cpu() for rows in started.sums]).double()
+            sums[:, :2].index_add_(0, started.keys, rows)
         return sums
 
     def _layer_routing(
@@ -150,3 +157,7 @@ class DriftMonitor:
 def _roles(pmap: ParamMap) -> list[str]:
     """The roles ("q", "k", "kv", ...) that a parameter's rows have."""
     return sorted({block.role for block in pmap.blocks})
+
+
+def _on_accelerator(pieces: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    return any(live.device.type != "cpu" for live, _ in pieces)

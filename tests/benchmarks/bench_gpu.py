@@ -86,21 +86,20 @@ class Clock(TrainerCallback):
     def seconds(self, began: float) -> dict[str, object]:
         """From `began` to the first step, of a step (median and mean), and to now, when training has ended.
 
-        The first two steps and those that end in a save are left out; "beside_write" is the median of the steps that
+        The first two steps and those that end in a save are left out; "beside_write" are the numbers of the steps that
         began while the guard's thread was at work.
         """
         synchronize()
         steps = {n: b - a for n, (a, b) in enumerate(zip(self.starts, self.starts[1:], strict=False), 1)}
         steps = {n: step for n, step in steps.items() if n > 2 and n not in self.saved_after}
-        beside = [step for n, step in steps.items() if self.beside_write[n - 1]]
         alone = [step for n, step in steps.items() if not self.beside_write[n - 1]]
         return {
             "start": self.starts[0] - began,
             "all": time.perf_counter() - began,
             "step": statistics.median(alone),
             "mean_step": statistics.mean(steps.values()),
-            "beside_write": statistics.median(beside) if beside else None,
-            "steps_beside_write": len(beside),
+            "beside_write": [n for n in steps if self.beside_write[n - 1]],
+            "steps": steps,
             "trainer_saves": self.trainer_saves,
         }
 
@@ -251,9 +250,15 @@ def report(found: dict[str, dict], bits: dict[str, dict[str, str]], rows: list[d
         for run, one in found.items()
         if run != "plain"
     }
+    seconds = {run: one["seconds"] for run, one in found.items()}
+    beside = seconds["guarded"]["beside_write"]  # Trainer's own files are on their way to the disk then, in every run
     line = {
         **{key: found["guarded"][key] for key in ("device", "ranks", "reference_mb")},
         **{key: {run: one[key] for run, one in found.items()} for key in ("seconds", "gpu_gb")},
+        "same_steps_as_beside_write": {
+            run: statistics.median(one["steps"][str(n)] for n in beside) if beside else None
+            for run, one in seconds.items()
+        },
         "drift_s": statistics.median(took[False]),
         "drift_and_routing_s": statistics.median(took[True]),
         "save_s": overhead(rows, "save"),

@@ -13,8 +13,13 @@ from torch.optim import optimizer
 from transformers import TrainerCallback
 
 from qkguard import QKGuardCallback
+from qkguard.distributed import ranks
+from qkguard.distributed.reference import Reference
+from qkguard.layout import find_attention, select
+from qkguard.training.drift_monitor import DriftMonitor
 from qkguard.training.side_stream import SideStream
 from tests.support.judge import metrics_rows
+from tests.support.models import noised, tiny_model
 from tests.support.training import arguments, make_trainer, save_base
 
 
@@ -113,6 +118,18 @@ def test_no_hook_is_left_on_optimizers(base, tmp_path):
     assert optimizer._global_optimizer_pre_hooks == before and set(seen) == {1}
 
 
+def test_joined_weights_give_the_numbers_of_each(monkeypatch):
+    """The way of accelerators, run on the CPU: rows of several weights, added up for the right ones."""
+    model = tiny_model("qwen3_next")
+    monitor = DriftMonitor(Reference.take(model, select(find_attention(model), QKGuardCallback().config.rows)))
+    noised(model, seed=3, scale=1e-3)
+    want = monitor.measure(model, ranks.Deferred("measuring drift"))[0]
+    monkeypatch.setattr("qkguard.training.drift_monitor._on_accelerator", lambda pieces: True)
+    assert monitor.measure(model, ranks.Deferred("measuring drift"))[0] == pytest.approx(want, rel=1e-5)
+    noised(model, seed=4, scale=1e-4)
+    assert monitor.measure(model, ranks.Deferred("measuring drift"))[0] != pytest.approx(want, rel=1e-5)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("listens", [True, False])
 def test_weights_wait_for_what_reads_them(listens):
@@ -136,10 +153,32 @@ def test_weights_wait_for_what_reads_them(listens):
 
 
 @pytest.mark.gpu
-def test_numbers_on_a_gpu_are_those_of_measuring_at_once(base, tmp_path, monkeypatch):
-    gpu = {"use_cpu": False, "max_steps": 8, "save_steps": 100}
-    later = trained(base, tmp_path / "beside", **gpu)
-    monkeypatch.setattr(SideStream, "goes_beside", False)
-    at_once = trained(base, tmp_path / "at once", **gpu)
-    assert later.seen[1] == [1] and at_once.seen[1] == [1, 2]
-    assert drift_rows(tmp_path / "beside/run") == drift_rows(tmp_path / "at once/run")
+def test_numbers_on_a_gpu_are_of_the_weights_before_the_next_step():
+    """bfloat16 weights of several chunks; the twin begins after the step."""
+    model = tiny_model("llama", hidden_size=4096, num_attention_heads=32, head_dim=128).bfloat16().cuda()
+    reference = Reference.take(model, select(find_attention(model), QKGuardCallback().config.rows))
+    monitor, sgd = DriftMonitor(reference), torch.optim.SGD(model.parameters(), lr=1e-2)
+    monitor.side.listen()
+
+    def step() -> None:
+        for param in model.parameters():
+            param.grad = torch.randn_like(param)
+        sgd.step()
+
+    step()
+    at_once = monitor.measure(model, ranks.Deferred("measuring drift"))[0]
+    started = monitor.start(model)
+    step()
+    assert monitor.finish(started, ranks.Deferred("measuring drift")) == at_once
+    assert monitor.finish(monitor.start(model), ranks.Deferred("measuring drift")) != at_once
+    monitor.side.close()
+
+    kept = {name: whole.cuda().double() for name, whole in reference.slices.items()}
+    for name, value in monitor.measure(model, ranks.Deferred("measuring drift"))[0].items():
+        if name.endswith("layer_1/q_rel"):
+            w0 = kept["model.layers.1.self_attn.q_proj.weight"]
+            w = model.model.layers[1].self_attn.q_proj.weight.detach().reshape(-1).double()
+            assert abs(value / float((w - w0).norm() / w0.norm()) - 1) < 1e-6
+            break
+    else:
+        raise AssertionError("no drift of layer 1")
