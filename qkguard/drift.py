@@ -159,15 +159,27 @@ def block_drift(param: ParamMap, pre: Array, post: Array) -> list[tuple[Block, S
 def projection_drift(
     params: Sequence[ParamMap], pre: Mapping[str, Array], post: Mapping[str, Array]
 ) -> dict[str, float]:
-    """{q,k}_rel and {q,k}_1mcos of one layer's W_Q and W_K, from compact tensors by parameter name.
+    """`drift_of_blocks` of one layer from compact tensors by parameter name."""
+    return drift_of_blocks(weight_blocks(params, pre, post))
 
-    As in the metrics of training: all weights of a role count as one vector, biases and norms are left out, rows that
-    feed both queries and keys count for both.
-    """
+
+def weight_blocks(
+    params: Sequence[ParamMap], pre: Mapping[str, Array], post: Mapping[str, Array]
+) -> list[tuple[Block, Sums]]:
+    """`block_drift` of the weights among some parameters, for `drift_of_blocks`."""
     blocks: list[tuple[Block, Sums]] = []
     for param in params:
         if param.kind == "weight":
             blocks += block_drift(param, pre[param.name], post[param.name])
+    return blocks
+
+
+def drift_of_blocks(blocks: Sequence[tuple[Block, Sums]]) -> dict[str, float]:
+    """{q,k}_rel and {q,k}_1mcos of one layer's W_Q and W_K, from the blocks of its weights, in their order.
+
+    As in the metrics of training: all weights of a role count as one vector, biases and norms are left out, rows that
+    feed both queries and keys count for both.
+    """
     out: dict[str, float] = {}
     for role in "qk":
         out |= _role_drift(role, [sums for block, sums in blocks if role in block.role])

@@ -19,17 +19,17 @@ from qkguard.arrays import cast, dtype_name, has_nonfinite, sha256_of
 from qkguard.checkpoint.safetensors_io import TensorEntry, write_rows
 from qkguard.checkpoint.weights import BaseRows, WeightFolder
 from qkguard.checkpoint.write import FolderPlan, OpenFile, Patch, Record, plan_files
-from qkguard.drift import projection_drift
+from qkguard.drift import Sums, drift_of_blocks, weight_blocks
 from qkguard.errors import QKGuardError
 from qkguard.layout.rows import RowSelection
 from qkguard.layout.selection import Selection, unselected_norms
-from qkguard.layout.spec import ParamMap
+from qkguard.layout.spec import Block, ParamMap
 from qkguard.layout.wrappers import wrapped_names
 from qkguard.restore.apply import check_device, restore_layer
 from qkguard.restore.registry import Method, check_options, check_per_layer, get_method
 
 MOST_AT_ONCE = 4
-ROOM = 256 << 20  # bytes for the rows before and after SFT of the layers that are patched at the same time
+ROOM = 128 << 20  # bytes for the rows before and after SFT of what is patched at the same time
 
 
 @dataclass(frozen=True)
@@ -112,10 +112,9 @@ def _at_once(shared: RestoredRows) -> int:
     """How many layers may be patched at the same time: as many as there are processors and room for their rows."""
     if shared.method.computes:  # in float64, and on all processors
         return 1
-    layers = [
-        sum(p.numel * shared.weights.dtype(shared.names[p.name]).itemsize for p in m) for _, m in shared.selection
-    ]
-    return max(1, min(MOST_AT_ONCE, os.cpu_count() or 1, ROOM // (2 * max(layers))))
+    params = [param for _, maps in shared.selection for param in maps]
+    largest = max(p.numel * shared.weights.dtype(shared.names[p.name]).itemsize for p in params)
+    return max(1, min(MOST_AT_ONCE, os.cpu_count() or 1, ROOM // (2 * largest)))
 
 
 def plan_unrestored(
@@ -144,35 +143,52 @@ def _left_tuned(selection: Selection) -> list[str]:
 
 
 def restore_rows(shared: RestoredRows, index: int, file: OpenFile) -> Record:
-    """Patch one layer's rows as far as they lie in this file; the file of its first parameter reports on the layer."""
+    """Patch one layer's rows as far as they lie in this file; the file of its first parameter reports on the layer.
+
+    One parameter is in memory at a time, unless the method looks at all of a layer together.
+    """
     spec, params = shared.selection[index]
-    pre = {param.name: _rows_before(shared.base, param) for param in params}
-    post = {param.name: shared.weights.read(shared.names[param.name], param) for param in params}
-    new = restore_layer(
-        shared.method, shared.options, spec, params, pre, post, gains=_gains(shared, index), device=shared.device
-    )
-    tensors = []
-    for param in params:
-        if shared.file_of(param) == file.source:
-            entry = file.tensors[shared.names[param.name]]
-            rows = round_to(new.rows[param.name], entry.float_dtype, param.name)
-            write_rows(file.fd, entry, param, rows)
-            hashes = {"sha256_before": sha256_of(post[param.name]), "sha256_after": sha256_of(rows)}
-            # `restore` in the dtype it was kept in writes these very rows
-            same = rows is pre[param.name]
-            hashes["sha256_base"] = hashes["sha256_after"] if same else sha256_of(pre[param.name])
-            tensors.append({"index": index, "file": file.name} | describe_rows(param, entry) | hashes)
-    layers = []
-    if shared.file_of(params[0]) == file.source:
-        before = {p.name: cast(pre[p.name], post[p.name].dtype) for p in params}
-        drift = projection_drift(params, before, post)
-        about = {"index": index, "layer": spec.layer, "module": spec.module, "kind": spec.kind, "drift": drift}
-        layers.append(about | new.report)
-    return {
-        "nonfinite": [shared.names[name] for name, rows in post.items() if has_nonfinite(rows)],
-        "layers": layers,
-        "tensors": tensors,
-    }
+    reports = shared.file_of(params[0]) == file.source
+    record: Record = {"nonfinite": [], "layers": [], "tensors": []}
+    blocks: list[tuple[Block, Sums]] = []
+    said: dict[str, Any] = {}
+    for together in [params] if shared.method.computes else [[param] for param in params]:
+        here = [param for param in together if shared.file_of(param) == file.source]
+        if not here and not reports:
+            continue
+        pre = {param.name: _rows_before(shared.base, param) for param in together}
+        post = {param.name: shared.weights.read(shared.names[param.name], param) for param in together}
+        new = restore_layer(
+            shared.method, shared.options, spec, together, pre, post, gains=_gains(shared, index), device=shared.device
+        )
+        for param in here:
+            name = param.name
+            written = _write_rows(shared, param, file, pre[name], post[name], new.rows[name])
+            record["tensors"].append({"index": index} | written)
+        record["nonfinite"] += [shared.names[param.name] for param in here if has_nonfinite(post[param.name])]
+        if reports:
+            before = {name: cast(rows, post[name].dtype) for name, rows in pre.items()}
+            blocks += weight_blocks(together, before, post)
+            said |= new.report
+            del before
+        del pre, post, new  # before the next are read
+    if reports:
+        about = {"index": index, "layer": spec.layer, "module": spec.module, "kind": spec.kind}
+        record["layers"].append(about | {"drift": drift_of_blocks(blocks)} | said)
+    return record
+
+
+def _write_rows(
+    shared: RestoredRows, param: ParamMap, file: OpenFile, pre: np.ndarray, post: np.ndarray, new: np.ndarray
+) -> dict[str, Any]:
+    """Overwrite one parameter's rows; returns the manifest's entry of it."""
+    entry = file.tensors[shared.names[param.name]]
+    rows = round_to(new, entry.float_dtype, param.name)
+    write_rows(file.fd, entry, param, rows)
+    hashes = {"sha256_before": sha256_of(post), "sha256_after": sha256_of(rows)}
+    # `restore` in the dtype it was kept in writes these very rows
+    hashes["sha256_base"] = hashes["sha256_after"] if rows is pre else sha256_of(pre)
+    return {"file": file.name} | describe_rows(param, entry) | hashes
 
 
 def _rows_before(base: BaseRows, param: ParamMap) -> np.ndarray:

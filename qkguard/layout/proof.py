@@ -114,7 +114,7 @@ class _Module:
     def __init__(self, call: Call, params: dict[str, nn.Parameter], enough: int | None) -> None:
         self._call, self._params, self._enough = call, params, enough
         fill = Fill(5)
-        self.base = {name: param.detach().clone() for name, param in params.items()}
+        self.base = {name: param.detach() for name, param in params.items()}
         self.tuned = {name: fill.parameter(param).data for name, param in params.items()}
         self.before, self.after = self.attend(self.base), self.attend(self.tuned)
 
@@ -130,9 +130,11 @@ class _Module:
     ) -> list[Operands]:
         """q, k and v of every attention with `values` as parameters, but with the mapped rows of `rows`."""
         for name, param in self._params.items():
-            param.data.copy_(values[name])
+            mixed = values[name]
             if rows is not None and maps is not None and name in maps and maps[name].blocks:
-                maps[name].put(param.data, maps[name].take(rows[name]))
+                mixed = mixed.clone()
+                maps[name].put(mixed, maps[name].take(rows[name]))
+            param.data = mixed
         return operands(self._call, self._enough)
 
 

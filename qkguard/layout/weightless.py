@@ -94,18 +94,30 @@ class Fill:
     def __init__(self, seed: int = 0) -> None:
         self._block = torch.randn(PERIOD, generator=torch.Generator().manual_seed(SEED + seed), dtype=torch.float32)
         self._offset = 0
+        self._shared: dict[float, Tensor] = {}
 
     def normal(self, shape: tuple[int, ...], scale: float = 1.0) -> Tensor:
-        count = torch.Size(shape).numel()
+        """A tensor of its own."""
         self._offset = (self._offset + STRIDE) % PERIOD
-        block = self._block.roll(self._offset).mul_(scale)
-        return block.repeat(-(-count // PERIOD))[:count].view(shape)
+        return self._repeated(self._block.roll(self._offset).mul_(scale), torch.Size(shape).numel()).view(shape)
 
     def parameter(self, like: Tensor) -> nn.Parameter:
-        """Gains near one for vectors; for matrices numbers small enough to keep activations near one."""
+        """Gains near one for vectors; for matrices numbers small enough to keep activations near one.
+
+        Matrices share their memory where they can, so nothing may be written to them.
+        """
         if like.dim() < 2:
             return nn.Parameter(self.normal(like.shape, 0.1).add_(1))
-        return nn.Parameter(self.normal(like.shape, max(like.shape) ** -0.5))
+        scale, count = max(like.shape) ** -0.5, like.numel()
+        self._offset = (self._offset + STRIDE) % PERIOD
+        start = -self._offset % PERIOD
+        if scale not in self._shared or len(self._shared[scale]) < start + count:
+            self._shared[scale] = self._repeated(self._block * scale, PERIOD + count)
+        return nn.Parameter(self._shared[scale][start : start + count].view(like.shape))
+
+    @staticmethod
+    def _repeated(block: Tensor, count: int) -> Tensor:
+        return block.repeat(-(-count // PERIOD))[:count]
 
     def input(self, like: Tensor) -> Tensor:
         """A stand-in for an input: random floats; integers as they are, or counting up where they are unknown.

@@ -20,8 +20,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qkguard.arrays import as_array, as_tensor
-from qkguard.checkpoint import files, write
+from qkguard.checkpoint import files, restored, write
 from qkguard.checkpoint.restored import plan_restored
+from qkguard.checkpoint.safetensors_io import TensorEntry
 from qkguard.checkpoint.staging import working_folder
 from qkguard.checkpoint.weights import BaseFolder, open_weights
 from qkguard.checkpoint.write import FolderPlan, prepare, publish, write_files, write_folder
@@ -375,6 +376,31 @@ class Failing:
 
     def describe(self) -> dict[str, Any]:
         return self.source.describe()
+
+
+@pytest.mark.parametrize("method", ["restore", "interpolate"])
+def test_one_parameter_is_in_memory_at_a_time(method: str, parts: Parts, tmp_path: Path, monkeypatch: Any) -> None:
+    """Read, written, the next read; a method that looks at the whole layer reads the whole layer."""
+    order: list[tuple[str, str]] = []
+    real = restored.write_rows
+
+    class Noting(BaseFolder):
+        def get(self, param: ParamMap, /) -> np.ndarray:
+            order.append(("read", param.name))
+            return super().get(param)
+
+    def noted(fd: int, entry: TensorEntry, param: ParamMap, rows: Any) -> None:
+        order.append(("write", param.name))
+        real(fd, entry, param, rows)
+
+    monkeypatch.setattr(restored, "write_rows", noted)
+    monkeypatch.setattr(restored, "MOST_AT_ONCE", 1)
+    parts.source = Noting(open_weights(parts.base), parts.names)
+    parts.write_all(tmp_path / "out", method=method, options={"alpha": 0.5} if method == "interpolate" else {})
+    q, k = (f"model.layers.0.self_attn.{role}_proj.weight" for role in "qk")
+    turns = [("read", q), ("write", q), ("read", k), ("write", k)]
+    found = [step for step in order if ".layers.0." in step[1]]
+    assert sorted(found) == sorted(turns) and (found == turns) == (method == "restore")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, QKGuardError])

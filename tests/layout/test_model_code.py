@@ -1,13 +1,17 @@
-"""The import of torch and of transformers' model code: with few garbage collections, and only where it is needed."""
+"""The import of torch and of transformers' model code, and the numbers that stand in for weights after it."""
 
 from __future__ import annotations
 
 import gc
+import importlib
 import sys
 
+import numpy as np
 import pytest
+import torch
 
 from qkguard.layout import model_code
+from qkguard.layout.weightless import PERIOD, Fill
 
 
 @pytest.mark.parametrize(("before", "meanwhile"), [(700, 20_000), (50_000, 50_000), (0, 0)])
@@ -35,3 +39,38 @@ def test_the_collector_looks_up_rarely_during_the_import(
         assert gc.get_threshold() == (before, 7, 5)
     finally:
         gc.set_threshold(*found)
+
+
+@pytest.mark.parametrize("wanted", ["linear_sum_assignment", "OptimizeResult"])
+def test_scipy_waits_until_its_function_is_called(wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What else is imported from it brings the real module at once."""
+    pytest.importorskip("scipy")
+    taken = []
+
+    def import_module(name: str) -> object:
+        if not name.startswith("transformers"):
+            return importlib.import_module(name)
+        taken.append(getattr(sys.modules["scipy.optimize"], wanted))
+        return sys
+
+    monkeypatch.setattr(model_code, "import_module", import_module)
+    for name in ("scipy.optimize", "transformers.modeling_utils"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    model_code.import_model_code()
+    assert ("scipy.optimize" in sys.modules) == (wanted == "OptimizeResult")
+    if wanted == "linear_sum_assignment":
+        rows, columns = taken[0](np.array([[4, 1, 3], [2, 0, 5], [3, 2, 2]]))
+        assert (rows.tolist(), columns.tolist()) == ([0, 1, 2], [1, 0, 2])
+    assert getattr(sys.modules["scipy.optimize"], wanted).__name__ == wanted == taken[0].__name__
+
+
+def test_matrices_share_their_memory_but_not_their_numbers() -> None:
+    shapes = [(80, 100), (3, 100), (9, 100, 100), (50, PERIOD // 10), (9,)]
+    shared, alone = Fill(), Fill()
+    found = [shared.parameter(torch.empty(shape)) for shape in shapes]
+    for shape, one in zip(shapes, found, strict=True):
+        wanted = alone.normal(shape, max(shape) ** -0.5) if len(shape) > 1 else alone.normal(shape, 0.1) + 1
+        assert torch.equal(one, wanted)
+    memory = [one.untyped_storage().data_ptr() for one in found]
+    assert memory[0] == memory[1] and len(set(memory)) == 4, "a larger one, one of another scale, a vector"
+    assert not torch.equal(found[0][:3], found[1])
