@@ -10,8 +10,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any, cast
 
 import torch
@@ -23,7 +24,7 @@ from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
 from qkguard.adapters.files import Adapter
-from qkguard.arrays import as_tensor
+from qkguard.arrays import as_array, as_tensor, has_nonfinite
 from qkguard.errors import QKGuardError, first_line
 from qkguard.layout.architecture import build_meta, find_architecture, plain_torch
 
@@ -44,6 +45,8 @@ class MergeStep:
     """The module's name in the base model."""
     tensor: str = ""
     """For "saved": the parameter within the copy."""
+    lock: Lock = field(default_factory=Lock, compare=False)
+    """Held while the module is at work: all steps of one module have one."""
 
     @property
     def dora(self) -> bool:
@@ -146,11 +149,12 @@ class MetaPeftModel:
                 inside += (key,)
                 _check_layer(key, module)
                 module, base = cast(Any, module), cast(Any, module.get_base_layer())
-                self._shared[id(base.weight)].steps.append(MergeStep("lora", module, key))
+                step = MergeStep("lora", module, key)
+                self._shared[id(base.weight)].steps.append(step)
                 if module.lora_bias.get(NAME):
                     if base.bias is None:
                         raise QKGuardError(f"{key} has lora_bias but no bias of its own, so it cannot be merged.")
-                    self._shared[id(base.bias)].steps.append(MergeStep("bias", module, key))
+                    self._shared[id(base.bias)].steps.append(replace(step, kind="bias"))
             elif isinstance(module, BaseTunerLayer):
                 raise QKGuardError(f"{key}: PEFT layers of type {type(module).__name__} are not supported.")
 
@@ -207,7 +211,8 @@ class MetaPeftModel:
     ) -> Tensor:
         """The parameter after PEFT's merge, in `weight`'s dtype; `weight` (the base's tensor) is left alone.
 
-        `scale` multiplies the scaling of LoRA layers; it must be 1 where a step is anything else.
+        Several threads may ask for different parameters. `scale` multiplies the scaling of LoRA layers; it must be 1
+        where a step is anything else.
 
         Raises:
             QKGuardError: NaN or Inf in the merged weight.
@@ -215,8 +220,9 @@ class MetaPeftModel:
         if param.name in self.copies:
             weight = self.copies[param.name].to(weight.dtype)
         for step in param.steps if steps is None else steps:
-            weight = _run(step, weight, scale)
-            if not bool(torch.isfinite(weight).all()):
+            with step.lock:
+                weight = _run(step, weight, scale)
+            if has_nonfinite(as_array(weight.contiguous())):
                 raise QKGuardError(f"{param.name}: NaN or Inf in the merged weights: the adapter is damaged.")
         return weight
 
@@ -264,14 +270,28 @@ def _run(step: MergeStep, weight: Tensor, scale: float) -> Tensor:
     _cast(_adapter_parts(module), torch.float32 if weight.dtype in _HALF else weight.dtype)
     if step.kind == "bias":
         return (weight + module.lora_B[NAME].bias * module.scaling[NAME] * scale).to(weight.dtype)
-    base, kept = module.get_base_layer(), module.get_base_layer().weight
-    # `merge` (PEFT 0.21) has no argument for a scaling or to leave a bias out, so its undocumented tables change
+    # `merge` and `get_delta_weight` (PEFT 0.21) have no argument for a scaling or to leave a bias out, so PEFT's
+    # undocumented tables change
     settings = [(table, dict(table)) for table in (getattr(module, n, {}) for n in ("scaling", "lora_bias"))]
-    base.weight = nn.Parameter(weight, requires_grad=False)
     try:
         if step.kind == "lora":
             module.scaling[NAME] *= scale
             module.lora_bias[NAME] = False  # the bias is a step of its own
+        if type(module) is lora.Linear and NAME not in module.lora_variant:
+            # All that `merge` does for plain LoRA but for a copy and a slow look for NaN
+            return weight + module.get_delta_weight(NAME).to(weight.dtype)
+        return _merged_by_layer(step, weight)
+    finally:
+        for table, values in settings:
+            table.update(values)
+
+
+def _merged_by_layer(step: MergeStep, weight: Tensor) -> Tensor:
+    """What PEFT's layer makes of `weight` in the place of its base layer's."""
+    module: Any = step.module
+    base, kept = module.get_base_layer(), module.get_base_layer().weight
+    base.weight = nn.Parameter(weight, requires_grad=False)
+    try:
         module.merge(safe_merge=True, adapter_names=[NAME])
         return base.weight.data
     except ValueError as error:
@@ -280,8 +300,6 @@ def _run(step: MergeStep, weight: Tensor, scale: float) -> Tensor:
         base.weight = kept
         # PEFT would refuse to merge the adapter twice; the base weight that it merged into is gone
         module.merged_adapters.clear()
-        for table, values in settings:
-            table.update(values)
 
 
 def _cast(parts: list[nn.Module], dtype: torch.dtype) -> None:

@@ -11,11 +11,12 @@ import errno
 import fcntl
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 from qkguard.errors import QKGuardError
 
@@ -25,6 +26,9 @@ RANGE_BYTES = 32 << 20
 BUFFER_BYTES = 8 << 20
 COPIERS = 2  # more gain little: within one file ext4 and xfs let one writer in at a time
 WRITE = 2  # SYNC_FILE_RANGE_WRITE: start writing dirty pages, wait for none
+
+Span = tuple[int, int]
+"""Bytes of a file: the first, and the one after the last."""
 
 BytesCopied = Callable[[int], None]
 """Called with the number of bytes copied since the last call, from any thread."""
@@ -114,6 +118,7 @@ class FileCopy:
     """A copy in the making, range by range in order, on the threads of a pool.
 
     Args:
+        without: bytes that are not copied, because the caller overwrites all of them: (start, stop), in order.
         at_once: start writing each range to disk when it is copied, whatever is still to change in it.
 
     Attributes:
@@ -127,10 +132,11 @@ class FileCopy:
         pool: ThreadPoolExecutor,
         copied: BytesCopied = nobody,
         *,
+        without: Sequence[Span] = (),
         at_once: bool = False,
     ) -> None:
         self.target, self._started, self._at_once = target, 0, at_once
-        self._ranges: list[Future[None]] = []
+        self._ranges: list[tuple[int, Future[None]]] = []  # with the byte that each starts at
         self._source = os.open(source, os.O_RDONLY)
         try:
             self.fd = os.open(target, CREATE, 0o666)
@@ -139,11 +145,10 @@ class FileCopy:
             raise
         self._size = os.fstat(self._source).st_size
         if _clone(self._source, self.fd):
-            copied(self._size)
+            copied(self._size - sum(stop - start for start, stop in without))
             return
-        for start in range(0, self._size, RANGE_BYTES):
-            stop = min(start + RANGE_BYTES, self._size)
-            self._ranges.append(pool.submit(self._copy, start, stop, copied))
+        for start, stop in _ranges_but(self._size, without):
+            self._ranges.append((start, pool.submit(self._copy, start, stop, copied)))
 
     def _copy(self, start: int, stop: int, copied: BytesCopied) -> None:
         copy_range(self._source, self.fd, start, stop, copied)
@@ -152,8 +157,9 @@ class FileCopy:
 
     def wait(self, position: int) -> None:
         """Wait until all bytes before a position are there; raises what copying them raised."""
-        for done in self._ranges[: -(-position // RANGE_BYTES)]:
-            done.result()
+        for start, done in self._ranges:
+            if start < position:
+                done.result()
 
     def write_out(self, position: int) -> None:
         """Start writing what lies before a position to disk, once it is copied; nothing there may change after it."""
@@ -173,13 +179,13 @@ class FileCopy:
 
     def cancel(self) -> None:
         """Begin no further range; who waits for one gets a CancelledError."""
-        for copying in self._ranges:
+        for _, copying in self._ranges:
             copying.cancel()
 
     def close(self) -> None:
         """Stop where it is, and close both files; again does nothing."""
         self.cancel()
-        for copying in self._ranges:
+        for _, copying in self._ranges:
             if not copying.cancelled():
                 copying.exception()  # a range under way still uses the files
         if self._source >= 0:
@@ -196,6 +202,15 @@ class FileCopy:
         """Close it and delete what there is of it."""
         self.close()
         self.target.unlink()
+
+
+def _ranges_but(size: int, without: Sequence[Span]) -> Iterator[Span]:
+    """A file of some size in ranges of at most `RANGE_BYTES`, without some spans of it."""
+    position = 0
+    for start, stop in (*without, (size, size)):
+        for first in range(position, start, RANGE_BYTES):
+            yield first, min(first + RANGE_BYTES, start)
+        position = stop
 
 
 class Copies:
@@ -233,12 +248,13 @@ class Copies:
             self._done += count
             self._tell(count)
 
-    def start(self, name: str, as_name: str | None = None) -> None:
-        """Start a copy, under its own or another name; one that was started before goes on."""
+    def start(self, name: str, as_name: str | None = None, without: Sequence[Span] = ()) -> None:
+        """Start a copy, under its own or another name and maybe `without` some bytes; one that was started goes on."""
         if name not in self._under_way:
             target = self.target / (as_name or name)
             target.parent.mkdir(parents=True, exist_ok=True)
-            copy = FileCopy(self.source / name, target, self._pool, self._count, at_once=self._at_once)
+            how: dict[str, Any] = {"without": without, "at_once": self._at_once}
+            copy = FileCopy(self.source / name, target, self._pool, self._count, **how)
             self._under_way[name] = copy
             self._all.append(copy)
 

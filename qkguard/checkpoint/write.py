@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from operator import attrgetter, itemgetter
@@ -22,7 +22,7 @@ from threading import Lock
 from typing import Any
 
 from qkguard.checkpoint.card import model_card, read_card
-from qkguard.checkpoint.copying import BytesCopied, Copies, FileCopy, can_clone
+from qkguard.checkpoint.copying import BytesCopied, Copies, FileCopy, Span, can_clone
 from qkguard.checkpoint.files import auxiliary_files, copy_named, link_or_copy, write_text
 from qkguard.checkpoint.manifest import MANIFEST, build_manifest, describe_base, describe_file, dump
 from qkguard.checkpoint.safetensors_io import Header, TensorEntry, read_header, rename_tensors
@@ -55,11 +55,13 @@ class Patch:
         apply: overwrites something in an open file, on a thread of its own; returns lists for the record: "layers",
             "tensors", "nonfinite".
         start, stop: the bytes of the file between which it writes.
+        whole: it overwrites every one of these bytes, so nobody needs to copy them.
     """
 
     apply: Callable[[OpenFile], Record]
     start: int
     stop: int
+    whole: bool = False
 
     @classmethod
     def within(cls, entries: Iterable[TensorEntry], apply: Callable[[OpenFile], Record]) -> Patch:
@@ -92,6 +94,11 @@ class FilePlan:
     def is_copied(self) -> bool:
         """Whether the new folder needs bytes of its own for it."""
         return bool(self.patches or self.renamed)
+
+    @property
+    def overwritten(self) -> list[Span]:
+        """The bytes of `source` that patches overwrite whole."""
+        return sorted((patch.start, patch.stop) for patch in self.patches if patch.whole)
 
 
 @dataclass(frozen=True)
@@ -231,7 +238,7 @@ def write_files(
         for number, file in enumerate(files):
             for near in files[number : number + 2]:  # the next file is copied while this one is patched
                 if near.source is not None and near.is_copied:
-                    copies.start(near.source, near.target)
+                    copies.start(near.source, near.target, near.overwritten)
             records.append(_write_file(plan.weights, file, folder, copies, patching, written))
         copies.settle()
         return records
@@ -252,12 +259,7 @@ class _Counter:
 
 
 def _write_file(
-    weights: WeightFolder,
-    file: FilePlan,
-    folder: Path,
-    copies: Copies,
-    patching: ThreadPoolExecutor,
-    written: BytesCopied,
+    weights: WeightFolder, file: FilePlan, folder: Path, copies: Copies, pool: Executor, written: BytesCopied
 ) -> Record:
     target = folder / file.target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -277,10 +279,9 @@ def _write_file(
     copy = copies.take(file.source)
     if copy.target != target:  # begun before its name was known (`ahead`)
         copy.rename(target)
-    for found in _patched(copy, file, header, patching):
+    for found in _patched(copy, file, header, pool, written):
         for key, entries in found.items():
             record[key] += entries
-        written(0)  # whoever follows may end the write here
     copy.wait(file.nbytes)
     if file.renamed:
         rename_tensors(copy.fd, file.renamed)
@@ -291,23 +292,24 @@ def _write_file(
     return record | {"made": "patched" if file.patches else "renamed", "written": described}
 
 
-def _patched(copy: FileCopy, file: FilePlan, header: Header, patching: ThreadPoolExecutor) -> Iterator[Record]:
+def _patched(copy: FileCopy, file: FilePlan, header: Header, pool: Executor, written: BytesCopied) -> Iterator[Record]:
     """What the patches of a file say, in their order; each runs when what it changes is copied.
 
     What lies before everything still to be patched is handed to the disk, so that no page is written twice.
     """
+
+    def apply(patch: Patch) -> Record:
+        copy.wait(patch.stop)
+        return patch.apply(target)
+
     patches = sorted(file.patches, key=attrgetter("stop"))
     target = OpenFile(file.target, str(file.source), copy.fd, header.tensors)
-    running = [patching.submit(_apply, copy, patch, target) for patch in patches]
+    running = [pool.submit(apply, patch) for patch in patches]
     starts = [patch.start for patch in patches] + [file.nbytes]
-    for number, patch in enumerate(running, 1):
-        yield patch.result()
+    for number, (patch, found) in enumerate(zip(patches, running, strict=True), 1):
+        yield found.result()
         copy.write_out(min(starts[number:]))
-
-
-def _apply(copy: FileCopy, patch: Patch, target: OpenFile) -> Record:
-    copy.wait(patch.stop)
-    return patch.apply(target)
+        written(patch.stop - patch.start if patch.whole else 0)  # whoever follows may end the write here
 
 
 def _name_anew(tensors: list[dict[str, Any]], renamed: Mapping[str, str]) -> None:

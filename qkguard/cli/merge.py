@@ -11,6 +11,7 @@ import typer
 from qkguard.cli import options as opt
 from qkguard.cli.output import (
     drifts,
+    keep_freed_memory,
     leave_without_collecting,
     progress_bar,
     quiet_transformers,
@@ -50,6 +51,7 @@ def merge(
     rows = opt.row_selection(layers, False, sliding_window, shared, projections)
     quiet_transformers()
     leave_without_collecting()
+    keep_freed_memory()
     from qkguard.offline.merge import merge_adapter
 
     with progress_bar("merging", in_bytes=True) as progress:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -21,6 +22,7 @@ from qkguard.checkpoint.write import (
     write_files,
 )
 from qkguard.errors import QKGuardError
+from qkguard.layout.model_code import import_model_code
 from qkguard.layout.rows import RowOptions, RowSelection
 from qkguard.layout.selection import select
 from qkguard.offline.pair import folder_attention
@@ -78,7 +80,8 @@ def merge_adapter(
     weights = mergeable_weights(base)
     specs = folder_attention(weights.folder, spec=spec, trust_remote_code=trust_remote_code)
     selection = select(specs, chosen)
-    from qkguard.offline.merge_plan import bind, describe_adapter, layer_drifts, plan_merge  # imports torch and PEFT
+    import_model_code("peft")
+    from qkguard.offline.merge_plan import bind, describe_adapter, layer_drifts, note_unwritten, plan_merge
 
     merge = bind(
         weights,
@@ -91,8 +94,10 @@ def merge_adapter(
     )
     refuse_incomplete(weights, as_written=True, trust_remote_code=trust_remote_code)
     plan = plan_merge(merge, Path(out), chosen, overwrite=overwrite)
-    with prepare(plan) as staging:
+    with prepare(plan) as staging, ThreadPoolExecutor(1) as beside:
+        unwritten = beside.submit(note_unwritten, merge)
         records = write_files(plan, staging.folder, progress=progress)
+        unwritten.result()
         records[0]["layers"] = list(layer_drifts(merge))
         return publish(plan, staging, records, {"adapter": describe_adapter(merge.adapter), **(extra or {})})
 

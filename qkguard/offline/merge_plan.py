@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from qkguard.arrays import as_tensor, sha256_of
 from qkguard.checkpoint.added import index_with, with_added
 from qkguard.checkpoint.files import auxiliary_files
 from qkguard.checkpoint.manifest import describe_file, public_name
-from qkguard.checkpoint.restored import describe_rows
+from qkguard.checkpoint.restored import MOST_AT_ONCE, describe_rows
 from qkguard.checkpoint.safetensors_io import SafetensorsWriter, write_rows
 from qkguard.checkpoint.weights import INDEX_FILE, BaseFolder, WeightFolder, identify
 from qkguard.checkpoint.write import (
@@ -30,7 +32,7 @@ from qkguard.checkpoint.write import (
     Record,
     plan_files,
 )
-from qkguard.drift import projection_drift
+from qkguard.drift import Sums, drift_of_blocks, weight_blocks
 from qkguard.layout.rows import RowSelection
 from qkguard.layout.selection import Selection
 from qkguard.layout.spec import Block, ParamMap
@@ -38,6 +40,10 @@ from qkguard.layout.wrappers import wrapped_names
 from qkguard.offline.pair import tensor_names
 from qkguard.offline.whole import embeddings_apart
 
+ROOM = 1 << 30  # bytes for the tensors that are merged at the same time
+BYTES_EACH = (
+    14  # of memory for each of their values in bfloat16: read, LoRA's product before and after scaling, result
+)
 _BASE_CONFIGS = ("config.json", "generation_config.json")
 
 
@@ -51,6 +57,7 @@ class Merge:
         selection, qk: the queries and keys by layer (`layout.select`) and by parameter name.
         qk_share: how much of their adapters is merged: 1 all, 0 nothing.
         names: parameter name -> tensor name in the base's files: adapted parameters, queries and keys.
+        drift: what the whole adapter does to weights of queries and keys, by name, as far as `note_drift` was called.
     """
 
     weights: WeightFolder
@@ -61,6 +68,7 @@ class Merge:
     qk: Mapping[str, ParamMap]
     qk_share: float
     names: Mapping[str, str]
+    drift: dict[str, list[tuple[Block, Sums]]] = field(default_factory=dict)
 
     @property
     def untied(self) -> dict[str, tuple[AdaptedParam, tuple[MergeStep, ...]]]:
@@ -99,14 +107,15 @@ def bind(
     return Merge(weights, base_id, adapter, peft_model, selection, qk, qk_share, names)
 
 
-def plan_merge(merge: Merge, out: Path, rows: RowSelection, *, overwrite: bool = False) -> FolderPlan:
-    """The plan of the merged folder; `rows` are the options that the selection was made with, for the manifest."""
+def plan_merge(merge: Merge, out: Path, chosen: RowSelection, *, overwrite: bool = False) -> FolderPlan:
+    """The plan of the merged folder; `chosen` is what the selection was made with, for the manifest."""
     weights, adapter = merge.weights, merge.adapter
     patches: dict[str, list[Patch]] = {}
     for index, param in enumerate(merge.peft_model.adapted):
-        if rows_to_write(merge, param):
+        rows = rows_to_write(merge, param)
+        if rows is not None:
             entry = weights.entry(merge.names[param.name])
-            patch = Patch.within([entry], partial(merge_rows, merge, index))
+            patch = Patch(partial(merge_rows, merge, index), entry.start, entry.stop, rows.whole)
             patches.setdefault(weights.where[entry.name], []).append(patch)
     files = plan_files(weights, patches, wrapped_names(weights.where))
     others: dict[str, Path | str] = {  # tokenizer and templates as training saved them, where it did
@@ -115,18 +124,25 @@ def plan_merge(merge: Merge, out: Path, rows: RowSelection, *, overwrite: bool =
     if merge.untied:
         files = _with_untied(merge, files)
         others |= {INDEX_FILE: _untied_index(merge, files), "config.json": _untied_config(weights.folder)}
-    method = {"name": "merge", "keep_qk": merge.qk_share == 1, "alpha": 1 - merge.qk_share, **rows.to_json()}
+    method = {"name": "merge", "keep_qk": merge.qk_share == 1, "alpha": 1 - merge.qk_share, **chosen.to_json()}
     return FolderPlan(
         weights,
         out,
         files,
         base=BaseFolder(weights, merge.names, merge.base_id).describe(),
         method=method,
+        at_once=_at_once(merge),
         warnings=list(_warnings(merge)),
         other_files=others,
         cards=[adapter.folder],
         overwrite=overwrite,
     )
+
+
+def _at_once(merge: Merge) -> int:
+    """How many tensors may be merged at the same time: as many as there are processors and room for."""
+    largest = max((prod(param.shape) for param in merge.peft_model.adapted), default=1)
+    return max(1, min(MOST_AT_ONCE, os.cpu_count() or 1, ROOM // (BYTES_EACH * largest)))
 
 
 def rows_to_write(merge: Merge, param: AdaptedParam) -> ParamMap | None:
@@ -146,7 +162,10 @@ def merged_weight(merge: Merge, param: AdaptedParam, weight: Tensor) -> Tensor:
     """The full parameter to write, from the base's `weight`."""
     model, share, qk = merge.peft_model, merge.qk_share, merge.qk.get(param.name)
     full = model.merged(param, weight)
-    if qk is None or share == 1:
+    if qk is None:
+        return full
+    note_drift(merge, qk, weight, full)
+    if share == 1:
         return full
     if share == 0:
         mixed = weight
@@ -176,17 +195,33 @@ def merge_rows(merge: Merge, index: int, file: OpenFile) -> Record:
     return {"tensors": [tensor | hashes]}
 
 
-def layer_drifts(merge: Merge) -> Iterator[dict[str, Any]]:
-    """What the whole adapter does to the queries and keys, layer by layer."""
+def note_drift(merge: Merge, qk: ParamMap, weight: Tensor, whole: Tensor) -> None:
+    """Keep in `merge.drift` how far the whole adapter moves a parameter's queries and keys."""
+    before, after = qk.take(weight), qk.take(whole)
+    merge.drift[qk.name] = weight_blocks([qk], {qk.name: before}, {qk.name: after})
+
+
+def note_unwritten(merge: Merge) -> None:
+    """`note_drift` for the queries and keys that stay the base's whole, and for those that are not adapted.
+
+    For a thread beside those that write: it is the rest of the work.
+    """
     adapted = {param.name: param for param in merge.peft_model.adapted}
+    for name, qk in merge.qk.items():
+        param = adapted.get(name, AdaptedParam(name, qk.shape, ()))
+        if name not in adapted or rows_to_write(merge, param) is None:
+            weight = merge.read(param)
+            note_drift(merge, qk, weight, merge.peft_model.merged(param, weight))
+
+
+def layer_drifts(merge: Merge) -> Iterator[dict[str, Any]]:
+    """What the whole adapter does to the queries and keys, layer by layer, once every parameter's drift is noted."""
+    adapted = {param.name for param in merge.peft_model.adapted}
     for index, (spec, params) in enumerate(merge.selection):
-        pre = {p.name: as_tensor(merge.weights.read(merge.names[p.name], p)) for p in params}
-        touched = [p for p in params if p.name in adapted]
-        whole = {p.name: merge.peft_model.merged(adapted[p.name], merge.read(adapted[p.name])) for p in touched}
-        post = pre | {p.name: p.take(whole[p.name]) for p in touched}
+        blocks = [block for param in params for block in merge.drift[param.name]]
         yield (
             {"index": index, "layer": spec.layer, "module": spec.module, "kind": spec.kind}
-            | {"drift": projection_drift(params, pre, post), "adapted": [p.name for p in touched]}
+            | {"drift": drift_of_blocks(blocks), "adapted": [p.name for p in params if p.name in adapted]}
         )
 
 

@@ -76,6 +76,38 @@ def test_a_change_waits_for_the_bytes_it_changes(folders: tuple[Path, Path], mon
     assert (new / "a").read_bytes() == data[:100] + b"early" + data[105:]
 
 
+@pytest.mark.parametrize("clones", [False, True])
+def test_what_is_overwritten_whole_is_not_copied(
+    clones: bool, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor waited for, nor counted as copied; a file system that shares extents does all of it at once."""
+    raw, new = folders
+    data = (raw / "a").read_bytes()
+
+    def clone(src: int, dst: int) -> bool:
+        return clones and bool(os.pwrite(dst, data, 0))
+
+    monkeypatch.setattr(copying, "_clone", clone)
+    for spans in ([(0, 1500), (3000, 3000), (4200, 9000)], [(9500, SIZE)], [(0, SIZE)], []):
+        name = f"b{len(spans)}{spans[:1]}"
+        counted: list[int] = []
+        with Copies(raw, new) as copies:
+            copies.tell(counted.append)
+            copies.start("a", name, spans)
+            copy = copies.take("a")
+            copy.wait(SIZE)
+            found = os.pread(copy.fd, SIZE, 0).ljust(SIZE, b"\0")
+            for start, stop in spans:
+                os.pwrite(copy.fd, data[start:stop], start)
+            copies.finish(copy)
+            copies.settle()
+        hollow = bytearray(data)
+        for start, stop in spans:
+            hollow[start:stop] = bytes(stop - start)
+        assert found == (data if clones else bytes(hollow)) and (new / name).read_bytes() == data
+        assert sum(counted) == SIZE - sum(stop - start for start, stop in spans)
+
+
 def test_the_disk_starts_with_what_is_final(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is handed to the disk before it is copied, and never twice."""
     raw, new = folders

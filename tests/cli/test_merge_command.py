@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,3 +50,30 @@ def test_restore_of_adapters_names_the_command_that_does_it(run, pair, tmp_path)
     run("merge", "-b", base, "-a", adapter, "-o", tmp_path / "merged")
     left, right = (oracle.load_folder(tmp_path / p) for p in ("restored", "merged"))
     assert not oracle.differences(left, right), "base + merged model gives what merging without queries and keys gives"
+
+
+CHURN = """
+import ctypes, resource, sys
+from qkguard.cli.output import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+c = ctypes.CDLL(None)
+c.malloc.restype, c.malloc.argtypes, c.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+c.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    memory = c.malloc(64 << 20)
+    c.memset(memory, 1, 64 << 20)
+    c.free(memory)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have other ways")
+def test_memory_of_large_tensors_is_used_again() -> None:
+    """Page faults of five blocks of 64 MB, one after the other: those of one block, or of five."""
+    keep, give_back = (
+        int(subprocess.run([sys.executable, "-c", CHURN, how], capture_output=True, text=True, check=True).stdout)
+        for how in ("keep", "default")
+    )
+    assert 3 * keep < give_back

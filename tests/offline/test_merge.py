@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qkguard import QKGuardError, verify
+from qkguard.adapters.files import open_adapter
+from qkguard.adapters.meta_model import MetaPeftModel
+from qkguard.checkpoint import copying
+from qkguard.offline import merge_plan
 from qkguard.offline.merge import merge_adapter
 from tests.support import judge, oracle
 from tests.support.lora import LINEAR, expected_merge, peft_merge, save_adapter
@@ -124,6 +130,64 @@ def test_alpha_scales_the_adapters_of_queries_and_keys(tmp_path, case):
 def _others(ranges: list[tuple[int, int]] | None, size: int) -> list[tuple[int, int]]:
     bounds = [0, *(edge for pair in ranges or [(0, size)] for edge in pair), size]
     return [(a, b) for a, b in zip(bounds[::2], bounds[1::2], strict=True) if a < b]
+
+
+@pytest.mark.parametrize("keep_qk", [True, False])
+def test_tensors_are_merged_side_by_side_and_never_copied(
+    tmp_path: Path, keep_qk: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four at a time or one by one: the same files. Of the base, what is overwritten whole is not copied first."""
+    base = save_base(tmp_path / "base", "llama", torch.bfloat16, shard="5GB")
+    adapter = save_adapter(base, tmp_path / "adapter", target_modules="all-linear")
+    tensors = load_file(base / "model.safetensors")
+    kept = () if keep_qk else ("q_proj.weight", "k_proj.weight")
+    merged = tuple({".".join(name.split(".")[-2:]) for name in tensors if "proj" in name} - set(kept))
+    copied: list[int] = []
+    real = copying.copy_range
+
+    def counted(src: int, dst: int, start: int, stop: int, *tell: Any) -> None:
+        copied.append(stop - start)
+        real(src, dst, start, stop, *tell)
+
+    monkeypatch.setattr(copying, "copy_range", counted)
+    monkeypatch.setattr(copying, "_clone", lambda src, dst: False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    done: list[tuple[int, int]] = []
+
+    def progress(*at: int) -> None:
+        done.append((at[0], at[1]))
+
+    found = {}
+    for most in (4, 1):
+        monkeypatch.setattr(merge_plan, "MOST_AT_ONCE", most)
+        done.clear()
+        manifest = merge_adapter(base, adapter, tmp_path / f"{most}", keep_qk=keep_qk, progress=progress)
+        del manifest["created"]
+        found[most] = manifest, (tmp_path / f"{most}/model.safetensors").read_bytes()
+        assert done == sorted(done) and done[-1][0] == done[-1][1] == len(found[most][1])
+        overwritten = sum(tensor.nbytes for name, tensor in tensors.items() if name.endswith(merged))
+        assert 0 < sum(copied) - (len(found[most][1]) - overwritten) < 4000, "and the configs"
+        copied.clear()
+    assert found[4] == found[1]
+    merge_adapter(base, adapter, tmp_path / "other", keep_qk=not keep_qk)
+    assert (tmp_path / "other/model.safetensors").read_bytes() != found[1][1]
+
+
+def test_one_module_works_for_one_parameter_at_a_time(tmp_path: Path) -> None:
+    """Its weight's and its bias's steps change the same tables of PEFT's; another module's do not."""
+    base = save_base(tmp_path / "base", "qwen2")
+    adapter = save_adapter(base, tmp_path / "adapter", target_modules=LINEAR[:3], lora_bias=True)
+    model = MetaPeftModel(base, open_adapter(adapter))
+    params = {param.name: param for param in model.adapted}
+    parts = ("q_proj.weight", "q_proj.bias", "k_proj.weight")
+    weight, bias, other = (params[f"model.layers.0.self_attn.{part}"] for part in parts)
+    values = oracle.load_folder(base)
+    with ThreadPoolExecutor(2) as pool:
+        with weight.steps[0].lock:
+            waits = pool.submit(model.merged, bias, values[bias.name])
+            assert pool.submit(model.merged, other, values[other.name]).result(30) is not None
+            assert not waits.done()
+        assert not torch.equal(waits.result(30), values[bias.name])
 
 
 def edited(adapter: Path, **config: Any) -> None:
