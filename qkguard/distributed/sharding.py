@@ -5,10 +5,10 @@ rank, also where all ranks hold a full copy (DDP, ZeRO-1/2: an even split). A ra
 has, so keeping and comparing weights needs no gather. Nothing outside this file knows what is sharded.
 
 DeepSpeed documents no way to read a partition in the weights' own dtype without gathering it. So this file reads what
-ZeRO-3 hangs on a parameter (checked with DeepSpeed 0.19.8): `ds_tensor`, this rank's flat partition, equally long on
-all ranks and padded past the end; `ds_shape`, the full shape; `ds_zero_partition_rank` and
-`ds_zero_partition_world_size`, which may differ from the global ones; `ds_status`, AVAILABLE while `.data` holds a
-gathered copy.
+ZeRO-3 hangs on a parameter (checked with DeepSpeed 0.16.0 and 0.19.8): `ds_tensor`, this rank's flat partition,
+equally long on all ranks and padded past the end; `ds_shape`, the full shape; `ds_zero_partition_rank` and
+`ds_zero_partition_world_size`, which may differ from the global ones (`_partition`); `ds_status`, AVAILABLE while
+`.data` holds a gathered copy.
 """
 
 from __future__ import annotations
@@ -128,11 +128,9 @@ def check_supported(model: nn.Module, names: Iterable[str]) -> None:
 def unsupported(param: Param) -> str | None:
     """What is unsupported about a parameter's placement, as it follows "is"; None where nothing is."""
     if hasattr(param, "ds_tensor"):
-        if param.ds_zero_partition_world_size != ranks.world_size():
-            return (
-                f"partitioned over {param.ds_zero_partition_world_size} of {ranks.world_size()} ranks (MiCS or expert "
-                "parallelism)"
-            )
+        size = _partition(param)[1]
+        if size != ranks.world_size():
+            return f"partitioned over {size} of {ranks.world_size()} ranks (MiCS or expert parallelism)"
         if getattr(param.ds_tensor, "final_location", None) == "nvme":  # DeepSpeed calls the CPU "not-nvme"
             return "offloaded to NVMe"
         if getattr(param, "ds_zero_param_process_group", None) is not None:
@@ -158,10 +156,19 @@ def unsupported(param: Param) -> str | None:
     return None
 
 
+def _partition(param: Param) -> tuple[int, int]:
+    """This rank's number among the ranks that a ZeRO-3 parameter is partitioned over, and how many they are."""
+    if hasattr(param, "ds_zero_partition_rank"):
+        return param.ds_zero_partition_rank, param.ds_zero_partition_world_size
+    partitioner = _enclosing_self(param.partition)  # DeepSpeed before 0.19.3: the same for all of its parameters
+    return partitioner.get_partition_rank(), partitioner.num_partitions
+
+
 def _is_gathered_quantised(param: Param) -> bool:
     """Whether ZeRO++ quantises the weight on its way to the other ranks.
 
-    Known to the object that partitions parameters alone (DeepSpeed 0.19.8), which `param.partition` is bound to.
+    Known to the object that partitions parameters alone (DeepSpeed 0.16.0 to 0.19.8), which `param.partition` is bound
+    to.
     """
     return bool(getattr(_enclosing_self(getattr(param, "partition", None)), "quantized_weights", False))
 
@@ -181,7 +188,7 @@ def shard_span(param: Param) -> Span:
     numel = full_numel(param)
     if hasattr(param, "ds_tensor"):
         length = param.ds_tensor.numel()
-        start = min(numel, param.ds_zero_partition_rank * length)
+        start = min(numel, _partition(param)[0] * length)
         return start, min(numel, start + length)
     if isinstance(param, DTensor):
         start, stop = _dtensor_span(param)
@@ -209,7 +216,7 @@ def read(param: Param, span: Span) -> Tensor:
     start, stop = span
     if hasattr(param, "ds_tensor"):
         # also while a gathered copy exists: that one is stale after an optimizer step, the partition is not
-        offset = param.ds_zero_partition_rank * param.ds_tensor.numel()
+        offset = _partition(param)[0] * param.ds_tensor.numel()
         return param.ds_tensor.detach().view(-1)[start - offset : stop - offset]
     if isinstance(param, DTensor):
         offset = _dtensor_span(param)[0]
@@ -229,7 +236,7 @@ def write(param: Param, flat: Tensor, spans: list[Span], exchange: Exchange) -> 
     """
     start, stop = spans[ranks.rank()]
     if hasattr(param, "ds_tensor"):
-        offset = param.ds_zero_partition_rank * param.ds_tensor.numel()
+        offset = _partition(param)[0] * param.ds_tensor.numel()
         param.ds_tensor.data.view(-1)[start - offset : stop - offset].copy_(flat)
         if param.ds_status.name == "AVAILABLE":
             _set(param.data, 0, exchange.all_gather(flat, spans), spans)

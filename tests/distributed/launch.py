@@ -11,6 +11,7 @@ import pytest
 import torch.distributed as dist
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
+from packaging.version import Version
 
 from qkguard.sft.launch import Launch, launch_command
 
@@ -29,6 +30,24 @@ def environment(name: str, arguments: list[str]) -> dict[str, str]:
     else:
         wanted = prepare_multi_gpu_env(args)
     return {key: value for key, value in wanted.items() if key.startswith(("ACCELERATE_", "FSDP_"))}
+
+
+def wait_for_every_gather() -> None:
+    """DeepSpeed before 0.19.8 waits for the last of several gathers; gloo's others may not be done by then."""
+    import deepspeed
+    from deepspeed import comm
+
+    if Version(deepspeed.__version__) >= Version("0.19.8"):
+        return
+    gather = comm.all_gather_into_tensor
+
+    def waited(*args: Any, **options: Any) -> Any:
+        handle = gather(*args, **options)
+        if handle is not None:
+            handle.wait()
+        return handle
+
+    comm.all_gather_into_tensor = waited
 
 
 def sharded_at_loading(base: Path) -> Any:

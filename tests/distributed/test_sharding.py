@@ -119,6 +119,19 @@ def test_refusals_name_what_was_found(world):
     sharding.check_supported(One(nn.Parameter(torch.zeros(4, device="meta"))), ["another"])
 
 
+def test_a_partition_of_deepspeed_before_0_19_3(world):
+    """Its parameters do not say where this rank is among the partitions; the object that makes them does."""
+    param = zero3_param(torch.arange(6.0), 2, 1)
+    param.partition = partition_of(SimpleNamespace(get_partition_rank=lambda: 1, num_partitions=2))
+    del param.ds_zero_partition_rank, param.ds_zero_partition_world_size
+    world(2, 1)
+    sharding.check_supported(One(param), ["weight"])
+    assert sharding.shard_span(param) == (3, 6)
+    assert torch.equal(sharding.read(param, (3, 6)), torch.tensor([3.0, 4.0, 5.0]))
+    world(4, 1)  # the twin: MiCS
+    assert "2 of 4 ranks" in refusal(param)
+
+
 class XlaFullyShardedDataParallel(nn.Module):
     """A class of that name which is not torch's, as torch_xla and fairscale have them."""
 

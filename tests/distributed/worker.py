@@ -42,6 +42,7 @@ def main() -> None:
         start_cases,
         verdict_cases,
     )
+    from tests.distributed.launch import wait_for_every_gather
     from tests.support.pictures import small_pictures
 
     modules = (
@@ -60,6 +61,7 @@ def main() -> None:
     gc.collect()
     gc.freeze()  # trainers and DeepSpeed collect garbage often, and would go through all that was imported each time
     deepspeed.init_distributed("gloo", verbose=False)  # torch's process group, known to DeepSpeed as well
+    wait_for_every_gather()
     for name in names:
         faulthandler.dump_traceback_later(CASE_SECONDS, exit=True)
         started = time.perf_counter()

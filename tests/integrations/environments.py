@@ -102,6 +102,11 @@ ENVIRONMENTS = {
         ["omegaconf==2.4.0"],
         ["torchaudio"],
     ),
+    "unsloth": Environment(  # trains on a CPU with stock transformers: the patches of its GPU kernels are not loaded
+        "unsloth==2026.10.9",
+        ["transformers==5.17.0", "trl==1.15.0", "peft==0.21.2", "accelerate", "datasets==4.8.4", "pydantic"],
+        ["unsloth_zoo==2026.10.9"],
+    ),
 }
 
 

@@ -115,9 +115,41 @@ def llamafactory(given: dict[str, Any]) -> None:
     runpy.run_module(module, run_name="__main__")
 
 
-CASES = {"axolotl": axolotl, "ms-swift": ms_swift, "llamafactory": llamafactory}
+def unsloth(given: dict[str, Any]) -> None:
+    """Unsloth's loader and its SFTTrainer, on its CPU backend: full fine-tuning, and LoRA into a folder beside."""
+    from unsloth import FastLanguageModel  # isort: skip: before the others, as it asks
+
+    import torch
+    from datasets import load_dataset
+    from trl import SFTConfig, SFTTrainer
+
+    from qkguard import QKGuardCallback
+
+    assert SFTTrainer._unsloth_cpu  # its own
+    rows = load_dataset("json", data_files=given["rows"], split="train")
+    for full, out in ((True, given["out"]), (False, given["out"] + "-lora")):
+        model, tokenizer = FastLanguageModel.from_pretrained(
+            given["model"], max_seq_length=128, dtype=torch.float32, load_in_4bit=False, full_finetuning=full
+        )
+        if not full:
+            model = FastLanguageModel.get_peft_model(model, r=8, target_modules=["q_proj", "k_proj", "v_proj"])
+        args = SFTConfig(
+            output_dir=out,
+            max_steps=STEPS,
+            save_steps=EVERY,
+            logging_steps=1,
+            per_device_train_batch_size=2,
+            learning_rate=1e-2,
+            report_to="none",
+            bf16=False,
+        )
+        guard = QKGuardCallback(restore_on="save", probe_lengths=[256])
+        SFTTrainer(model=model, processing_class=tokenizer, train_dataset=rows, args=args, callbacks=[guard]).train()
+
+
+CASES = {"axolotl": axolotl, "ms-swift": ms_swift, "llamafactory": llamafactory, "unsloth": unsloth}
 
 if __name__ == "__main__":
-    os.environ |= {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1"}
+    os.environ |= {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "UNSLOTH_FORCE_CPU": "1"}
     name, file = sys.argv[1:]
     CASES[name](json.loads(Path(file).read_text()))

@@ -65,7 +65,7 @@ def test_a_guarded_training(name: str, place: Path, tmp_path: Path) -> None:
         given["added"] = swift_words(given, environment.python, variables)
         exported = blocks("ms-swift", "bash")[2].splitlines()[1]
         variables["QKGUARD_SETTINGS"] = smaller(shlex.split(exported)[1].partition("=")[2])
-    else:
+    elif name == "llamafactory":
         given["added"] = smaller(blocks("LLaMA-Factory", "yaml")[0])
         command = shlex.split(blocks("LLaMA-Factory", "bash")[1].splitlines()[0])
         assert command[:2] == ["python", "-m"]
@@ -75,6 +75,19 @@ def test_a_guarded_training(name: str, place: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     check_run(place / "model", out)
+    if name == "unsloth":
+        check_adapters(tmp_path / "out-lora")
+
+
+def check_adapters(out: Path) -> None:
+    """Both saves have an adapter without queries and keys beside the raw one."""
+    for step in range(EVERY, STEPS + 1, EVERY):
+        raw = load_file(out / f"checkpoint-{step}" / "adapter_model.safetensors")
+        restored = load_file(out / f"checkpoint-{step}" / "qk_restored" / "default" / "adapter_model.safetensors")
+        tuned = {name for name in raw if re.search("|".join(QUERIES_AND_KEYS), name)}
+        assert tuned and raw.keys() - tuned == restored.keys()
+        assert all(tensor.equal(raw[name]) for name, tensor in restored.items())
+        assert all(raw[name].any() for name in tuned if "lora_B" in name)  # the twin: training has moved them
 
 
 def swift_words(given: dict[str, str], python: Path, variables: dict[str, str]) -> list[str]:

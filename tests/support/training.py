@@ -74,14 +74,14 @@ class OnlySaves(TrainerCallback):
 
 
 class Recorder(TrainerCallback):
-    """Losses and gradient norms as logged."""
+    """Losses and gradient norms as logged; under DeepSpeed, accelerate 1.4 gives no norm."""
 
     def __init__(self) -> None:
-        self.rows: list[tuple[float, float]] = []
+        self.rows: list[tuple[float, float | None]] = []
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
-            self.rows.append((logs["loss"], logs["grad_norm"]))
+            self.rows.append((logs["loss"], logs.get("grad_norm")))
 
 
 def make_trainer(base: Path, args: Any, guard: Any = None, model: Any = None, **options: Any) -> Any:

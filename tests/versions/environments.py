@@ -17,6 +17,7 @@ import tomllib
 import venv
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).parents[2]
 PLACE = Path(os.environ.get("QKGUARD_ENVIRONMENTS", "~/.cache/qkguard/environments")).expanduser()
@@ -29,7 +30,22 @@ CORE = [
     "distributed/test_sharding.py",
 ]
 """What is run of tests/ where no tests are named: trainings, saves and adapters in one process, sharded tensors."""
-TOOLS = ["pytest", "pytest-timeout", "pytest-xdist", "jsonschema", "psutil", "scipy", "setuptools<81", "tensorboard"]
+RANKS = [
+    "ranks_agree",
+    "guarded@ddp,fp32,minimax",
+    "guarded@zero1,fp32,minimax",
+    "guarded@zero2,bf16,qwen3_next,default",
+    "guarded@zero3,bf16,qwen3_next,default",
+    "neutral@ddp,checkpointing",
+    "lora@ddp,phi3",
+    "lora@zero2,phi3,dora",
+    "lora@zero3,qwen3_next,dora,default",
+    "verdict@ddp",
+    "failing_write",
+]
+"""What is run on two ranks then, in one launch: cases of tests/distributed/worker.py."""
+SETUPTOOLS = "setuptools>=70.1,<81"  # 70.1 builds wheels by itself; what comes with Python 3.11 is older
+TOOLS = ["pytest", "pytest-timeout", "pytest-xdist", "jsonschema", "psutil", "scipy", SETUPTOOLS, "tensorboard"]
 SHOWN = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed")
 
 
@@ -87,7 +103,15 @@ def main(arguments: list[str]) -> int:
     subprocess.run([python, "-c", show], cwd=ROOT, env=environment, check=True)
     chosen = arguments[1:] or [f"tests/{place}" for place in CORE]
     command = [str(python), "-m", "pytest", "-n", "2", "--dist", "loadfile", "-p", "no:cacheprovider", *chosen]
-    return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+    failed = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+    if failed or arguments[1:]:
+        return failed
+    with TemporaryDirectory() as out:
+        launch = [str(python), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        launch += ["-m", "tests.distributed.worker", out, *RANKS]
+        failed = subprocess.run(launch, cwd=ROOT, env=environment, check=False).returncode
+        print(f"{len(list(Path(out).glob('*.1.json')))} of {len(RANKS)} cases ran on two ranks", flush=True)
+    return failed
 
 
 if __name__ == "__main__":
