@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qkguard.drift import (
     ROW,
@@ -66,6 +67,28 @@ def test_sums_of_joined_weights_are_those_of_each(dtype, monkeypatch):
         assert moved == pytest.approx(float(((a - b) ** 2).sum()), rel=1e-6)
         assert cross == pytest.approx(float((b * (a - b)).sum()), abs=1e-6 * float(a.norm() * (a - b).norm()))
     assert float(of_weight[0].sum(0)[0]) != pytest.approx(float(of_weight[1].sum(0)[0]), rel=1e-3)
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the operations that would launch a kernel on an accelerator: all but views and allocations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view and "empty" not in func.__name__
+        return func(*args, **kwargs or {})
+
+
+def test_few_kernels_are_launched_for_many_weights():
+    w = torch.zeros(2 * ROW)
+    with Kernels() as joined:
+        launch_sums([(w, w)] * 100)
+    with Kernels() as single:
+        for _ in range(100):
+            difference_sums(w, w)
+    assert joined.count == 2 * 100 + 4 and single.count > 3 * joined.count
 
 
 def test_pure_scaling_has_no_angle():

@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -117,19 +118,10 @@ def probes(guard: QKGuardCallback, run: Path, steps: int) -> dict[str, object]:
     }
 
 
-def train(name: str, folder: Path, steps: int, length: int) -> dict[str, object]:
-    """One run on the ranks of this launch; what rank 0 saw of it."""
-    import deepspeed
-
-    if CUDA:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed("nccl" if CUDA else "gloo", verbose=False)
-    torch.use_deterministic_algorithms(True)  # to only warn would leave attention's backward pass as it is
-    rows = torch.randint(0, 32000, (steps * 4, length), generator=torch.Generator().manual_seed(1)).tolist()
-    args = TrainingArguments(
-        output_dir=str(folder / name),
+def training_arguments(output_dir: Path, steps: int, **options: Any) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(output_dir),
         max_steps=steps,
-        save_steps=steps // 2,
         save_only_model=True,
         logging_steps=1,
         per_device_train_batch_size=2,
@@ -141,7 +133,20 @@ def train(name: str, folder: Path, steps: int, length: int) -> dict[str, object]
         disable_tqdm=True,
         deepspeed=deepspeed_config(3, tight=False),
         optim="adamw_torch",
+        **options,
     )
+
+
+def train(name: str, folder: Path, steps: int, length: int) -> dict[str, object]:
+    """One run on the ranks of this launch; what rank 0 saw of it."""
+    import deepspeed
+
+    if CUDA:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed("nccl" if CUDA else "gloo", verbose=False)
+    torch.use_deterministic_algorithms(True)  # to only warn would leave attention's backward pass as it is
+    rows = torch.randint(0, 32000, (steps * 4, length), generator=torch.Generator().manual_seed(1)).tolist()
+    args = training_arguments(folder / name, steps, save_steps=steps // 2)
     model = LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
     RecallMonitor.at_floor = False  # type: ignore[assignment, method-assign]  # random weights find no needles
     guard = None if RUNS[name] is None else QKGuardCallback(**RUNS[name])
