@@ -1,11 +1,11 @@
-"""Steps beside a background write against steps alone: a random llama in bf16 under ZeRO-3, as in `bench_gpu`.
+"""Steps beside a background write, and with drift, against steps alone: a random llama in bf16 under ZeRO-3.
 
     python -m tests.benchmarks.bench_beside [HIDDEN] [LAYERS] [WRITES] [--ranks 2]
 
-One launch. The first checkpoint is restored again and again, every `EVERY` steps, and nothing else is measured or
-saved meanwhile: so many steps of either kind alternate in one run, where `bench_gpu` has a handful. Prints one line of
-JSON: how many steps of either kind there were, their medians and means in seconds, and the seconds of the writes.
-Without a GPU it runs on the CPU, to look at that line: `bench_beside 256 2 2 --length 64`.
+One launch, otherwise as `bench_gpu`. The first checkpoint is restored again and again, every `EVERY` steps, and before
+that `DRIFT` steps measure drift: so many steps of each kind alternate in one run, where `bench_gpu` has a handful.
+Prints one line of JSON: how many steps of each kind there were, their medians and means in seconds, and the seconds of
+the writes. Without a GPU it runs on the CPU, to look at that line: `bench_beside 256 2 2 --length 64`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from qkguard import QKGuardCallback
 from tests.benchmarks.bench_gpu import CUDA, save_base, synchronize, training_arguments
 from tests.support import judge
 
-SAVE, FIRST, EVERY = 3, 12, 16
+SAVE, FIRST, EVERY, DRIFT = 3, 12, 20, 7
 
 
 class OneSave(TrainerCallback):
@@ -45,24 +45,36 @@ class Writes(TrainerCallback):
     """Restores the checkpoint anew every `EVERY` steps, and times the others; stands behind the guard."""
 
     def __init__(self, guard: QKGuardCallback) -> None:
-        self.guard, self.began, self.busy, self.counts = guard, 0.0, False, False
-        self.steps: dict[bool, list[float]] = {True: [], False: []}
+        self.guard, self.began, self.kind = guard, 0.0, ""
+        self.steps: dict[str, list[float]] = {"alone": [], "with_drift": [], "beside_write": []}
 
     def on_step_begin(self, args, state, control, **kwargs):
         synchronize()
         now = time.perf_counter()
-        if self.counts and state.global_step > FIRST:
-            self.steps[self.busy].append(now - self.began)
-        self.began, self.busy, self.counts = now, self.guard.session.background.busy, True
+        if self.kind:
+            self.steps[self.kind].append(now - self.began)
+        self.began, self.kind = now, self.kind_of(state.global_step + 1)
+
+    def kind_of(self, step: int) -> str:
+        """The step that begins; "" for what is not timed: the first ones, and those between two kinds."""
+        place = (step - FIRST) % EVERY  # 0: it ends with a save
+        if step <= FIRST or place in (0, EVERY - DRIFT):
+            return ""
+        if self.guard.session.background.busy:
+            return "beside_write" if place < EVERY - DRIFT else ""
+        return "with_drift" if place > EVERY - DRIFT else "alone"
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step >= FIRST and (state.global_step - FIRST) % EVERY == 0:
-            self.counts = False  # the save itself is no part of a step
-            self.guard.session.background.finish()
+        step, session = state.global_step, self.guard.session
+        place = (step - FIRST) % EVERY
+        if place >= EVERY - DRIFT:
+            session.drift.measure(step, drift=True, routing=False, beside=True)
+        if step >= FIRST and place == 0:
+            session.background.finish()
             checkpoint = Path(args.output_dir) / f"checkpoint-{SAVE}"
             if args.should_save:
                 shutil.rmtree(checkpoint / "qk_restored", ignore_errors=True)
-            self.guard.session.restore_checkpoint(checkpoint, state.global_step, None)
+            session.restore_checkpoint(checkpoint, step, None)
 
 
 def summary(seconds: list[float]) -> dict[str, float]:
@@ -94,8 +106,7 @@ def train(folder: Path, writes: int, length: int) -> dict[str, object]:
     found = {
         "device": torch.cuda.get_device_name() if CUDA else "cpu",
         "ranks": dist.get_world_size(),
-        "alone": summary(clock.steps[False]),
-        "beside_write": summary(clock.steps[True]),
+        **{kind: summary(seconds) for kind, seconds in clock.steps.items()},
     }
     dist.barrier()
     dist.destroy_process_group()
