@@ -184,8 +184,17 @@ class Run:
         for row in self.rows:
             for key, value in row.items():
                 if key.startswith("qkguard/"):
-                    out.setdefault(key, []).append((row["step"], nan if value is None else value))  # null: not finite
+                    out.setdefault(key, []).append((row["step"], _numbers(value)))
         return out
+
+
+def _numbers(value: Any) -> Any:
+    """A number, or tables of them, as measured: `metrics.jsonl` has null for what was not finite."""
+    if value is None:
+        return nan
+    if isinstance(value, Mapping):
+        return {key: _numbers(found) for key, found in value.items()}
+    return [_numbers(found) for found in value] if isinstance(value, list) else value
 
 
 def _layer_numbers(label: str) -> list[int]:
@@ -203,9 +212,9 @@ def probes_in(row: Mapping[str, Any]) -> Iterable[ProbeRow]:
                 weights=weights,
                 recall=recall,
                 groups=row.get(f"niah{suffix}_grid", ()),
-                needle_mass=row.get(f"niah{suffix}_needle_mass", ()),
-                attention=row.get(f"niah{suffix}_attention", ()),
-                change=row.get(f"niah{suffix}_change"),
+                needle_mass=_numbers(row.get(f"niah{suffix}_needle_mass", ())),
+                attention=_numbers(row.get(f"niah{suffix}_attention", ())),
+                change=_numbers(row.get(f"niah{suffix}_change", {})) or None,
                 before=row.get(f"niah{suffix}_before_grid", ()),
                 falls=row.get(f"niah{suffix}_falls", ()),
             )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import isfinite
+
 from qkguard.probe.words import floor_clause, is_no_difference, no_difference, points
 from qkguard.report.numbers import plural
 from qkguard.report.run import DRIFT, ProbeRow, Run
@@ -128,6 +130,8 @@ def _drift(run: Run) -> list[str]:
     parts = [f"{name} by {value:.3g}" for name, value in moved.items() if value is not None]
     if not parts:
         return []
+    if any(value is not None and not isfinite(value) for value in moved.values()):
+        return ["The queries or keys hold NaN or Inf now, so how far they moved is not known: the training diverged."]
     out = f"Relative to their size before training, the projections moved: {' and '.join(parts)}"
     routing = run.last_value(f"{DRIFT}routing_rel")
     if routing is not None:

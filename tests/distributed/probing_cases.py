@@ -27,6 +27,7 @@ from tests.distributed.cases import STEPS, base_model, deepspeed_config, rank, r
 from tests.distributed.launch import sharded_at_loading, sharding_of
 from tests.distributed.lora_cases import lora_config
 from tests.support import judge, oracle
+from tests.support.models import noised
 from tests.support.probing import all_right, bpe_tokenizer, no_floor, with_retrieval_head
 from tests.support.training import arguments, make_trainer
 
@@ -74,6 +75,7 @@ def run(folder: Path, base: Path, backend: str, guard: Any = None, extra: Any = 
 def trained(folder: Path, base: Path, backend: str, guard: Any, extra: Any, **options: Any) -> Any:
     reset()
     settings: dict[str, Any] = {"processing_class": bpe_tokenizer(), "peft_config": options.pop("peft_config", None)}
+    resume = options.pop("resume", None)
     if backend.startswith("zero"):
         options["deepspeed"] = deepspeed_config(int(backend[-1]), tight=False)
     if backend == "loaded_fsdp2":
@@ -85,7 +87,7 @@ def trained(folder: Path, base: Path, backend: str, guard: Any, extra: Any, **op
         made = extra(trainer) if extra else None
         if isinstance(made, TrainerCallback):
             trainer.add_callback(made)
-        trainer.train()
+        trainer.train(resume_from_checkpoint=resume)
     assert (sharding.backend(trainer.model) == "fsdp2") == backend.endswith("fsdp2")
     return trainer, made
 
@@ -181,25 +183,32 @@ def retrieval(folder: Path, backend: str, *flags: str) -> None:
     if rank() == 0:
         reset()
         digits = bpe_tokenizer().convert_tokens_to_ids(list("0123456789"))
-        with_retrieval_head(AutoModelForCausalLM.from_pretrained(base), digits, 2, 1).save_pretrained(base)
+        model = with_retrieval_head(AutoModelForCausalLM.from_pretrained(base), digits, 2, 1)
+        noised(model, seed=1, scale=1e-3).save_pretrained(base)  # DoRA divides by the norm of each row
     dist.barrier()
-    adapters = {"peft_config": lora_config("llama", ())} if "lora" in flags else {}
-    guard = QKGuardCallback(
-        strict=True, layers="retrieval", verdict=False, **PROBES | {"probe_samples": 2}, probe_budget=None
-    )
+    is_adapter = "lora" in flags or "dora" in flags
+    adapters = {"peft_config": lora_config("llama", flags)} if is_adapter else {}
+    settings = {"strict": True, "layers": "retrieval", "verdict": False, "probe_budget": None}
+    guard = QKGuardCallback(**PROBES | settings | {"probe_samples": 2})
     with pytest.MonkeyPatch.context() as patch:
         all_right(patch)
         if rank() != 0:
             patch.setattr(retrieval_layers, "choose_layers", None)
         trained(folder, base, backend, guard, None, **adapters)
-    chosen: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(chosen, (guard.session.retrieval.to_json(), guard.session.weights.rows.layers))
-    assert all(found == chosen[0] for found in chosen) and chosen[0][1] == (2,)
-    assert max(found["heads"][1] for found in chosen[0][0]["scores"]) > 0.5
+        chosen: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(chosen, (guard.session.retrieval.to_json(), guard.session.weights.rows.layers))
+        assert all(found == chosen[0] for found in chosen) and chosen[0][1] == (2,)
+        assert max(found["heads"][1] for found in chosen[0][0]["scores"]) > 0.5
+        if "resume" in flags:  # the choice is read, not made again from weights that have been trained
+            patch.setattr(retrieval_layers, "choose_layers", None)
+            later = QKGuardCallback(**PROBES | settings | {"probe_samples": 2})
+            trained(folder, base, backend, later, None, **adapters, resume=True, max_steps=2 * STEPS)
+            assert later.session.retrieval.to_json() == chosen[0][0] and later.session.weights.rows.layers == (2,)
     if rank() == 0:
-        check_restored(base, folder / f"run/checkpoint-{STEPS}", "lora" in flags)
+        last = 2 * STEPS if "resume" in flags else STEPS
+        check_restored(base, folder / f"run/checkpoint-{last}", is_adapter)
         summary = judge.metrics_rows(folder / "run")
-        assert [row["retrieval"]["layers"] for row in summary if "retrieval" in row] == [[2]]
+        assert [row["retrieval"]["layers"] for row in summary if "retrieval" in row] == [[2]] * (last // STEPS)
     dist.barrier()
 
 
@@ -215,7 +224,7 @@ def check_restored(base: Path, raw: Path, is_adapter: bool) -> None:
     assert restored_names == {f"model.layers.2.self_attn.{part}_proj.weight" for part in "qk"}
     assert all(torch.equal(found[name], before[name]) for name in restored_names)
     manifest = json.loads((raw / "qk_restored/qkguard.json").read_text())
-    assert manifest["retrieval"]["layers"] == [2] and manifest["probe"]["restored"]["step"] == STEPS
+    assert manifest["retrieval"]["layers"] == [2] and manifest["probe"]["restored"]["step"] == manifest["step"]
 
 
 class Swaps(TrainerCallback):

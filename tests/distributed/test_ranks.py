@@ -78,6 +78,8 @@ CASES = {
         "retrieval@zero3",
         "retrieval@fsdp2",
         "retrieval@ddp,lora",
+        "retrieval@ddp,dora,resume",
+        "retrieval@zero3,resume",
         "verdict@ddp",
         "verdict@zero3,default",
         "verdict@zero2",

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import math
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +18,7 @@ import torch
 import wandb
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from qkguard import QKGuardCallback, QKGuardConfig, QKGuardError, restored
 from qkguard.offline.task_rows import find_rows, sampled
@@ -34,7 +36,7 @@ from qkguard.training.schedules import Budget, interval
 from tests.support import judge
 from tests.support.models import tiny_model
 from tests.support.probing import always, bpe_tokenizer, no_floor, pretend
-from tests.support.training import arguments, save_base, train
+from tests.support.training import arguments, make_trainer, save_base, train
 
 PROBES: dict[str, Any] = {
     "probe_lengths": [192],
@@ -573,3 +575,24 @@ def test_swapped_logits_are_those_of_the_restored_folder_and_the_weights_come_ba
         assert torch.equal(model(ids).logits, raw) and not torch.equal(raw, loaded(ids).logits)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert all(torch.equal(v, kept[k]) for k, v in optimizer.items())
+
+
+def test_a_run_that_diverges_has_its_page(base, tmp_path, probed_on):
+    """NaN in the queries makes attention, drift and probabilities NaN, null in metrics.jsonl; the page says so."""
+
+    class Diverges(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 2:
+                torch.nn.init.constant_(model.model.layers[1].self_attn.q_proj.weight, float("nan"))
+
+    guard = QKGuardCallback(**PROBES, probe_steps=1, routing_drift_steps=1, verdict=False, strict=True)
+    trainer = make_trainer(base, arguments(tmp_path, max_steps=3), guard, processing_class=bpe_tokenizer())
+    trainer.add_callback(Diverges())
+    trainer.train()
+    run = load_run(tmp_path / "run")
+    assert any("null" in line for line in (tmp_path / "run/_qkguard/metrics.jsonl").read_text().splitlines())
+    last = run.probe_of("raw")
+    assert math.isnan(last.needle_mass[0]["heads"][1][0]) and math.isnan(last.attention[0]["distance"][1])
+    page = (tmp_path / "run/_qkguard/report.html").read_text()
+    assert "The queries or keys hold NaN or Inf now" in page
+    assert "hold NaN or Inf now" not in " ".join(describe(replace(run, rows=[r for r in run.rows if r["step"] < 3])))
