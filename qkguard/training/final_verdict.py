@@ -193,10 +193,11 @@ class FinalVerdict:
         names = [UNTOUCHED.name, *(candidate.name for candidate in self.weights.candidates())]
         recall = self.monitor.expected_seconds * len(names)
         asked = self._tokens_of_probe()
+        most = recall * (1 + min(TOKENS, asked) / asked)
+        took = "less than a second" if most < 1 else f"{recall:.0f} to {most:.0f} s"
         return (
             f"When training ends, a verdict is measured: recall and loss of {', '.join(names)}. By the first probe's "
-            f"time it takes {recall:.0f} to {recall * (1 + min(TOKENS, asked) / asked):.0f} s, the more the longer "
-            "the rows are. Set verdict=False to leave it out."
+            f"time it takes {took}, the more the longer the rows are. Set verdict=False to leave it out."
         )
 
     def _tokens_of_probe(self) -> int:
