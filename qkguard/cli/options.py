@@ -51,6 +51,7 @@ PerLayer = Annotated[
     str | None,
     typer.Option("--per-layer", help="Ridge or alpha of single layers, such as 3=0.5,7=1.", metavar="LAYER=VALUE,..."),
 ]
+HAYSTACK_PER = ("sample", "length")
 MODES = ("auto", "chat", "plain")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -62,6 +63,13 @@ Samples = Annotated[int, typer.Option(min=1, help="Probe samples for every task,
 Tasks = Annotated[str, typer.Option(help="RULER tasks: single_1-3 (or S1-S3), multikey_1-3, multivalue, multiquery.")]
 Haystack = Annotated[
     str | None, typer.Option(help="Text for the haystacks: .txt, .md, .json or .jsonl. Default: generated.")
+]
+HaystackPer = Annotated[
+    str,
+    typer.Option(
+        help="Each sample has a haystack of its own, or all of one task and length share one (length), which is read "
+        "once: faster, but samples are less independent."
+    ),
 ]
 Mode = Annotated[str, typer.Option(help="auto, chat or plain prompts; auto uses a chat template where there is one.")]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]

@@ -23,6 +23,7 @@ def probe(
     samples: opt.Samples = 2,
     tasks: opt.Tasks = "single_2,multikey_1,multikey_2",
     haystack: opt.Haystack = None,
+    haystack_per: opt.HaystackPer = "sample",
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
     mode: opt.Mode = "auto",
     generate: Annotated[
@@ -60,6 +61,7 @@ def probe(
     for file in (png, html):
         opt.check_file(file)
     opt.parse_choice("--mode", mode, opt.MODES)
+    opt.parse_choice("--haystack-per", haystack_per, opt.HAYSTACK_PER)
     opt.parse_choice("--dtype", dtype, opt.DTYPES)
     from qkguard.offline.checks import check_file, check_models, check_samples
 
@@ -77,6 +79,7 @@ def probe(
         samples=samples,
         tasks=opt.parse_names(tasks),
         haystack=haystack,
+        haystack_per=haystack_per,
         seed=seed,
         mode=opt.parse_choice("--mode", mode, opt.MODES),
         attention=attention,

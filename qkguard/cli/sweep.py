@@ -67,6 +67,7 @@ def sweep(
     samples: opt.Samples = 2,
     tasks: opt.Tasks = "single_2,multikey_1,multikey_2",
     haystack: opt.Haystack = None,
+    haystack_per: opt.HaystackPer = "sample",
     mode: opt.Mode = "auto",
     rows: Annotated[int, typer.Option(min=1, help="At most so many rows of the data.")] = 256,
     max_length: Annotated[int, typer.Option(min=1, help="Rows longer than this many tokens are left out.")] = 4096,
@@ -97,6 +98,7 @@ def sweep(
     quiet_transformers()
     selected = opt.row_selection(layers, include_norms, sliding_window, shared)
     opt.parse_choice("--mode", mode, opt.MODES)
+    opt.parse_choice("--haystack-per", haystack_per, opt.HAYSTACK_PER)
     opt.parse_choice("--dtype", dtype, opt.DTYPES)
     from qkguard.offline.checks import check_file, check_samples, check_sweep
 
@@ -134,6 +136,7 @@ def sweep(
         samples=samples,
         tasks=opt.parse_names(tasks),
         haystack=haystack,
+        haystack_per=haystack_per,
         mode=mode,
         seed=seed,
         rows=rows,

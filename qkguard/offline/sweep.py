@@ -108,6 +108,7 @@ def sweep(
     samples: int = 2,
     tasks: Sequence[str] = DEFAULT_TASKS,
     haystack: Any = None,
+    haystack_per: str = "sample",
     mode: str = "auto",
     seed: int = 0,
     rows: int = 256,
@@ -146,7 +147,8 @@ def sweep(
         write: write the recommended checkpoint there (`restore_checkpoint`), unless it is raw.
         overwrite: replace an earlier restored folder at `write`.
         lengths: of the probe's contexts; by default what fits the model of 512, 1024 and 2048 tokens.
-        depths: of the probe (`ProbeSettings`), as are `samples`, `tasks`, `haystack`, `mode` and `batch_tokens`.
+        depths: of the probe (`ProbeSettings`), as are `samples`, `tasks`, `haystack`, `haystack_per`, `mode` and
+            `batch_tokens`.
         seed: of the probe; it also draws the bootstrap.
         rows: at most so many of the data.
         max_length: longer rows, in tokens, are left out.
@@ -170,7 +172,16 @@ def sweep(
     task_rows = _task_rows(data, Path(tuned), rows)
     load = LoadOptions(dtype, device, trust_remote_code)
     settings = ProbeSettings(
-        lengths or (), depths, samples, tasks, haystack, seed, mode, attention=False, batch_tokens=batch_tokens
+        lengths or (),
+        depths,
+        samples,
+        tasks,
+        haystack,
+        seed,
+        mode,
+        attention=False,
+        batch_tokens=batch_tokens,
+        haystack_per=haystack_per,
     )
 
     folders = open_folders(base, tuned)

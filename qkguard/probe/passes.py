@@ -7,6 +7,8 @@ import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +19,27 @@ from qkguard.errors import QKGuardError
 
 IGNORED = -100  # transformers' label of a token that is not to be predicted
 
+REFUSALS = (QKGuardError, RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError)
+"""What models raise whose cache cannot be read on from."""
+
 _SMALL = 1 << 16  # elements; smaller buffers are copied, so that a write in place can be undone
+
+
+@dataclass
+class Past:
+    """What a model has read of some texts, and can read on from: its cache, and how many tokens that is of each."""
+
+    cache: Any = None
+    tokens: int = 0
+
+    def copied(self) -> Past:
+        return Past(deepcopy(self.cache), self.tokens)
+
+    def repeated(self, rows: int) -> Past:
+        """That of one text for so many; the same cache, not to be used as it was."""
+        if rows > 1 and self.cache is not None:
+            self.cache.reorder_cache(torch.zeros(rows, dtype=torch.long))
+        return self
 
 
 class LastLogits:
@@ -33,10 +55,17 @@ class LastLogits:
         self.calls = 0
         self._takes_logits_to_keep = _takes_logits_to_keep(model)
 
-    def __call__(self, ids: Tensor, keep: int, before_piece: Callable[[int], None] | None = None) -> Tensor:
+    def __call__(
+        self,
+        ids: Tensor,
+        keep: int,
+        before_piece: Callable[[int], None] | None = None,
+        past: Past | None = None,
+    ) -> Tensor:
         """Logits (batch, keep, vocabulary) of the last `keep` positions of `ids` (batch, length).
 
         `before_piece(n)` is called before every forward pass; n is the number of tokens read when that pass ends.
+        `past` is what was read before `ids`; afterwards it holds these too.
         """
         self.calls += 1
         length = ids.shape[1]
@@ -46,15 +75,18 @@ class LastLogits:
             # The last piece holds all positions that are asked for
             tail = max(keep, (length - 1) % self.chunk + 1)
             ends = [*range(self.chunk, length - tail, self.chunk), length - tail, length]
+        caching = past is not None or len(ends) > 1
+        past = Past() if past is None else past
         options: dict[str, Any] = {"logits_to_keep": keep} if self._takes_logits_to_keep else {}
         start = 0
-        out: Any = None
         for end in ends:
             if before_piece is not None:
-                before_piece(end)
-            if len(ends) > 1:
-                options["past_key_values"] = None if out is None else self._cache_of(out)
-            out = self.model(input_ids=ids[:, start:end], use_cache=len(ends) > 1, **options)
+                before_piece(past.tokens + end - start)
+            if caching:
+                options["past_key_values"] = past.cache
+            out = self.model(input_ids=ids[:, start:end], use_cache=caching, **options)
+            if caching:
+                past.cache, past.tokens = self._cache_of(out), past.tokens + end - start
             start = end
         logits = out.logits if hasattr(out, "logits") else out[0]
         return logits[:, -keep:]
@@ -79,7 +111,7 @@ def check_chunks(model: nn.Module, ids: Tensor, chunk: int, keep: int) -> float:
     whole = LastLogits(model)(ids, keep).float().softmax(-1)
     try:
         pieces = LastLogits(model, chunk)(ids, keep).float().softmax(-1)
-    except (QKGuardError, RuntimeError, ValueError, TypeError, NotImplementedError, IndexError, AttributeError):
+    except REFUSALS:
         return 1.0
     return float((whole - pieces).abs().sum(-1).max() / 2)
 

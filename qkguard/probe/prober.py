@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from qkguard.probe.passes import LastLogits, undisturbed
 from qkguard.probe.prompt import AnswerFormat, Encoder, make_template
 from qkguard.probe.recorder import AttentionRecorder
 from qkguard.probe.results import ProbeResult
-from qkguard.probe.samples import SampleKey, SampleMaker, plan
-from qkguard.probe.scoring import Assignment, Tally, alone, divide, score_batch
-from qkguard.probe.settings import ProbeSettings, Progress
+from qkguard.probe.samples import Sample, SampleKey, SampleMaker, depths_of, plan
+from qkguard.probe.scoring import Assignment, Outcome, Tally, alone, batches_of, divide, score_batch
+from qkguard.probe.settings import HAYSTACK_PER, ProbeSettings, Progress
+from qkguard.probe.shared_reading import SharedReading
 
 FORMAT_SAMPLES = 4  # continuations in which a task's answer format is looked for
 FORMAT_TOKENS = 256  # of each, at most
@@ -59,7 +61,12 @@ class Prober:
         prose = settings.haystack
         if not isinstance(prose, Prose):
             prose = load_prose(prose, without=encoder.special_strings(), decode=encoder.decode)
-        self.maker = SampleMaker(encoder, prose, settings.seed)
+        if settings.haystack_per not in HAYSTACK_PER:
+            expected = " or ".join(HAYSTACK_PER)
+            raise QKGuardError(f"Invalid haystack_per {settings.haystack_per!r}: expected {expected}.")
+        shared = settings.haystack_per == "length"
+        self.sharing = SharedReading() if shared else None
+        self.maker = SampleMaker(encoder, prose, settings.seed, depths_of(settings.depths) if shared else ())
 
     def prepare_formats(self, rank: int = 0, world: int = 1) -> None:
         """Make this rank's samples of `find_formats`."""
@@ -108,7 +115,7 @@ class Prober:
             progress: called with (forward passes done, passes in all).
         """
         began = time.perf_counter()
-        batches = divide(self.sample_keys, rank, world, self.batch_tokens)
+        batches = self._batches(model, rank, world)
         tally = Tally(self.sample_keys, self.maker)
         forward = LastLogits(model, self.chunk)
         recorder = None
@@ -119,7 +126,7 @@ class Prober:
                 for done, batch in enumerate(batches, 1):
                     samples = [self.maker.make(assignment.key) for assignment in batch]
                     places = [assignment.place for assignment in batch]
-                    tally.add(batch, score_batch(forward, samples, places, recorder))
+                    tally.add(batch, self._score(forward, samples, places, recorder))
                     if progress is not None:
                         progress(done, len(batches))
             tally.retry(forward, rank, world, all_reduce, self.batch_tokens)
@@ -135,6 +142,29 @@ class Prober:
             retrieval=retrieval,
         )
 
+    def _batches(self, model: nn.Module, rank: int, world: int) -> list[list[Assignment]]:
+        """This rank's samples of a length in batches of `batch_tokens`, or by task where samples are read together."""
+        if self.sharing is None or not self.sharing.is_possible(model):
+            return divide(self.sample_keys, rank, world, self.batch_tokens)
+        whole = divide(self.sample_keys, rank, world, _UNBOUNDED)
+        return [list(batch) for length in whole for _, batch in groupby(length, lambda found: found.key.task)]
+
+    def _score(
+        self,
+        forward: LastLogits,
+        samples: Sequence[Sample],
+        places: Sequence[int | None],
+        recorder: AttentionRecorder | None,
+    ) -> list[Outcome]:
+        if self.sharing is not None and self.sharing.is_possible(forward.model):
+            outcomes = self.sharing.score(forward, samples, places, recorder, self.batch_tokens)
+            if outcomes is not None:
+                return outcomes
+        out: list[Outcome] = []
+        for rows in batches_of(range(len(samples)), samples[0].key.length, self.batch_tokens):
+            out += score_batch(forward, [samples[i] for i in rows], [places[i] for i in rows], recorder)
+        return out
+
     def record(self) -> dict[str, Any]:
         """Everything that decides the samples, as JSON."""
         template = self.maker.encoder.template
@@ -145,6 +175,7 @@ class Prober:
             "samples": 1 + max(key.index for key in self.sample_keys),
             "seed": self.maker.seed,
             "haystack": self.maker.prose.origin,
+            "haystack_per": "length" if self.maker.depths else "sample",
             "mode": template.mode,
             "thinking": template.thinking,
             **self.state(),
@@ -235,7 +266,7 @@ def probe(
         tokenizer: its tokenizer.
         progress: called with (forward passes done, passes in all).
         settings: fields of `ProbeSettings`: lengths, depths, samples, tasks, haystack, seed, mode, attention,
-            local_window, batch_tokens, chunk.
+            local_window, batch_tokens, chunk, haystack_per.
 
     Returns:
         Verdicts, log-probabilities and attention mass; `result.recall`, `result.by("task", "length")`,

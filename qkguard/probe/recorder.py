@@ -122,6 +122,11 @@ class AttentionRecorder:
         self._stop = stop
         self._marked.clear()
 
+    def forget(self, places: Sequence[int | None]) -> None:
+        """Drop what was measured in these samples, which are going to be read again."""
+        for layer in self.sums.values():
+            layer.sums = {key: found for key, found in layer.sums.items() if key[1] not in places}
+
     # -- sums over samples: one vector for an all-reduce, and back ---------------------------------------------------
 
     def totals(self, lengths: Sequence[int], right: Sequence[bool]) -> Tensor:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from qkguard.errors import QKGuardError
 from qkguard.probe.haystack import Prose
 from qkguard.probe.prompt import AnswerFormat, Encoder
-from qkguard.probe.tasks import TextSample, draw, find_task, haystack_units, weave
+from qkguard.probe.tasks import TextSample, draw, draw_one_of, find_task, haystack_units, weave
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -102,14 +102,16 @@ class SampleMaker:
         encoder: of the model's tokenizer, with its prompt template.
         prose: haystack of the prose tasks.
         seed: of all samples; the global random state is neither read nor moved.
+        depths: of all samples where those of one length share a haystack; empty where every sample has its own.
 
     `formats` says how the model writes the answers of a task; RULER's own " v" where it is silent.
     """
 
-    def __init__(self, encoder: Encoder, prose: Prose, seed: int) -> None:
+    def __init__(self, encoder: Encoder, prose: Prose, seed: int, depths: Sequence[float] = ()) -> None:
         self.encoder = encoder
         self.prose = prose
         self.seed = seed
+        self.depths = tuple(depths)
         self.formats: dict[str, AnswerFormat] = {}
         self._made: dict[tuple[SampleKey, AnswerFormat], Sample] = {}
 
@@ -121,17 +123,40 @@ class SampleMaker:
         """
         answer_format = self.formats.get(key.task, AnswerFormat())
         if (key, answer_format) not in self._made:
-            name = f"{self.seed}/{key.task}/{key.length}/{key.depth}/{key.index}"
-            text = draw(find_task(key.task), Random(f"{name}/needle"), key.depth)
+            if self.depths:
+                fit, name = self._in_shared_haystack(key, answer_format)
+            else:
+                name = f"{self.seed}/{key.task}/{key.length}/{key.depth}/{key.index}"
+                text = draw(find_task(key.task), Random(f"{name}/needle"), key.depth)
+                fit = _ExactFit(self.encoder, text, answer_format, key)
             rng = Random(f"{name}/haystack")
-            units = haystack_units(text, rng, self.prose.stream(rng))
-            self._made[key, answer_format] = _ExactFit(self.encoder, text, answer_format, key).fit(units)
+            self._made[key, answer_format] = fit.fit(haystack_units(fit.text, rng, self.prose.stream(rng)))
         return self._made[key, answer_format]
+
+    def _in_shared_haystack(self, key: SampleKey, answer_format: AnswerFormat) -> tuple[_ExactFit, str]:
+        """The sample that goes into the one haystack of its task and length, and that haystack's name.
+
+        A task that may ask a text several questions has so many needles in it, those of samples that follow one
+        another. Their questions differ in size, and so would the places of needles: the first one's size counts.
+        """
+        task = find_task(key.task)
+        number = key.index * len(self.depths) + self.depths.index(key.depth)
+        asked = number % task.questions
+        needle = f"{self.seed}/{key.task}/{key.length}/{number - asked}/needle"
+        if task.questions == 1:
+            texts = [draw(task, Random(needle), key.depth)]
+        else:
+            depths = [self.depths[(number - asked + i) % len(self.depths)] for i in range(task.questions)]
+            texts = [draw_one_of(task, Random(needle), depths, i) for i in (0, asked)]
+        fits = [_ExactFit(self.encoder, text, answer_format, key) for text in texts]
+        fits[-1].whole = fits[0].space
+        return fits[-1], f"{self.seed}/{key.task}/{key.length}"
 
     def digest(self, keys: Sequence[SampleKey]) -> str:
         """A short hash of what decides the samples of these keys: equal digests mean equal samples."""
         shown = [self.encoder.encode(self.encoder.template.prompt("The quick brown fox, 1234567.", "is"))]
-        facts = repr((self.seed, self.prose.digest(), sorted(self.formats.items()), shown, tuple(keys)))
+        shared = (self.depths,) if self.depths else ()  # nothing otherwise, as before samples could share a haystack
+        facts = repr((self.seed, self.prose.digest(), sorted(self.formats.items()), shown, tuple(keys), *shared))
         # The names that these classes had in 0.1, so that files of earlier runs keep their digests
         facts = facts.replace("AnswerFormat(", "AnswerForm(").replace("SampleKey(", "Cell(")
         return sha256(facts.encode()).hexdigest()[:16]
@@ -142,6 +167,7 @@ class _ExactFit:
 
     def __init__(self, encoder: Encoder, text: TextSample, answer_format: AnswerFormat, key: SampleKey) -> None:
         self.encoder, self.text, self.format, self.key = encoder, text, answer_format, key
+        self.whole: int | None = None  # tokens of haystack that depths are shares of; None for those there are
         self.separator = text.task.separator
         self.answer_ids = encoder.answer_ids(text.answer_prefix, answer_format.render(text.answers))
         if encoder.unknown_token in self.answer_ids:
@@ -149,6 +175,11 @@ class _ExactFit:
                 f"The tokenizer cannot spell the answers of {key.task} ({text.answers[0]}). Leave this task out."
             )
         self.room = key.length - len(self.answer_ids)  # for the prompt
+
+    @property
+    def space(self) -> int:
+        """Tokens of haystack that there is room for."""
+        return self.room - self._count([])
 
     def fit(self, source: Iterator[str]) -> Sample:
         least = self._count([])
@@ -236,7 +267,7 @@ class _ExactFit:
 
     def _prompt(self, units: list[Unit]) -> tuple[str, list[tuple[int, int]], tuple[int, int]]:
         """Prompt text, the characters of every needle in it, and those of question and answer prefix."""
-        context, spans = weave([text for text, _ in units], self.text, [size for _, size in units])
+        context, spans = weave([text for text, _ in units], self.text, [size for _, size in units], self.whole)
         template = self.encoder.template
         shift = len(template.head) + len(self.text.opening) + 1
         prompt = template.prompt(self.text.user_text(context), self.text.answer_prefix)

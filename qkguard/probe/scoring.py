@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qkguard.errors import QKGuardError
 from qkguard.probe.answer_formats import SLACK, AllReduce, other_format
-from qkguard.probe.passes import LastLogits, input_device
+from qkguard.probe.passes import LastLogits, Past, input_device
 from qkguard.probe.prompt import AnswerFormat
 from qkguard.probe.recorder import AttentionRecorder, Target
 from qkguard.probe.results import AttentionMass
@@ -53,6 +53,13 @@ class Outcome:
     left_at: int = -1
     said: int = -1
 
+    def agrees_with(self, other: Outcome, tolerance: float) -> bool:
+        """Whether they are the same but for rounding, which may move the log-probability by `tolerance`."""
+        if math.isnan(self.logprob) or math.isnan(other.logprob):
+            return math.isnan(self.logprob) and math.isnan(other.logprob)
+        same = (self.correct, self.left_at, self.said) == (other.correct, other.left_at, other.said)
+        return same and abs(self.logprob - other.logprob) <= tolerance
+
 
 @dataclass(frozen=True)
 class Retry:
@@ -73,7 +80,7 @@ def divide(keys: Sequence[SampleKey], rank: int, world: int, batch_tokens: int) 
     for length in sorted({key.length for key in keys}):
         assignments = [Assignment(key, place) for place, key in enumerate(keys) if key.length == length]
         assignments += [Assignment(assignments[0].key, None)] * (-len(assignments) % world)
-        batches += _batches(assignments[rank::world], length, batch_tokens)
+        batches += batches_of(assignments[rank::world], length, batch_tokens)
     return batches
 
 
@@ -82,8 +89,12 @@ def score_batch(
     samples: Sequence[Sample],
     places: Sequence[int | None] = (),
     recorder: AttentionRecorder | None = None,
+    past: Past | None = None,
 ) -> list[Outcome]:
-    """Score samples of one length in one pass; `places` say under which number a recorder keeps each, if at all."""
+    """Score samples of one length in one pass; `places` say under which number a recorder keeps each, if at all.
+
+    `past`: what the model has read of them, up to their questions at most.
+    """
     ids = torch.stack([s.ids for s in samples]).long()
     if recorder is not None:
         recorder.expect(
@@ -96,7 +107,8 @@ def score_batch(
         )
     keep = max(s.answer_size for s in samples)
     before_piece = None if recorder is None else recorder.reached
-    logits = forward(ids[:, :-1].to(input_device(forward.model)), keep, before_piece)
+    read = 0 if past is None else past.tokens
+    logits = forward(ids[:, read:-1].to(input_device(forward.model)), keep, before_piece, past)
     return [_judge(logits[row, -s.answer_size :], s.answer, s.lead) for row, s in enumerate(samples)]
 
 
@@ -151,7 +163,7 @@ class Tally:
             for length, count in zip(lengths, most, strict=True):
                 mine = [retry for retry in due if retry.assignment.key.length == length]
                 mine += [self._padding(length)] * (count - len(mine))
-                for batch in _batches(mine, length + SLACK, batch_tokens):
+                for batch in batches_of(mine, length + SLACK, batch_tokens):
                     self._score_again(forward, batch, length)
 
     def reduce(
@@ -216,6 +228,7 @@ def _judge(logits: Tensor, answer: Tensor, lead: int) -> Outcome:
     return Outcome(False, float(logprob), at, int(choices[at]))
 
 
-def _batches(items: Sequence[T], length: int, batch_tokens: int) -> list[list[T]]:
+def batches_of(items: Sequence[T], length: int, batch_tokens: int) -> list[list[T]]:
+    """Items of `length` tokens each in batches of at most `batch_tokens`, but at least one item."""
     size = max(1, batch_tokens // length)
     return [list(items[i : i + size]) for i in range(0, len(items), size)]

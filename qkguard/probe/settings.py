@@ -18,6 +18,8 @@ paper's table has S1, S2 and S3."""
 SHORT = (512, 1024, 2048)
 """Lengths that are cheap and where recall moves first."""
 
+HAYSTACK_PER = ("sample", "length")
+
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""
 
@@ -51,6 +53,10 @@ class ProbeSettings:
     """Tokens in one forward pass, where more than one sample fits."""
     chunk: int | None = None
     """Read longer contexts through the model's cache in pieces of this many tokens."""
+    haystack_per: str = "sample"
+    """"sample": every sample has a haystack of its own. "length": those of one task and length share one, and where a
+    text has several needles, up to four samples ask for one each. What they have in common is read once; as samples
+    they are less independent than intervals and alerts take them to be."""
 
 
 def default_lengths(model: Any, max_length: int | None = None) -> list[int]:

@@ -25,6 +25,7 @@ _OPENING = (
 )
 _QUESTION = "What are all the special magic {kind} for {query} mentioned in the provided text?"
 _PREFIX = "The special magic {kind} for {query} mentioned in the provided text are"
+_QUESTIONS = 4  # asked of one haystack of needles, as of one with RULER's four keys
 _SINGULAR = (("Some", "A"), ("are all", "is"), ("are", "is"), ("answers", "answer"))
 
 ADJECTIVES = """
@@ -65,6 +66,15 @@ class Task:
     def separator(self) -> str:
         """What RULER puts between the units of the haystack."""
         return " " if self.haystack == "prose" else "\n"
+
+    @property
+    def questions(self) -> int:
+        """How many needles of one text can each be asked for, one by one: those of all keys, and in a haystack of
+        needles some of its lines; 1 where a question asks for all.
+        """
+        if self.values > 1 or self.queries > 1:
+            return 1
+        return _QUESTIONS if self.haystack == "needles" else self.keys
 
 
 TASKS = {
@@ -165,6 +175,20 @@ def draw(task: Task, rng: Random, depth: float) -> TextSample:
     return TextSample(task, needles, asked, tuple(keys[: task.queries]), tuple(answers))
 
 
+def draw_one_of(task: Task, rng: Random, depths: Sequence[float], asked: int) -> TextSample:
+    """A sample that asks for one of several needles: number `asked` of those at `depths`, which equal generators make
+    the same whichever is asked for.
+    """
+    keys = _distinct(len(depths), task.key_kind, rng)
+    values = _distinct(len(depths), task.value_kind, rng)
+    needles = [
+        (NEEDLE.format(kind=task.value_kind, key=key, value=value), depth)
+        for key, value, depth in zip(keys, values, depths, strict=True)
+    ]
+    needles.insert(0, needles.pop(asked))
+    return TextSample(task, tuple(needles), 1, (keys[asked],), (values[asked],))
+
+
 def haystack_units(sample: TextSample, rng: Random, prose: Iterator[str] | None = None) -> Iterator[str]:
     """Endless units (lines or sentences) of haystack; `prose` replaces the built-in sentences.
 
@@ -178,20 +202,23 @@ def haystack_units(sample: TextSample, rng: Random, prose: Iterator[str] | None 
 
 
 def weave(
-    units: Sequence[str], sample: TextSample, sizes: Sequence[int] | None = None
+    units: Sequence[str], sample: TextSample, sizes: Sequence[int] | None = None, whole: int | None = None
 ) -> tuple[str, list[tuple[int, int]]]:
     """Haystack units with the needles between them, and the characters `start:stop` of every needle.
 
     A needle of depth `d` goes to the boundary between units nearest to the share `d` of the haystack, measured in
-    `sizes` (tokens of each unit; every unit counts the same without).
+    `sizes` (tokens of each unit; every unit counts the same without). `whole`: the size of the haystack that depths
+    are shares of, by default that of all units.
     """
     sizes = [1] * len(units) if sizes is None else sizes
     ends = [0]
     for size in sizes:
         ends.append(ends[-1] + size)
-    places = [_nearest(ends, depth * ends[-1]) for _, depth in sample.needles]  # before which unit each needle goes
-    place_and_depth = [(place, depth) for place, (_, depth) in zip(places, sample.needles, strict=True)]
-    order = sorted(range(len(places)), key=place_and_depth.__getitem__)
+    whole = ends[-1] if whole is None else whole
+    targets = [ends[-1] if depth == 1 else depth * whole for _, depth in sample.needles]
+    places = [_nearest(ends, target) for target in targets]  # before which unit each needle goes
+    place_depth_text = [(place, depth, text) for place, (text, depth) in zip(places, sample.needles, strict=True)]
+    order = sorted(range(len(places)), key=place_depth_text.__getitem__)
     separator = sample.task.separator
     pieces: list[str] = []
     spans = [(0, 0)] * len(places)

@@ -132,9 +132,15 @@ def check_probes(settings: Settings, shortest: int, tokenizer: Any) -> None:
         QKGuardError: they do not fit.
     """
     guard = settings.guard
-    Prober(
-        tokenizer, ProbeSettings([shortest], depths=1, samples=1, tasks=guard.probe_tasks, haystack=guard.haystack)
-    ).prepare()
+    asked = ProbeSettings(
+        [shortest],
+        depths=1,
+        samples=1,
+        tasks=guard.probe_tasks,
+        haystack=guard.haystack,
+        haystack_per=guard.haystack_per,
+    )
+    Prober(tokenizer, asked).prepare()
 
 
 def has_template(tokenizer: Any) -> bool:

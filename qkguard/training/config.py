@@ -156,6 +156,11 @@ class QKGuardConfig:
     """Text file whose prose hides the needles. Default: the run's own training text where its data set can be read,
     else generated prose."""
 
+    haystack_per: Literal["sample", "length"] = "sample"
+    """Whether every probe sample has a haystack of its own, or all of one task and length share one (length). A shared
+    one is read once, in less than half the time on a CPU; its samples are less independent than intervals and alerts
+    take them to be."""
+
     probe_budget: Share | None = 0.02
     """Largest share of training time that probes may take. The first, the last and those at saves are planned at the
     start: fewer samples are asked, then fewer lengths, until all fit. The first and the last always run, on at least

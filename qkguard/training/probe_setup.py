@@ -53,7 +53,14 @@ def make_prober(config: QKGuardConfig, model: nn.Module, tokenizer: Any, lengths
     haystack: Any = config.haystack
     if haystack is None:  # rank 0's rows: data sets may differ from rank to rank, the samples must not
         haystack = ranks.on_rank_zero("reading the training text", partial(training_prose, dataset, tokenizer))
-    settings = ProbeSettings(lengths, config.probe_depths, config.probe_samples, config.probe_tasks, haystack=haystack)
+    settings = ProbeSettings(
+        lengths,
+        config.probe_depths,
+        config.probe_samples,
+        config.probe_tasks,
+        haystack,
+        haystack_per=config.haystack_per,
+    )
 
     def make() -> Prober:
         for warning in check_lengths(model, lengths):

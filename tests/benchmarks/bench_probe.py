@@ -2,11 +2,15 @@
 
     python -m pytest -m benchmark -s tests/benchmarks/bench_probe.py
     python -m tests.benchmarks.bench_probe [LENGTH] [SAMPLES] [--device cuda] [--dtype bfloat16]
+    python -m tests.benchmarks.bench_probe [LENGTH] --haystack-per length [--tasks single_2]
 
 On an accelerator where there is one. Target: at most a third of generating what RULER lets a model say (128 tokens),
 attention mass included. SmolLM2-Instruct stops right after its answer; a base model does not, so generation is also
 timed without an end. Also printed: what attention mass adds, generating just the answer's tokens, and finding the
 answer format, which a run does once.
+
+With a haystack per length it is a default probe, its three tasks, five depths and two samples: what they share read once,
+beside their whole passes and generation. Target on one CPU thread at 512 tokens: half of a generation that ends.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import torch
 
 from qkguard.probe import Prober, ProbeSettings
 from qkguard.probe.generation import NEW_TOKENS, generated
+from qkguard.probe.settings import DEFAULT_TASKS
 from tests.support.smollm2 import load_smollm2
 
 
@@ -45,10 +50,7 @@ def seconds_of(work: Callable[[], Any], device: str) -> tuple[float, Any]:
 
 def measure(length: int = 512, samples: int = 6, device: str = "", dtype: str = "") -> dict[str, float]:
     """Seconds of each, all on the same samples. Without `device` an accelerator if there is one, in bfloat16."""
-    device = device or default_device()
-    dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
-    model, tokenizer = load_smollm2(getattr(torch, dtype))
-    model.to(device).eval()
+    model, tokenizer, device, dtype = _load(device, dtype)
     print(f"{length} tokens, {samples} samples, {dtype} on {_name(device)}")
     prober = Prober(tokenizer, ProbeSettings(lengths=[length], depths=samples, samples=1, tasks=["single_2"]))
     prober.prepare()
@@ -71,11 +73,50 @@ def measure(length: int = 512, samples: int = 6, device: str = "", dtype: str = 
     return out
 
 
+def measure_shared(length: int = 512, tasks: str = "", device: str = "", dtype: str = "") -> dict[str, float]:
+    """Seconds of each, on the samples of a default probe with a haystack per length."""
+    model, tokenizer, device, dtype = _load(device, dtype)
+    asked = tasks.split(",") if tasks else DEFAULT_TASKS
+    prober = Prober(tokenizer, ProbeSettings(lengths=[length], tasks=asked, haystack_per="length"))
+    prober.find_formats(model)
+    prober.prepare()
+    samples = len(prober.sample_keys)
+    print(f"{length} tokens, {samples} samples, {dtype} on {_name(device)}")
+    out: dict[str, float] = {}
+    out["the first, some samples whole too"], _ = seconds_of(lambda: prober.run(model), device)
+    assert prober.sharing is not None and not prober.sharing.refused
+    read: list[int] = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, given: read.append(given["input_ids"].numel()), with_kwargs=True
+    )
+    out["probe"], shared = seconds_of(lambda: prober.run(model), device)
+    hook.remove()
+    prober.attention = False
+    out["without attention mass"], _ = seconds_of(lambda: prober.run(model), device)
+    prober.attention, prober.sharing = True, None
+    out["whole passes"], whole = seconds_of(lambda: prober.run(model), device)
+    out[f"generate, at most {NEW_TOKENS} tokens"], _ = seconds_of(lambda: generated(model, prober, whole), device)
+    pairs = list(zip(shared.correct, whole.correct, strict=True))
+    apart = max(abs(a - b) for a, b in zip(shared.logprob, whole.logprob, strict=True))
+    repeats = 1 if device == "cpu" else 3  # as in `seconds_of`
+    print(f"{sum(read) / repeats / samples / length:.2f} of {samples * length} tokens are read")
+    print(f"{sum(a != b for a, b in pairs)} verdicts differ from whole passes, log-probabilities by up to {apart:.1e}")
+    return out
+
+
 def report(seconds: dict[str, float]) -> None:
     for name, value in seconds.items():
         print(f"{name:36} {value:8.3f} s   {value / seconds['probe']:6.2f} x the probe")
     for name in (n for n in seconds if str(NEW_TOKENS) in n):
         print(f"the probe takes {seconds['probe'] / seconds[name]:.2f} of: {name}")
+
+
+def _load(device: str, dtype: str) -> tuple[Any, Any, str, str]:
+    """Model, tokenizer, device and dtype."""
+    device = device or default_device()
+    dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
+    model, tokenizer = load_smollm2(getattr(torch, dtype))
+    return model.to(device).eval(), tokenizer, device, dtype
 
 
 def _name(device: str) -> str:
@@ -97,4 +138,12 @@ if __name__ == "__main__":
     parser.add_argument("samples", type=int, nargs="?", default=6)
     parser.add_argument("--device", default="")
     parser.add_argument("--dtype", default="", choices=["", "float32", "bfloat16", "float16"])
-    report(measure(**vars(parser.parse_args())))
+    parser.add_argument("--haystack-per", default="sample", choices=["sample", "length"])
+    parser.add_argument("--tasks", default="", help="with a haystack per length; by default a probe's")
+    given = vars(parser.parse_args())
+    if given.pop("haystack_per") == "length":
+        del given["samples"]
+        report(measure_shared(**given))
+    else:
+        del given["tasks"]
+        report(measure(**given))

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
+from hashlib import sha256
+from itertools import pairwise
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ from qkguard.errors import QKGuardError
 from qkguard.probe.haystack import Prose, load_prose
 from qkguard.probe.prober import Prober
 from qkguard.probe.prompt import AnswerFormat, Encoder, make_template
-from qkguard.probe.samples import SampleKey, SampleMaker, plan
+from qkguard.probe.samples import Sample, SampleKey, SampleMaker, depths_of, plan
 from qkguard.probe.settings import ProbeSettings
 from qkguard.probe.tasks import TASKS
 from tests.support.probing import CHATML, bpe_tokenizer, byte_tokenizer, word_tokenizer
@@ -28,14 +32,17 @@ TOKENIZERS = {
 }
 
 
-def maker(tokenizer: Any, prose: Prose | None = None, seed: int = 0, mode: str = "auto") -> SampleMaker:
-    return SampleMaker(Encoder(tokenizer, make_template(tokenizer, mode)), prose or Prose(), seed)
+def maker(
+    tokenizer: Any, prose: Prose | None = None, seed: int = 0, mode: str = "auto", depths: Sequence[float] = ()
+) -> SampleMaker:
+    return SampleMaker(Encoder(tokenizer, make_template(tokenizer, mode)), prose or Prose(), seed, depths)
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_lengths_are_exact_and_text_is_canonical(name: str) -> None:
+def test_lengths_are_exact_and_text_is_canonical(name: str, shared: bool) -> None:
     tokenizer = TOKENIZERS[name]()
-    make = maker(tokenizer)
+    make = maker(tokenizer, depths=(0.0, 0.9) if shared else ())
     special = name != "chat"
     lengths = (1800, 1801) if name == "bytes" else (640, 641, 655)
     tasks = [t.name for t in TASKS.values() if name != "words" or t.value_kind == "numbers"]
@@ -64,11 +71,48 @@ def test_plain_tokenizers_get_their_opening_but_no_closing_token() -> None:
     assert sample.ids[0] == 1 and 2 not in sample.ids.tolist()
 
 
-def test_depths_are_spread_over_the_tokens() -> None:
-    make = maker(bpe_tokenizer())
-    starts = [make.make(c).needles[0][0] for c in plan(["single_2"], [2000], 5, 1)]
-    for start, share in zip(starts, (0, 0.25, 0.5, 0.75, 1), strict=True):
-        assert start == pytest.approx(30 + share * 1900, abs=60)
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("task", ["single_2", "multikey_1", "multikey_2"])
+def test_depths_are_spread_over_the_tokens(task: str, shared: bool) -> None:
+    make = maker(bpe_tokenizer(), depths=depths_of(5) if shared else ())
+    keys = plan([task], [2000], 5, 2)
+    starts = [make.make(c).needles[0][0] for c in keys]
+    for start, key in zip(starts, keys, strict=True):
+        assert start == pytest.approx(30 + key.depth * 1900, abs=90)
+
+
+def test_what_decides_a_sample_is_what_it_was() -> None:
+    """Files of earlier runs are continued by this digest, and compared on these samples."""
+    mine = Prober(byte_tokenizer(), ProbeSettings([2000, 2001], depths=3, samples=2, tasks=list(TASKS), seed=3))
+    ids = repr([mine.maker.make(key).ids.tolist() for key in mine.sample_keys])
+    assert mine.maker.digest(mine.sample_keys) == "cc8c0c6b14799086"
+    assert sha256(ids.encode()).hexdigest()[:16] == "128bd635920aba60"
+
+
+def test_samples_of_one_length_share_what_they_can() -> None:
+    tokenizer = bpe_tokenizer()
+    depths = depths_of(5)
+    apart, shared = maker(tokenizer), maker(tokenizer, depths=depths)
+    keys = plan(["single_2"], [1000], depths, 2)
+    for one, other in pairwise(keys[2:]):  # the deeper one leaves the common text at its needle, or before
+        assert common(apart.make(one), apart.make(other)) < 60
+        least = min(shared.make(key).needles[0][0] for key in (one, other))
+        assert least <= common(shared.make(one), shared.make(other)) <= least + 12
+    keys = plan(["multikey_1", "multikey_2"], [1000], depths, 2)
+    for task in ("multikey_1", "multikey_2"):
+        asked = sorted((key for key in keys if key.task == task), key=attrgetter("index", "depth"))
+        for first in (0, 4, 8):  # four at a time ask one text, of which only the end is cut to their questions' sizes
+            group = [shared.make(key) for key in asked[first : first + 4]]
+            assert all(common(group[0], sample) > 850 for sample in group[1:])
+            text = tokenizer.decode(group[0].prompt.tolist())
+            values = {sample.answers[0] for sample in group}
+            assert len(values) == len(group) and all(text.count(value) == 1 for value in values)
+    assert len({shared.digest(keys), apart.digest(keys), maker(tokenizer, depths=depths_of(6)).digest(keys)}) == 3
+
+
+def common(one: Sample, other: Sample) -> int:
+    """Tokens at the beginning that are the same."""
+    return int((one.ids == other.ids).long().cumprod(0).sum())
 
 
 def test_samples_depend_on_seed_and_cell_alone() -> None:

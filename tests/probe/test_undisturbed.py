@@ -22,8 +22,9 @@ from tests.support.probing import bpe_tokenizer
 DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
 
 
-def prober() -> Prober:
-    return Prober(bpe_tokenizer(), ProbeSettings(lengths=[160], depths=2, samples=1, tasks=["s1"], batch_tokens=160))
+def prober(haystack_per: str = "sample") -> Prober:
+    asked: dict[str, Any] = {"lengths": [160], "depths": 2, "samples": 1, "tasks": ["s1"], "batch_tokens": 160}
+    return Prober(bpe_tokenizer(), ProbeSettings(**asked, haystack_per=haystack_per))
 
 
 def model_of(name: str = "minimax", **options: Any) -> nn.Module:
@@ -56,15 +57,20 @@ def random_states() -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_states_are_as_they_were(fails: bool) -> None:
-    model = mixed_flags(model_of())
+@pytest.mark.parametrize(
+    ("name", "haystack_per"),
+    [("minimax", "sample"), ("minimax", "length"), ("llama", "length"), ("qwen3_next", "length")],
+)
+def test_states_are_as_they_were(name: str, haystack_per: str, fails: bool) -> None:
+    model = mixed_flags(model_of(name))
     model.gradient_checkpointing_enable()
     hook = failing(model) if fails else None
     flags = [m.training for m in model.modules()]
     weights = {k: v.clone() for k, v in model.state_dict().items()}
     states, config = random_states(), model.config.to_dict()
     registry = dict(ALL_ATTENTION_FUNCTIONS._local_mapping)
-    mine = prober()
+    mine = prober(haystack_per)
+    hooks = sum(len(m._forward_hooks) for m in model.modules())
     if fails:
         with pytest.raises(BoomError):
             mine.run(model)
@@ -72,6 +78,7 @@ def test_states_are_as_they_were(fails: bool) -> None:
         mine.find_formats(model)
         mine.run(model)
     assert [m.training for m in model.modules()] == flags and len(set(flags)) == 2
+    assert sum(len(m._forward_hooks) for m in model.modules()) == hooks
     assert random_states() == states and model.config.to_dict() == config
     assert ALL_ATTENTION_FUNCTIONS._local_mapping == registry
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
@@ -113,7 +120,12 @@ def test_training_is_bit_identical_with_and_without_probes() -> None:
             model(input_ids=torch.zeros(1, 160, dtype=torch.long))
 
     losses, weights = train(lambda model: None)
-    for between in (lambda model: prober().run(model), lambda model: prober().find_formats(model), failing_probe):
+    for between in (
+        lambda model: prober().run(model),
+        lambda model: prober("length").run(model),
+        lambda model: prober().find_formats(model),
+        failing_probe,
+    ):
         probed_losses, probed_weights = train(between)
         assert probed_losses == losses and torch.equal(probed_weights, weights)
     assert train(careless)[0] != losses  # the same forward pass without care is felt
