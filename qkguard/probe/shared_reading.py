@@ -40,48 +40,48 @@ Scored = tuple[Sequence[int], list[Outcome]]
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens `start:stop` that some samples have in common after what they all had; `row` is one of these samples.
+    """Tokens `start:stop`, which the samples `rows` have in common after what they and others had.
 
-    `alone`: those that are read to their end from `stop` on; `longer`: what the others have in common after it.
+    `alone`: those of them that are read to their end from `stop` on; `longer`: what the others have in common there.
     """
 
-    row: int
+    rows: tuple[int, ...]
     start: int
     stop: int
     alone: tuple[int, ...]
     longer: tuple[Piece, ...]
 
-    def samples(self) -> int:
-        return len(self.alone) + sum(piece.samples() for piece in self.longer)
-
 
 def common_pieces(ids: Tensor, limits: Sequence[int]) -> Piece:
     """Which beginnings the rows of `ids` (samples, length) have in common; row i only before `limits[i]`."""
-    return _piece(ids, limits, range(len(ids)), 0)
+    return _piece(ids, limits, tuple(range(len(ids))), 0)
 
 
-def _piece(ids: Tensor, limits: Sequence[int], rows: Sequence[int], start: int) -> Piece:
+def _piece(ids: Tensor, limits: Sequence[int], rows: tuple[int, ...], start: int) -> Piece:
     limit = min(limits[row] for row in rows)
     tokens = ids[list(rows), start:limit]
     differ = (tokens != tokens[0]).any(0).nonzero()
     stop = start + int(differ[0]) if len(differ) else limit
-    alone = [row for row in rows if limits[row] == stop]
-    longer: list[Piece] = []
     groups: dict[int, list[int]] = {}
     for row in rows:
-        if limits[row] > stop:
-            groups.setdefault(int(ids[row, stop]), []).append(row)
+        groups.setdefault(int(ids[row, stop]) if limits[row] > stop else -1, []).append(row)
+    alone = groups.pop(-1, [])
+    longer: list[Piece] = []
     for group in groups.values():
         if len(group) == 1:
             alone += group
             continue
-        found = _piece(ids, limits, group, stop)
+        found = _piece(ids, limits, tuple(group), stop)
         if found.stop - stop >= _LEAST:
             longer.append(found)
         else:
             alone += found.alone
             longer += [replace(piece, start=stop) for piece in found.longer]
-    return Piece(rows[0], start, stop, tuple(alone), tuple(longer))
+    return Piece(rows, start, stop, tuple(alone), tuple(longer))
+
+
+def _size(piece: Piece) -> int:
+    return len(piece.rows)
 
 
 def score_shared(
@@ -105,7 +105,7 @@ def score_shared(
         if piece.stop > piece.start:
             if recorder is not None:
                 recorder.expect(None)
-            tokens = ids[piece.row, piece.start : piece.stop][None]
+            tokens = ids[piece.rows[:1], piece.start : piece.stop]
             forward(tokens.to(input_device(forward.model)), 1, past=past)
         batches = batches_of(piece.alone, ids.shape[1], batch_tokens)
         for number, rows in enumerate(batches, 1):
@@ -113,7 +113,7 @@ def score_shared(
             group = [samples[row] for row in rows]
             here = [places[row] for row in rows]
             yield rows, score_batch(forward, group, here, recorder, own.repeated(len(rows)))
-        longer = sorted(piece.longer, key=Piece.samples, reverse=True)
+        longer = sorted(piece.longer, key=_size, reverse=True)
         due += [(found, past, number == 0) for number, found in enumerate(longer)]
 
 
@@ -156,11 +156,7 @@ class SharedReading:
         try:
             scored = list(score_shared(forward, samples, places, recorder, batch_tokens))
             why = None if length in self._compared else _difference(forward, samples, scored, recorder)
-        except torch.OutOfMemoryError:
-            raise
-        except REFUSALS as error:
-            if length in self._compared:
-                raise
+        except REFUSALS as error:  # memory for the cache may have run out, too
             why = f"{type(error).__name__}: {error}"
         if why is None:
             self._compared.add(length)
@@ -178,7 +174,9 @@ def _difference(
     """How an outcome differs from that of a whole pass, in a clause; None where it does not."""
     if recorder is not None:
         recorder.expect(None)
-    for rows, outcomes in (max(scored, key=_size), scored[len(scored) // 2], scored[-1]):
+    largest = max(len(rows) for rows, _ in scored)
+    of_largest = next(found for found in scored if len(found[0]) == largest)
+    for rows, outcomes in (of_largest, scored[len(scored) // 2], scored[-1]):
         shared = outcomes[-1]
         with _dtypes(forward.model) as dtypes:
             (whole,) = score_batch(forward, [samples[rows[-1]]])
@@ -190,10 +188,6 @@ def _difference(
                 f"{'right' if whole.correct else 'wrong'}"
             )
     return None
-
-
-def _size(scored: Scored) -> int:
-    return len(scored[0])
 
 
 @contextmanager

@@ -2,15 +2,15 @@
 
     python -m pytest -m benchmark -s tests/benchmarks/bench_probe.py
     python -m tests.benchmarks.bench_probe [LENGTH] [SAMPLES] [--device cuda] [--dtype bfloat16]
-    python -m tests.benchmarks.bench_probe [LENGTH] --haystack-per length [--tasks single_2]
+    python -m tests.benchmarks.bench_probe [LENGTH] [SAMPLES] --haystack-per length [--tasks single_2]
 
 On an accelerator where there is one. Target: at most a third of generating what RULER lets a model say (128 tokens),
 attention mass included. SmolLM2-Instruct stops right after its answer; a base model does not, so generation is also
 timed without an end. Also printed: what attention mass adds, generating just the answer's tokens, and finding the
 answer format, which a run does once.
 
-With a haystack per length it is a default probe, its three tasks, five depths and two samples: what they share read once,
-beside their whole passes and generation. Target on one CPU thread at 512 tokens: half of a generation that ends.
+With a haystack per length: a default probe, of three tasks, five depths and two samples, what they share read once
+beside whole passes and generation. Target on one CPU thread at 512 tokens: at most half of a generation that ends.
 """
 
 from __future__ import annotations
@@ -73,15 +73,17 @@ def measure(length: int = 512, samples: int = 6, device: str = "", dtype: str = 
     return out
 
 
-def measure_shared(length: int = 512, tasks: str = "", device: str = "", dtype: str = "") -> dict[str, float]:
+def measure_shared(
+    length: int = 512, samples: int = 2, tasks: str = "", device: str = "", dtype: str = ""
+) -> dict[str, float]:
     """Seconds of each, on the samples of a default probe with a haystack per length."""
     model, tokenizer, device, dtype = _load(device, dtype)
     asked = tasks.split(",") if tasks else DEFAULT_TASKS
-    prober = Prober(tokenizer, ProbeSettings(lengths=[length], tasks=asked, haystack_per="length"))
+    prober = Prober(tokenizer, ProbeSettings([length], samples=samples, tasks=asked, haystack_per="length"))
     prober.find_formats(model)
     prober.prepare()
-    samples = len(prober.sample_keys)
-    print(f"{length} tokens, {samples} samples, {dtype} on {_name(device)}")
+    tokens = length * len(prober.sample_keys)
+    print(f"{length} tokens, {len(prober.sample_keys)} samples, {dtype} on {_name(device)}")
     out: dict[str, float] = {}
     out["the first, some samples whole too"], _ = seconds_of(lambda: prober.run(model), device)
     assert prober.sharing is not None and not prober.sharing.refused
@@ -99,7 +101,7 @@ def measure_shared(length: int = 512, tasks: str = "", device: str = "", dtype: 
     pairs = list(zip(shared.correct, whole.correct, strict=True))
     apart = max(abs(a - b) for a, b in zip(shared.logprob, whole.logprob, strict=True))
     repeats = 1 if device == "cpu" else 3  # as in `seconds_of`
-    print(f"{sum(read) / repeats / samples / length:.2f} of {samples * length} tokens are read")
+    print(f"{sum(read) / repeats / tokens:.2f} of {tokens} tokens are read")
     print(f"{sum(a != b for a, b in pairs)} verdicts differ from whole passes, log-probabilities by up to {apart:.1e}")
     return out
 
@@ -135,15 +137,11 @@ def test_probe_against_generate() -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("length", type=int, nargs="?", default=512)
-    parser.add_argument("samples", type=int, nargs="?", default=6)
+    parser.add_argument("samples", type=int, nargs="?", help="default: 6 depths, or 2 at every task and depth")
     parser.add_argument("--device", default="")
     parser.add_argument("--dtype", default="", choices=["", "float32", "bfloat16", "float16"])
     parser.add_argument("--haystack-per", default="sample", choices=["sample", "length"])
-    parser.add_argument("--tasks", default="", help="with a haystack per length; by default a probe's")
-    given = vars(parser.parse_args())
-    if given.pop("haystack_per") == "length":
-        del given["samples"]
-        report(measure_shared(**given))
-    else:
-        del given["tasks"]
-        report(measure(**given))
+    parser.add_argument("--tasks", help="with a haystack per length; by default a probe's")
+    given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
+    work = measure_shared if given.pop("haystack_per") == "length" else measure
+    report(work(**given))

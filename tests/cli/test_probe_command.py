@@ -88,6 +88,14 @@ def test_json_is_the_whole_result(run: Run, broken: Path) -> None:
     assert second["result"]["settings"]["digest"] == first["result"]["settings"]["digest"]
 
 
+def test_a_haystack_per_length_is_another_probe(run: Run) -> None:
+    one, other = (run("probe", DEMO, *SMALL, "--haystack-per", per, "--json") for per in ("sample", "length"))
+    assert one[0] == other[0] == 0
+    found = [json.loads(out)["models"][0]["result"]["settings"] for _, out, _ in (one, other)]
+    assert [settings["haystack_per"] for settings in found] == ["sample", "length"]
+    assert found[0]["digest"] != found[1]["digest"]
+
+
 def test_prompts_from_a_file(run: Run, tmp_path: Path) -> None:
     row = {"input": "One of the special magic numbers for bold-island is: 1234567.", "outputs": ["1234567"]}
     row["gen_prefix"] = "The special magic number for bold-island mentioned in the provided text is"
@@ -110,6 +118,7 @@ def test_prompts_from_a_file(run: Run, tmp_path: Path) -> None:
         ([DEMO, "--samples", "0"], "'--samples'"),
         ([DEMO, "--mode", "chat"], "no chat template"),
         ([DEMO, "--mode", "loud"], "--mode 'loud'"),
+        ([DEMO, "--haystack-per", "task"], "--haystack-per 'task'"),
         ([DEMO, "--dtype", "int3"], "dtype 'int3'"),
         ([DEMO, "--haystack", "no/such.txt"], "no such file"),
         ([DEMO, "--png", "no/such/a.png"], "there is no folder"),

@@ -64,11 +64,12 @@ def score(model: nn.Module) -> tuple[Any, list[Any]]:
 def test_common_pieces() -> None:
     ids = torch.stack([s.ids for s in samples()])
     found = common_pieces(ids, [QUESTION] * len(ids))
-    other = Piece(2, 44, 68, (2, 3, 4), ())
-    assert found == Piece(0, 0, 20, (0,), (Piece(1, 20, 44, (1, 5), (other,)),))  # 5 has no 16 tokens to share with
-    assert common_pieces(ids[:1], [QUESTION]) == Piece(0, 0, QUESTION, (0,), ())
+    other = Piece((2, 3, 4), 44, 68, (2, 3, 4), ())
+    trunk = Piece((1, 2, 3, 4, 5), 20, 44, (1, 5), (other,))  # 5 has no 16 tokens more in common with another
+    assert found == Piece((0, 1, 2, 3, 4, 5), 0, 20, (0,), (trunk,))
+    assert common_pieces(ids[:1], [QUESTION]) == Piece((0,), 0, QUESTION, (0,), ())
     twice = ids[[5, 5]]  # a question may be asked in the same words; it is read with its sample
-    assert common_pieces(twice, [QUESTION, QUESTION]) == Piece(0, 0, QUESTION, (0, 1), ())
+    assert common_pieces(twice, [QUESTION, QUESTION]) == Piece((0, 1), 0, QUESTION, (0, 1), ())
     assert common_pieces(twice, [40, QUESTION]).stop == 40
 
 

@@ -162,6 +162,15 @@ def test_probes_run_by_schedule_at_saves_and_at_both_ends(base, tmp_path):
 
 
 @pytest.mark.usefixtures("probed_on")
+def test_a_haystack_per_length_is_read_once_in_a_training(base, tmp_path):
+    guard = QKGuardCallback(strict=True, probe_steps=2, haystack_per="length", **PROBES | {"probe_depths": 4})
+    probed(base, tmp_path, guard, max_steps=4)
+    monitor = guard.session.recall_monitor
+    assert [step for step, _ in recalls(tmp_path)] == [0, 2, 4]
+    assert monitor.baseline.settings["haystack_per"] == "length" and not monitor.prober.sharing.refused
+
+
+@pytest.mark.usefixtures("probed_on")
 def test_probes_follow_evaluations(base, tmp_path):
     rows = Dataset.from_list([{"input_ids": list(range(3, 15))}] * 4)
     guard = QKGuardCallback(strict=True, probe_restored=False, **PROBES)
