@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qkguard.errors import QKGuardError
@@ -22,6 +22,7 @@ from qkguard.probe.samples import Sample
 from qkguard.probe.scoring import score_batch
 from qkguard.probe.settings import ProbeSettings
 from qkguard.probe.shared_reading import TOLERANCE, Piece, SharedReading, common_pieces
+from tests.probe.test_scoring import Ranks
 from tests.support import zoo
 from tests.support.models import tiny_model
 from tests.support.probing import bpe_tokenizer, sample_of
@@ -159,6 +160,22 @@ def test_a_probe_reads_less_and_finds_the_same(chunk: int | None) -> None:
         assert list(grids(found)) == pytest.approx(list(grids(whole)), rel=1e-4, abs=1e-5)
     other = prober(bpe_tokenizer(), **asked, seed=1).run(model)
     assert list(grids(other)) != pytest.approx(list(grids(whole)), rel=1e-4, abs=1e-5)
+
+
+def test_ranks_read_their_own_samples_together() -> None:
+    def work(rank: int, world: int, all_reduce: Any) -> ProbeResult:
+        model = tiny_model("llama", vocab_size=1024, max_position_embeddings=512).eval()
+        mine = prober(bpe_tokenizer(), lengths=[300], tasks=["s2", "mk1"], samples=1)  # of three ranks some have fewer
+        mine.prepare(rank, world)
+        found = mine.run(model, rank=rank, world=world, all_reduce=all_reduce)
+        assert mine.sharing is not None and not mine.sharing.refused
+        return found
+
+    alone, ranks = work(0, 1, Tensor.clone), Ranks(3)
+    for found in ranks.run(lambda rank: work(rank, 3, ranks.all_reduce)):
+        assert found.correct == alone.correct and found.logprob == pytest.approx(alone.logprob, abs=TOLERANCE)
+        assert found.attention is not None and alone.attention is not None
+        assert found.attention.needle[300][0] == pytest.approx(alone.attention.needle[300][0], rel=1e-4)
 
 
 def test_a_model_that_is_read_whole_after_all_gives_what_it_would_have_given() -> None:
