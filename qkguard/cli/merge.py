@@ -16,6 +16,7 @@ from qkguard.cli.output import (
     progress_bar,
     quiet_transformers,
     show_written,
+    threads_sleep,
     weight_size,
 )
 
@@ -52,6 +53,7 @@ def merge(
     quiet_transformers()
     leave_without_collecting()
     keep_freed_memory()
+    threads_sleep()
     from qkguard.offline.merge import merge_adapter
 
     with progress_bar("merging", in_bytes=True) as progress:

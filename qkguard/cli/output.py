@@ -48,6 +48,16 @@ def keep_freed_memory() -> None:
         mallopt(parameter, value)
 
 
+def threads_sleep() -> None:
+    """Let torch's threads sleep while they wait for each other, unless the user's setting says otherwise; before torch
+    is imported.
+
+    GNU's OpenMP lets them spin. Where others use the processors too, the one that is waited for then gets no turn, and
+    small operations take ten times as long.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def no_loading_bars() -> None:
     """transformers draws a bar while it loads weights, even where stderr is no terminal. Imports transformers."""
     from transformers.utils.logging import disable_progress_bar

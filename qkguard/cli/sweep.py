@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qkguard.cli import options as opt
-from qkguard.cli.output import no_loading_bars, print_json, print_table, progress_bar, quiet_transformers, say, warn
+from qkguard.cli.output import (
+    keep_freed_memory,
+    no_loading_bars,
+    print_json,
+    print_table,
+    progress_bar,
+    quiet_transformers,
+    say,
+    threads_sleep,
+    warn,
+)
 from qkguard.layout.rows import RowSelection
 
 if TYPE_CHECKING:
@@ -96,6 +106,8 @@ def sweep(
       qkguard sweep -b base -t tuned --lengths 1K,4K --write restored
     """
     quiet_transformers()
+    keep_freed_memory()
+    threads_sleep()
     selected = opt.row_selection(layers, include_norms, sliding_window, shared)
     opt.parse_choice("--mode", mode, opt.MODES)
     opt.parse_choice("--haystack-per", haystack_per, opt.HAYSTACK_PER)

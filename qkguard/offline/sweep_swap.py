@@ -139,14 +139,16 @@ class CandidateSwap:
         tuned = self.folders.tuned
         for index, (spec, maps) in enumerate(selection):
             pre = {p.name: source.get(p) for p in maps}
-            post = {p.name: tuned.read(self._tuned_names[p.name], p) for p in maps}
+            post = {p.name: tuned.read(self._tuned_names[p.name], p) for p in maps} if method.computes else {}
             gains = {}
             if method.needs_gains(candidate.options):
                 norms = unselected_norms([(spec, maps)])
                 names = self._disk_names(tuned, norms)
                 gains = {p.name: tuned.read(names[p.name], p) for p in norms}
             new = restore_layer(method, candidate.options, spec, maps, pre, post, gains=gains, device=self.device)
-            out.rows += [(p, as_tensor(cast(new.rows[p.name], post[p.name].dtype))) for p in maps]
+            for param in maps:
+                dtype = tuned.dtype(self._tuned_names[param.name])
+                out.rows.append((param, as_tensor(cast(new.rows[param.name], dtype))))
             out.layers.append({"index": index, "layer": spec.layer, **new.report})
 
     def _prepare_value_output(self, which: str, out: CandidateRows) -> None:

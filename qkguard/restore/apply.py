@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from qkguard.arrays import Array, as_array, as_tensor
+from qkguard.arrays import Array, as_array, as_tensor, has_nonfinite
 from qkguard.drift import head_weights, projection_drift, routing_drift
 from qkguard.errors import QKGuardError
 from qkguard.layout.spec import AttentionSpec, ParamMap
@@ -32,7 +32,7 @@ def restore_layer(
     Args:
         method, options: as from `check_options`.
         spec, maps: the layer and its selected parameters.
-        pre, post: compact numpy arrays or CPU tensors by parameter name.
+        pre, post: compact numpy arrays or CPU tensors by parameter name; `restore` does without `post`.
         gains: for methods that rotate, the compact gains of q/k norms that are not selected.
         device: where the float64 arithmetic runs.
         compare: measure the new weights against those before and after SFT, for the manifest; it takes about as long
@@ -51,7 +51,7 @@ def restore_layer(
         return method.function(spec, maps, pre, post)
     as_arrays = any(isinstance(rows, np.ndarray) for rows in post.values())
     pre, post = _tensors(pre), _tensors(post)
-    broken = [name for name, rows in post.items() if not rows.isfinite().all()]
+    broken = [name for name, rows in post.items() if has_nonfinite(as_array(rows.detach().contiguous()))]
     if broken:
         raise QKGuardError(
             f"{broken[0]} holds NaN or Inf after SFT, which {method.name} would mix in; find out why, or use method "

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,6 +52,20 @@ def test_restore_of_adapters_names_the_command_that_does_it(run, pair, tmp_path)
     run("merge", "-b", base, "-a", adapter, "-o", tmp_path / "merged")
     left, right = (oracle.load_folder(tmp_path / p) for p in ("restored", "merged"))
     assert not oracle.differences(left, right), "base + merged model gives what merging without queries and keys gives"
+
+
+@pytest.mark.parametrize("command", ["merge", "sweep"])
+def test_threads_sleep_unless_the_user_has_them_spin(
+    run: Any, command: str, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter = pair
+    other = ["--adapter", adapter, "--out", base] if command == "merge" else ["--tuned", adapter]
+    for theirs, wanted in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+        if theirs is not None:
+            monkeypatch.setenv("OMP_WAIT_POLICY", theirs)
+        assert run(command, "--base", base, *other)[0] == 2, "refused, but set up by then"
+        assert os.environ["OMP_WAIT_POLICY"] == wanted
 
 
 CHURN = """
