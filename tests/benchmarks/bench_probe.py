@@ -80,7 +80,6 @@ def measure_shared(
     model, tokenizer, device, dtype = _load(device, dtype)
     asked = tasks.split(",") if tasks else DEFAULT_TASKS
     prober = Prober(tokenizer, ProbeSettings([length], samples=samples, tasks=asked, haystack_per="length"))
-    prober.find_formats(model)
     prober.prepare()
     tokens = length * len(prober.sample_keys)
     print(f"{length} tokens, {len(prober.sample_keys)} samples, {dtype} on {_name(device)}")
