@@ -10,6 +10,7 @@ import copy
 import json
 import os
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -204,13 +205,32 @@ def build_meta(architecture: Architecture) -> nn.Module:
     # A config that exists takes both under private names only (transformers 5.17 to 5.23).
     config._attn_implementation = "eager"
     config._experts_implementation = None  # the grouped product; "eager" loops over the experts that were chosen
+    if getattr(config, "use_mamba_kernels", False):
+        config.use_mamba_kernels = False  # they run on a GPU alone, and Zamba of transformers 5.6 insists on them
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         if part is not None:
             part.dtype = torch.float32  # read from a file it is a word, which some classes do not take
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _without_unsloth(model_class):
             return model_class(config).eval()
     except Exception as error:
         raise UnknownLayoutError(
             f"{model_class.__name__} cannot be built from its config: {first_line(error)}"
         ) from error
+
+
+@contextlib.contextmanager
+def _without_unsloth(model_class: type[nn.Module]) -> Iterator[None]:
+    """The classes that a model's source file had before Unsloth put its own in their place, while the block runs.
+
+    Those run on a GPU alone. Unsloth (2026.10.9) keeps the others in the file, under a private name. Its methods need
+    no such care: they are for the models that it has loaded itself.
+    """
+    file = vars(sys.modules[model_class.__module__]) if model_class.__module__ in sys.modules else {}
+    originals, _ = file.get("_unsloth_pre_patch_originals", ({}, {}))
+    patched = {name: file[name] for name in originals if name in file}
+    file.update(originals)
+    try:
+        yield
+    finally:
+        file.update(patched)

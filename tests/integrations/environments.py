@@ -105,7 +105,25 @@ ENVIRONMENTS = {
     "unsloth": Environment(  # trains on a CPU with stock transformers: the patches of its GPU kernels are not loaded
         "unsloth==2026.10.9",
         ["transformers==5.17.0", "trl==1.15.0", "peft==0.21.2", "accelerate", "datasets==4.8.4", "pydantic"],
-        ["unsloth_zoo==2026.10.9"],
+        [
+            "unsloth_zoo==2026.10.9",
+            "bitsandbytes==0.50.2",  # this and what follows: for its GPU patches, which are looked at, not run
+            "cut_cross_entropy",
+            "diffusers",
+            "docstring-parser",
+            "einops",
+            "hf_transfer",
+            "kernels",
+            "msgspec",
+            "nest-asyncio",
+            "pillow",
+            "protobuf",
+            "sentencepiece",
+            "torchao==0.18.0",
+            "triton==3.7.0",
+            "typeguard",
+            "tyro",
+        ],
     ),
 }
 

@@ -147,7 +147,41 @@ def unsloth(given: dict[str, Any]) -> None:
         SFTTrainer(model=model, processing_class=tokenizer, train_dataset=rows, args=args, callbacks=[guard]).train()
 
 
-CASES = {"axolotl": axolotl, "ms-swift": ms_swift, "llamafactory": llamafactory, "unsloth": unsloth}
+def unsloth_patches(given: dict[str, Any]) -> None:
+    """The layout of a model that Unsloth has patched for a GPU, as its loader does it, is the one before."""
+    os.environ["UNSLOTH_ALLOW_CPU"] = "1"  # load the code for GPUs where there is none
+    import unsloth.models.llama as patching  # isort: skip: before the others, as it asks
+
+    from transformers import AutoModelForCausalLM
+
+    from qkguard.errors import UnknownLayoutError
+    from qkguard.layout import find_attention
+
+    model = AutoModelForCausalLM.from_pretrained(given["model"])
+    before = find_attention(model)
+    snapshot = patching._snapshot_transformers_modules(patching.FastLlamaModel)
+    patching.FastLlamaModel.pre_patch()
+    patching._record_pre_patch_changes(snapshot)
+    patching._gate_pre_patch_to_unsloth_models(snapshot)
+    patching.mark_unsloth_fast_path(model)
+    assert type(model.model.layers[0].self_attn).forward._unsloth_gated
+    assert find_attention(model) == before
+    (file,) = (file for file in snapshot if "llama" in file.__name__)
+    del file._unsloth_pre_patch_originals  # the twin: without what Unsloth keeps, nothing is found
+    try:
+        find_attention(model)
+    except UnknownLayoutError:
+        return
+    raise AssertionError("found in the code for GPUs")
+
+
+CASES = {
+    "axolotl": axolotl,
+    "ms-swift": ms_swift,
+    "llamafactory": llamafactory,
+    "unsloth": unsloth,
+    "unsloth-patches": unsloth_patches,
+}
 
 if __name__ == "__main__":
     os.environ |= {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "UNSLOTH_FORCE_CPU": "1"}

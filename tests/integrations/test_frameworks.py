@@ -11,6 +11,7 @@ import re
 import shlex
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -70,13 +71,19 @@ def test_a_guarded_training(name: str, place: Path, tmp_path: Path) -> None:
         command = shlex.split(blocks("LLaMA-Factory", "bash")[1].splitlines()[0])
         assert command[:2] == ["python", "-m"]
         given["command"] = command[2:]
-    (tmp_path / "given.json").write_text(json.dumps(given))
-    command = [environment.python, "-m", "tests.integrations.framework_cases", name, tmp_path / "given.json"]
-    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    run_case(name, environment.python, given, variables)
     check_run(place / "model", out)
     if name == "unsloth":
+        run_case("unsloth-patches", environment.python, given, variables)
         check_adapters(tmp_path / "out-lora")
+
+
+def run_case(name: str, python: Path, given: dict[str, Any], variables: dict[str, str]) -> None:
+    folder = Path(given["folder"])
+    (folder / "given.json").write_text(json.dumps(given))
+    command = [python, "-m", "tests.integrations.framework_cases", name, folder / "given.json"]
+    done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 def check_adapters(out: Path) -> None:

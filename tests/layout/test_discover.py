@@ -194,6 +194,24 @@ def test_keys_that_are_the_values_too() -> None:
     assert blocks_of(full, "k_proj.weight") == [Block(0, 64, "kv")]
 
 
+def test_classes_that_unsloth_has_put_into_a_models_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They run on a GPU alone; what they stand in place of is kept in the file."""
+    from transformers.models.qwen2 import modeling_qwen2 as file
+
+    class OnGPU(file.Qwen2RotaryEmbedding):
+        def forward(self, *args: Any, **options: Any) -> None:
+            raise RuntimeError("no GPU")
+
+    expected, original = find("qwen2"), file.Qwen2RotaryEmbedding
+    monkeypatch.setattr(file, "Qwen2RotaryEmbedding", OnGPU)
+    with pytest.raises(UnknownLayoutError, match="no GPU"):
+        find("qwen2")
+    kept = ({"Qwen2RotaryEmbedding": original}, {})
+    monkeypatch.setattr(file, "_unsloth_pre_patch_originals", kept, raising=False)
+    assert find("qwen2") == expected
+    assert file.Qwen2RotaryEmbedding is OnGPU
+
+
 def test_layers_that_borrow_their_keys() -> None:
     specs = find("gemma3n_text")
     assert [any("k_proj" in param.name for param in spec.params) for spec in specs] == [True, True, False, False]
