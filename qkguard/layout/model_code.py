@@ -1,4 +1,4 @@
-"""torch and the model code of transformers, imported with less time and memory than Python takes by itself."""
+"""torch and the model code of transformers, imported while Python's garbage collector looks up rarely."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from types import ModuleType
-from typing import Any
 
 RARELY = 20_000  # new objects between two looks: 700 at the start of Python 3.11
-SCIPY = "scipy.optimize"
 
 
 def nothing() -> None:
@@ -22,7 +19,7 @@ def import_model_code(*further: str) -> None:
     """Import torch, what all model classes of transformers need, and further modules; what is there stays."""
     wanted = [name for name in ("transformers.modeling_utils", *further) if name not in sys.modules]
     if wanted:
-        with _looking_rarely(), _scipy_later():
+        with _looking_rarely():
             for name in wanted:
                 import_module(name)
 
@@ -40,35 +37,3 @@ def _looking_rarely() -> Iterator[None]:
         yield
     finally:
         gc.set_threshold(*before)
-
-
-@contextmanager
-def _scipy_later() -> Iterator[None]:
-    """A stand-in for `scipy.optimize`, which takes a third of a second and 35 MB.
-
-    transformers (5.6 to 5.23) imports it for one function, which the losses of its object detectors call.
-    """
-    if SCIPY in sys.modules:
-        yield
-        return
-    sys.modules[SCIPY] = stand_in = _StandIn(SCIPY)
-    try:
-        yield
-    finally:
-        if sys.modules.get(SCIPY) is stand_in:
-            del sys.modules[SCIPY]
-
-
-class _StandIn(ModuleType):
-    """A module with one function, which imports the real one when it is called; whatever else is asked of it, too."""
-
-    @staticmethod
-    def linear_sum_assignment(*args: Any, **options: Any) -> Any:
-        return import_module(SCIPY).linear_sum_assignment(*args, **options)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # what the import system asks of any module
-            raise AttributeError(name)
-        if sys.modules.get(SCIPY) is self:
-            del sys.modules[SCIPY]
-        return getattr(import_module(SCIPY), name)

@@ -4,7 +4,7 @@
     python -m tests.benchmarks.bench_restore [GIGABYTES] [SHARD]      e.g. 1.9 500MB
 
 Targets: 1.3 times `cp -r` and `sync` plus 1 s for a config seen before, 1.5 times plus 6 s for a new one, under 512 MB
-of memory whatever the model's size.
+of memory (finding the layout of a config with larger layers takes more, once).
 """
 
 from __future__ import annotations

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gc
-import importlib
 import sys
 
-import numpy as np
 import pytest
 import torch
 
@@ -39,29 +37,6 @@ def test_the_collector_looks_up_rarely_during_the_import(
         assert gc.get_threshold() == (before, 7, 5)
     finally:
         gc.set_threshold(*found)
-
-
-@pytest.mark.parametrize("wanted", ["linear_sum_assignment", "OptimizeResult"])
-def test_scipy_waits_until_its_function_is_called(wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What else is imported from it brings the real module at once."""
-    pytest.importorskip("scipy")
-    taken = []
-
-    def import_module(name: str) -> object:
-        if not name.startswith("transformers"):
-            return importlib.import_module(name)
-        taken.append(getattr(sys.modules["scipy.optimize"], wanted))
-        return sys
-
-    monkeypatch.setattr(model_code, "import_module", import_module)
-    for name in ("scipy.optimize", "transformers.modeling_utils"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    model_code.import_model_code()
-    assert ("scipy.optimize" in sys.modules) == (wanted == "OptimizeResult")
-    if wanted == "linear_sum_assignment":
-        rows, columns = taken[0](np.array([[4, 1, 3], [2, 0, 5], [3, 2, 2]]))
-        assert (rows.tolist(), columns.tolist()) == ([0, 1, 2], [1, 0, 2])
-    assert getattr(sys.modules["scipy.optimize"], wanted).__name__ == wanted == taken[0].__name__
 
 
 def test_matrices_share_their_memory_but_not_their_numbers() -> None:
