@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from qkguard.report.numbers import human_bytes, number
@@ -88,9 +89,9 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title:
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for i, name in enumerate(columns):
         left = i == 0 or name.startswith("<")
-        table.add_column(name.removeprefix("<"), justify="left" if left else "right", overflow="fold")
+        table.add_column(escape(name.removeprefix("<")), justify="left" if left else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))  # "[...]" is text, and no markup of rich's
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     console.print(table)
 

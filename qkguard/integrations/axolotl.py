@@ -16,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, TypeAdapter, WithJsonSchema
 from qkguard.errors import QKGuardError
 from qkguard.integrations.frameworks import needed
 from qkguard.integrations.settings import checked
-from qkguard.training.callback import QKGuardCallback
+from qkguard.training.callback import QKGuardCallback, show_log_lines
 from qkguard.training.config import QKGuardConfig
 
 with needed("axolotl", "axolotl"):
@@ -54,4 +54,5 @@ class QKGuardPlugin(BasePlugin):
 
     def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[QKGuardCallback]:
         """A guard for every trainer."""
+        show_log_lines(whatever_root_shows=True)  # axolotl's handlers show other packages' warnings alone
         return [QKGuardCallback(**checked(cfg.get("qkguard")))]

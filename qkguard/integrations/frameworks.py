@@ -20,9 +20,13 @@ class Framework:
     add: str
     file: Path | None = None
 
+    def to_json(self) -> dict[str, str | None]:
+        """Plain values."""
+        return {"name": self.name, "add": self.add, "file": str(self.file) if self.file else None}
+
 
 FRAMEWORKS = (
-    Framework("axolotl", "in the YAML: plugins: [qkguard.integrations.axolotl.QKGuardPlugin]", HERE / "axolotl.py"),
+    Framework("axolotl", "in the YAML: plugins: [qkguard.integrations.axolotl.QKGuardPlugin]"),
     Framework(
         "ms-swift",
         "on the command line: --external_plugins $(qkguard integrations ms-swift) --callbacks qkguard",
@@ -39,18 +43,16 @@ FRAMEWORKS = (
 )
 
 
-def plugin_file(name: str) -> Path:
-    """The file that a framework loads.
+def find_framework(name: str) -> Framework:
+    """The framework of that name.
 
     Raises:
-        QKGuardError: no such framework, or one that loads none.
+        QKGuardError: there is none.
     """
-    found = {framework.name: framework.file for framework in FRAMEWORKS if framework.file is not None}
+    found = {name: framework for framework in FRAMEWORKS for name in framework.name.lower().split(", ")}
     wanted = name.lower().replace("_", "-").replace("llamafactory", "llama-factory")
     if wanted not in found:
-        raise QKGuardError(
-            f"There is no file for {name!r}; expected {', '.join(found)}. `qkguard integrations` lists them."
-        )
+        raise QKGuardError(f"Unknown framework {name!r}; expected {', '.join(found)}.")
     return found[wanted]
 
 

@@ -57,7 +57,7 @@ class QKGuardCallback(TrainerCallback):
         self.config = replace(config, **overrides) if config else QKGuardConfig(**overrides)
         self.trackers = list(trackers)
         self.session: Session | None = None
-        _show_log_lines()
+        show_log_lines()
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -208,10 +208,10 @@ class QKGuardCallback(TrainerCallback):
         self.session.restore_saved(folder, step, trainer.processing_class, wait=wait)
 
 
-def _show_log_lines() -> None:
+def show_log_lines(*, whatever_root_shows: bool = False) -> None:
     """Show qkguard's own lines where the script has set up no logging; the root logger is left alone."""
     package = logging.getLogger("qkguard")
-    if not package.handlers and not logging.getLogger().handlers:
+    if not package.handlers and (whatever_root_shows or not logging.getLogger().handlers):
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("[qkguard] %(levelname)s %(message)s"))
         package.addHandler(handler)

@@ -225,7 +225,7 @@ class FinalVerdict:
         elif ranks.rank() == 0 and self.config.method == "auto":
             logger.warning('No verdict on which model to ship: %s. method="auto" writes a plain restore.', why)
         elif ranks.rank() == 0 and self.monitor.baseline is not None and self.config.verdict:
-            logger.info("No verdict on which model to ship: %s.", why)
+            logger.info("No verdict on which model to ship: %s. Use the raw model unless you measure otherwise.", why)
         return None
 
     def _measure(self, step: int, train_loader: Any) -> RunVerdict:

@@ -40,11 +40,13 @@ class Plan:
         on = f"{len(kept)} of {len(keys)} samples ({lengths[0]:,}"
         on += f" to {lengths[-1]:,} tokens)" if len(lengths) > 1 else " tokens)"
         costs = f"about {self.seconds:.1f} s each, {self.passes * self.seconds:.1f} s in all"
-        of = f"probe_budget={self.share:g} of a training of about {self.training:.0f} s"
+        long = f"{self.training:.0f} s" if self.training >= 1 else "less than 1 s"
+        of = f"probe_budget={self.share:g} of a training of about {long}"
         if not self.fits:
+            more = " A larger probe_budget asks more samples, None all." if len(kept) < len(keys) else ""
             return (
-                f"The first and the last probe do not fit {of}: {self.passes} passes over {on} take {costs}. Set "
-                "probe_steps=0 for none, a larger probe_budget for more samples, or None for all of them."
+                f"The probes before and after training do not fit {of}, and run all the same: {self.passes} passes "
+                f"over {on} take {costs}. Set probe_steps=0 for none.{more}"
             )
         if len(kept) < len(keys):
             return (

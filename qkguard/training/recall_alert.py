@@ -43,7 +43,10 @@ class RecallAlert:
         self.told |= new
         if not new:
             return
-        text = f"{describe(falls, step)} Restored checkpoints keep the queries and keys from before SFT."
+        text = (
+            f"{describe(falls, step)} Restored checkpoints have the queries and keys from before SFT; probes at saves "
+            "and at the end measure what that brings."
+        )
         if ranks.rank() == 0:
             logger.warning("%s", text)
             _wandb_alert(text)

@@ -163,7 +163,11 @@ class RecallMonitor:
         if self.baseline is not None and self.at_floor:
             self.training.running = False
             clause = floor_clause(self.baseline.total.hits, self.baseline.total.count, "Before training the model")
-            _tell(logging.WARNING, "%s. Recall probes end here; restored checkpoints are written as asked.", clause)
+            _tell(
+                logging.WARNING,
+                "%s. Recall probes end here, without a verdict; restored checkpoints are written as asked.",
+                clause,
+            )
         elif self.baseline is not None:
             say_where_impossible(self.baseline)
         self.costs.start_clock()

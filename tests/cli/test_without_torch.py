@@ -82,15 +82,18 @@ def test_what_moves_bytes_does_without(pair: tuple[Path, Path], known: Path, tmp
         ["recipes", "show", "qwen3/cot-sft/full"],
         ["integrations"],
         ["integrations", "ms-swift"],
+        ["integrations", "axolotl"],
         # the twin: what computes brings torch, and it would be seen
         ["restore", *sides, "--out", tmp_path / "half", "--method", "interpolate", "--alpha", "0.5", "--json"],
     ]
     *found, computed = run_all(*commands)
-    assert [(ran.code, ran.brought) for ran in found] == [(0, [])] * 8, found
+    assert [(ran.code, ran.brought) for ran in found] == [(0, [])] * 9, found
     assert computed.code == 0 and "torch" in computed.brought
     for file in known.glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
     assert Path(found[7].out.strip()).is_file() and "--external_plugins" in found[6].out
+    plugin = "plugins: [qkguard.integrations.axolotl.QKGuardPlugin]"  # what is in brackets is text
+    assert plugin in found[6].out and plugin in found[8].out
     assert json.loads(found[1].out)["mean"]["routing_rel"] > 0
     assert (run / "_qkguard/report.html").stat().st_size > 1000 and len(json.loads(found[4].out)["recipes"]) > 3
 
@@ -127,7 +130,10 @@ REFUSED = [
     ("verify /none", "no such folder: /none"),
     ("report /none", "no such folder"),
     ("recipes show none", "none"),
-    ("integrations none", "There is no file for 'none'; expected axolotl, ms-swift, llama-factory."),
+    (
+        "integrations none",
+        "Unknown framework 'none'; expected axolotl, ms-swift, llama-factory, trl, ",
+    ),
     ("merge --base {base} --adapter /none --out out", "no such folder: /none"),
     ("merge --base {base} --adapter {tuned} --out out", "adapter_config.json"),
     ("merge --base {base} --adapter {tuned} --out {base}", "is or contains"),

@@ -71,19 +71,22 @@ def test_a_guarded_training(name: str, place: Path, tmp_path: Path) -> None:
         command = shlex.split(blocks("LLaMA-Factory", "bash")[1].splitlines()[0])
         assert command[:2] == ["python", "-m"]
         given["command"] = command[2:]
-    run_case(name, environment.python, given, variables)
+    said = run_case(name, environment.python, given, variables)
+    assert "The run's page: " in said  # the guard's lines are seen, whatever the framework does with others'
     check_run(place / "model", out)
     if name == "unsloth":
         run_case("unsloth-patches", environment.python, given, variables)
         check_adapters(tmp_path / "out-lora")
 
 
-def run_case(name: str, python: Path, given: dict[str, Any], variables: dict[str, str]) -> None:
+def run_case(name: str, python: Path, given: dict[str, Any], variables: dict[str, str]) -> str:
+    """What the case printed."""
     folder = Path(given["folder"])
     (folder / "given.json").write_text(json.dumps(given))
     command = [python, "-m", "tests.integrations.framework_cases", name, folder / "given.json"]
     done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
 
 
 def check_adapters(out: Path) -> None:

@@ -20,7 +20,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from qkguard import QKGuardCallback, QKGuardConfig, QKGuardError, restore_checkpoint
 from qkguard.distributed import ranks
 from qkguard.integrations import restore_after_save
-from qkguard.integrations.frameworks import FRAMEWORKS, needed, plugin_file
+from qkguard.integrations.frameworks import FRAMEWORKS, find_framework, needed
 from qkguard.integrations.settings import VARIABLE, checked, from_environment
 from tests.integrations.page import blocks
 from tests.support.models import save_pair
@@ -83,6 +83,23 @@ def test_the_axolotl_plugin_hands_the_section_to_the_guard(axolotl: ModuleType) 
     assert QKGuardConfig(**SECTION) != QKGuardConfig()
 
 
+@pytest.mark.parametrize("plugin", [True, False])
+def test_the_guards_lines_show_where_axolotl_hides_those_of_others(
+    axolotl: ModuleType, plugin: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A root handler for warnings alone, as axolotl has; without the plugin nothing changes for it."""
+    quiet, package = logging.StreamHandler(), logging.getLogger("qkguard")
+    quiet.setLevel(logging.WARNING)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [quiet])
+    package.handlers.clear()
+    if plugin:
+        axolotl.QKGuardPlugin().add_callbacks_pre_trainer(AnswersAll({}), model=None)
+    else:
+        QKGuardCallback()
+    package.info("a line")
+    assert ("[qkguard] INFO a line" in capsys.readouterr().err) == plugin
+
+
 @pytest.mark.parametrize(("section", "said"), WRONG)
 def test_axolotl_refuses_what_the_guard_refuses(axolotl: ModuleType, section: Any, said: str) -> None:
     with pytest.raises(ValidationError) as refused:
@@ -94,7 +111,8 @@ def test_axolotl_refuses_what_the_guard_refuses(axolotl: ModuleType, section: An
 def test_the_ms_swift_plugin_registers_the_guard(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     registered: dict[str, Any] = {}
     stand_in(monkeypatch, "swift.callbacks", callbacks_map=registered)
-    file = plugin_file("ms-swift")
+    assert find_framework("LLaMAFactory").name == "llama-factory" and find_framework("miles").file is None
+    file = find_framework("ms-swift").file
     # ms-swift puts the folder on sys.path: no module name in it may be anybody else's
     assert {path.name for path in file.parent.glob("*.py")} == {"__init__.py", "qkguard_ms_swift.py"}
 
