@@ -9,10 +9,12 @@ qkguard:
 
 from __future__ import annotations
 
+import logging
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, TypeAdapter, WithJsonSchema
 
+import qkguard.training.adapter_weights  # noqa: F401 - so that its logger is there
 from qkguard.errors import QKGuardError
 from qkguard.integrations.frameworks import needed
 from qkguard.integrations.settings import checked
@@ -45,6 +47,14 @@ class QKGuardArgs(BaseModel):
     qkguard: Section | None = None
 
 
+def _show_lines() -> None:
+    """Show the guard's lines: axolotl's loggers and handlers (0.21) let pass only the warnings of other packages."""
+    for name, found in logging.root.manager.loggerDict.items():
+        if name.partition(".")[0] == "qkguard" and isinstance(found, logging.Logger):
+            found.filters[:] = [one for one in found.filters if not type(one).__module__.startswith("axolotl")]
+    show_log_lines(whatever_root_shows=True)
+
+
 class QKGuardPlugin(BasePlugin):
     """Adds the guard to the trainer that axolotl builds."""
 
@@ -54,5 +64,5 @@ class QKGuardPlugin(BasePlugin):
 
     def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[QKGuardCallback]:
         """A guard for every trainer."""
-        show_log_lines(whatever_root_shows=True)  # axolotl's handlers show other packages' warnings alone
+        _show_lines()
         return [QKGuardCallback(**checked(cfg.get("qkguard")))]
