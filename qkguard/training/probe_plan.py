@@ -43,7 +43,7 @@ class Plan:
         long = f"{self.training:.0f} s" if self.training >= 1 else "less than 1 s"
         of = f"probe_budget={self.share:g} of a training of about {long}"
         if not self.fits:
-            more = " A larger probe_budget asks more samples, None all." if len(kept) < len(keys) else ""
+            more = " A larger probe_budget asks more samples, probe_budget=None all." if len(kept) < len(keys) else ""
             return (
                 f"The probes before and after training do not fit {of}, and run all the same: {self.passes} passes "
                 f"over {on} take {costs}. Set probe_steps=0 for none.{more}"

@@ -70,7 +70,7 @@ def test_what_is_cut_and_what_it_costs_is_said() -> None:
     assert "probe_budget=0.02 of a training of about 50000000 s: 4 passes" in cut
     none = planned(1).tell(KEYS)
     assert none and "3 passes over 30 of 150 samples (512 tokens)" in none and "46080.0 s in all" in none
-    assert "probe_steps=0" in none and "None for all" in none
+    assert "probe_steps=0" in none and "probe_budget=None all" in none
 
 
 def test_ranks_share_the_work_and_attention_grows_with_the_square() -> None:
