@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from qkguard import cli, demo
+from qkguard import cli
+from tests.support.demos import SMALL, make_small
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same path with a handful of samples."""
-    settings = partial(demo.DemoSettings, lengths=(256,), depths=2, samples=1, tasks=("s2",), problems=2, batch=2)
-    monkeypatch.setattr(demo, "DemoSettings", settings)
+    make_small(monkeypatch)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
@@ -51,6 +49,8 @@ def test_it_ends_with_the_table_the_verdict_and_the_next_commands(
     assert run(monkeypatch, "--out", out, "--steps", 2, "--json") == 0
     report = json.loads(capfd.readouterr().out)
     assert set(report["scores"]) == {"before", "raw", "qk_restored"}
+    settings = report["settings"] | {name: tuple(report["settings"][name]) for name in ("lengths", "tasks")}
+    assert settings.items() >= SMALL.items(), "the tests run at the size that users do"
     assert run_verify(monkeypatch, report["files"]["restored"]) == 0
 
 

@@ -13,7 +13,6 @@ import re
 import shlex
 import shutil
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,12 +21,11 @@ import typer
 import yaml
 
 import qkguard
-import qkguard.demo
 from docs.command_line import reference
 from qkguard import QKGuardConfig
 from qkguard.cli import app
-from qkguard.demo import DemoSettings
 from tests.conftest import Run
+from tests.support.demos import make_small
 from tests.support.pages import ROOT, Block, blocks, blocks_of, commands_in, read
 from tests.support.stand_ins import guarded_run, make_stand_ins
 
@@ -61,10 +59,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.copytree(root / "runs/first", root / "runs/second")
     shutil.copy(ROOT / "recipes/qwen3/cot-sft/full.yaml", root / "mine.yaml")
     shutil.copytree(ROOT / "recipes/accelerate_configs", root / "recipes/accelerate_configs")
-    small = {"lengths": (256,), "depths": 1, "samples": 1, "problems": 2, "batch": 2, "tasks": ("s2",)}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        patch.setattr(qkguard.demo, "DemoSettings", partial(DemoSettings, **small))
+        make_small(patch)
         yield root
 
 

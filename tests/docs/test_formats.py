@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,11 @@ import pytest
 import typer
 from peft import LoraConfig
 
-import qkguard.demo
+import qkguard
 from qkguard.cli import app
-from qkguard.demo import DemoSettings
 from tests.conftest import Run
 from tests.offline.test_missing import pair_that_lost
+from tests.support.demos import make_small
 from tests.support.quantised import quantise
 from tests.support.stand_ins import guarded_run, make_stand_ins
 
@@ -95,8 +94,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     guarded_run(root / "run-lora", peft_config=LoraConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj"]))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        small = {"lengths": (256,), "depths": 1, "samples": 1, "problems": 2, "batch": 2, "tasks": ("s2",)}
-        patch.setattr(qkguard.demo, "DemoSettings", partial(DemoSettings, **small))
+        make_small(patch)
         yield root
 
 
