@@ -44,8 +44,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=partial(_place, places))
 
 
-def pytest_collection_finish() -> None:
-    """Trainers collect garbage often; what was imported for all tests need not be gone through each time."""
+@pytest.fixture(scope="module", autouse=True)
+def nothing_old_in_the_garbage() -> None:
+    """Trainers collect garbage often; what earlier modules have imported need not be gone through each time."""
     gc.collect()
     gc.freeze()
 

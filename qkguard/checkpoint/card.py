@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,13 @@ def _body(manifest: Mapping[str, Any], base: str) -> str:
 
 
 def _render(template: str, **values: Any) -> str:
-    """What `templates/<template>.md` makes of these values; Markdown, so nothing is escaped."""
+    """What `templates/<template>.md` makes of these values."""
+    return str(_templates().get_template(f"{template}.md").render(values))
+
+
+@cache
+def _templates() -> Any:
+    """Of Markdown, so nothing is escaped; kept, because compiling a template takes longer than a card does."""
     from jinja2 import Environment, PackageLoader  # not every command writes a card
 
     environment = Environment(
@@ -89,7 +96,7 @@ def _render(template: str, **values: Any) -> str:
     )
     environment.globals |= {"recall_at": _recall_at, "drift_of": _drift_of}
     environment.globals |= {"change_in_points": change_in_points, "floor_of": _floor_of}
-    return environment.get_template(f"{template}.md").render(values)
+    return environment
 
 
 def _recall_at(result: Mapping[str, Any], length: int) -> str:

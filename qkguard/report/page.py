@@ -5,6 +5,7 @@ from __future__ import annotations
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -38,14 +39,18 @@ class Picture:
 
 def render(template: str, title: str, **values: Any) -> str:
     """The page that `templates/<template>.html` makes of these values; whatever they hold is escaped."""
-    environment = Environment(
+    return _templates().get_template(f"{template}.html").render(title=title, **values)
+
+
+@cache
+def _templates() -> Environment:
+    return Environment(
         loader=PackageLoader("qkguard.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(f"{template}.html").render(title=title, **values)
 
 
 def setting_lines(settings: Mapping[str, Any]) -> list[str]:
@@ -59,7 +64,9 @@ def setting_lines(settings: Mapping[str, Any]) -> list[str]:
 
 def picture(figure: Figure, caption: str, file: Path | None = None) -> Picture:
     """A figure in the reader's colours; the light PNG also goes to `file`."""
-    light, dark = themed_png(figure, "light"), themed_png(figure, "dark")
+    light = themed_png(figure, "light")
+    figure.set_layout_engine("none")  # everything keeps its place; finding it again would take half of the time
+    dark = themed_png(figure, "dark")
     if file is not None:
         file.write_bytes(light)
     return Picture(caption, b64encode(light).decode(), b64encode(dark).decode(), round(figure.get_figwidth() * 100))

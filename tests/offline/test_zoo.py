@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qkguard import QKGuardError, find_attention, restore_checkpoint, verify
+from qkguard import QKGuardError, restore_checkpoint, verify
 from qkguard.layout import AttentionSpec
+from qkguard.offline.pair import folder_attention
 from tests.layout.test_zoo import EAGER, PARTIAL, REFUSED
 from tests.support import zoo
 
@@ -22,8 +23,8 @@ CHOOSING = {"jetmoe"}  # a router, which is no projection and stays tuned, choos
 @pytest.mark.parametrize("model_type", sorted(set(zoo.CONFIGS) - set(REFUSED)))
 def test_type(model_type: str, tmp_path: Path) -> None:
     base, tuned = save_pair(model_type, tmp_path)
-    specs = find_attention(tmp_path / "tuned")
     manifest = restore_checkpoint(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", include_norms=True)
+    specs = folder_attention(tmp_path / "tuned")  # what it has just found
     verify(tmp_path / "out")
     assert any("cuts or joins" in w for w in manifest["warnings"]) == (model_type in REARRANGED)
     restored = load(base, tmp_path / "out")

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.pictures import small_pictures
 
-LOOK = {"test_trackers", "test_retrieval_layers", "test_final_verdict"}
+LOOK = {"test_trackers"}
 
 
 @pytest.fixture(scope="module", autouse=True)
