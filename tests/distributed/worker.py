@@ -58,14 +58,14 @@ def main() -> None:
     )
     known = {name: value for module in modules for name, value in vars(module).items()}
     rank = int(os.environ["RANK"])
-    gc.collect()
-    gc.freeze()  # trainers and DeepSpeed collect garbage often, and would go through all that was imported each time
     deepspeed.init_distributed("gloo", verbose=False)  # torch's process group, known to DeepSpeed as well
     wait_for_every_gather()
     for name in names:
         faulthandler.dump_traceback_later(CASE_SECONDS, exit=True)
         started = time.perf_counter()
         case, _, options = name.partition("@")
+        gc.collect()
+        gc.freeze()  # trainers and DeepSpeed collect garbage often, and would go through all that is old each time
         try:
             cases.reset()
             with nullcontext() if name.startswith(PICTURED) else small_pictures():

@@ -1,4 +1,4 @@
-"""Trainings without pictures, but for the tests that look at them."""
+"""Trainings without pictures, but for the tests that look at them (marked `pictures`)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,8 @@ import pytest
 
 from tests.support.pictures import small_pictures
 
-LOOK = {"test_trackers"}
 
-
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def quick_pages(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Nothing is drawn, except where a module looks at pictures or pages."""
-    module = request.module.__name__.rpartition(".")[2]
-    with nullcontext() if module in LOOK else small_pictures():
+    with nullcontext() if request.node.get_closest_marker("pictures") else small_pictures():
         yield

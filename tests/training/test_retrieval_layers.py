@@ -78,6 +78,7 @@ def restored_layers(base: Path, raw: Path, restored: Path) -> set[int]:
     return {layer for layer, both in layers.items() if both[0]}
 
 
+@pytest.mark.pictures
 def test_only_the_layer_with_the_head_is_restored_and_the_reference_keeps_all(base, tmp_path, monkeypatch, said):
     all_right(monkeypatch)
     run = guarded(base, tmp_path, steps=3)

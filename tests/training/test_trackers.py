@@ -144,6 +144,7 @@ def panels(file: Path) -> dict[str, set[str]]:
     return sections
 
 
+@pytest.mark.pictures
 def test_wandb_pictures_table_summary_and_config(
     probed_base: Path,  # noqa: F811
     tmp_path: Path,
@@ -184,6 +185,7 @@ def test_wandb_pictures_table_summary_and_config(
     assert settings["qkguard"]["probe_tasks"] == ["single_1"]
 
 
+@pytest.mark.pictures
 def test_tensorboard_pictures(probed_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
