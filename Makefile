@@ -22,7 +22,7 @@ UNIT := tests/test_*.py $(addprefix tests/,adapters checkpoint choice diagnosis 
 check: $(STAMP) lint
 	$(PARALLEL) $(UNIT)
 
-# axolotl, ms-swift and LLaMA-Factory, each in an environment of its own outside the repository, a gigabyte each
+# axolotl, ms-swift, LLaMA-Factory and Unsloth, each in an environment of its own outside the repository, a gigabyte each
 test-integrations: $(STAMP)
 	$(BIN)/python tests/integrations/environments.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m integrations tests/integrations

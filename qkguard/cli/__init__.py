@@ -84,6 +84,9 @@ def main() -> None:
         # Usage errors have no public base class that is the same in all supported versions of typer.
         if not hasattr(error, "format_message"):
             raise
+        if type(error).__name__ == "NoArgsIsHelpError":  # `qkguard` alone: its message is the whole help
+            print(error.format_message(), file=sys.stderr)
+            sys.exit(2)
         command = getattr(getattr(error, "ctx", None), "command_path", "qkguard")
         code = _fail(f"{error.format_message()} (see {command} --help)")
     sys.exit(code if isinstance(code, int) else 0)

@@ -37,7 +37,7 @@ FRAMEWORKS = (
         "instead of llamafactory-cli train: python -m qkguard.integrations.llamafactory FILE.yaml",
         HERE / "llamafactory.py",
     ),
-    Framework("trl", "in the script: SFTTrainer(..., callbacks=[QKGuardCallback()])"),
+    Framework("trl, Unsloth", "in the script: SFTTrainer(..., callbacks=[QKGuardCallback()])"),
     Framework("transformers", "in the script: Trainer(..., callbacks=[QKGuardCallback()])"),
     Framework("verl, Megatron-Bridge, miles", "in the hook after a save: restore_after_save(base, folder)"),
 )

@@ -35,6 +35,12 @@ def test_help_is_quick_and_names_the_commands() -> None:
         assert f" {command} " in done.stdout
 
 
+def test_the_command_alone_shows_its_help(run: Run) -> None:
+    code, out, err = run()
+    assert (code, out) == (2, "") and "\n  restore " in err and "error:" not in err
+    assert err.strip() == run("--help")[1].strip()
+
+
 def test_the_installed_command_restores(pair: tuple[Path, Path], tmp_path: Path) -> None:
     base, tuned = pair
     command = Path(sys.executable).with_name("qkguard")

@@ -115,6 +115,7 @@ def test_the_ms_swift_plugin_registers_the_guard(monkeypatch: pytest.MonkeyPatch
     registered: dict[str, Any] = {}
     stand_in(monkeypatch, "swift.callbacks", callbacks_map=registered)
     assert find_framework("LLaMAFactory").name == "llama-factory" and find_framework("miles").file is None
+    assert find_framework("unsloth") is find_framework("trl")
     file = find_framework("ms-swift").file
     # ms-swift puts the folder on sys.path: no module name in it may be anybody else's
     assert {path.name for path in file.parent.glob("*.py")} == {"__init__.py", "qkguard_ms_swift.py"}
