@@ -44,6 +44,7 @@ def restored(model: nn.Module, reference: Reference, *, method: str = "restore",
     model = sharding.unwrap(model)
     sharding.settle(model)
     params = reference.params(model)
+    reference.wait_for_readers()
     plain = method == "restore" and not options
     new = reference.slices if plain else _new_slices(model, params, reference, method, options)
     exchange = ranks.agree("reserving memory to swap weights", partial(_exchange, reference, params))

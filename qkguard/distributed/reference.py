@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -31,6 +32,7 @@ class Reference:
         slices: parameter name -> 1-D tensor, the part of the flattened *compact* tensor that lies in this shard, in
             the dtype the weights had at step 0.
         slice_spans: parameter name -> by rank, which elements of the flattened compact tensor it keeps.
+        readers: functions that wait for work under way on the live weights; to be called before these are written.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Reference:
         self.shards = shards
         self.spans = {name: of_ranks[ranks.rank()] for name, of_ranks in shards.items()}
         self.slice_spans = {name: _compact_spans(maps[name], of_ranks) for name, of_ranks in shards.items()}
+        self.readers: list[Callable[[], None]] = []
         self._params: dict[str, Param] = {}
 
     @classmethod
@@ -89,7 +92,14 @@ class Reference:
         names = [pmap.name for _, pmaps in selection for pmap in pmaps]
         shards = {name: self.shards[name] for name in names}
         slices = {name: self.slices[name] for name in names}
-        return Reference(selection, {name: self.maps[name] for name in names}, shards, slices)
+        part = Reference(selection, {name: self.maps[name] for name in names}, shards, slices)
+        part.readers = self.readers
+        return part
+
+    def wait_for_readers(self) -> None:
+        """Return when nothing reads the live weights beside the training; every rank by itself."""
+        for wait in self.readers:
+            wait()
 
     @property
     def nbytes(self) -> int:

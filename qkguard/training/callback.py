@@ -116,6 +116,10 @@ class QKGuardCallback(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if (
+            self.session
+        ):  # an evaluation, a save or the loading of the best model may follow, whatever the step's end said
+            self.session.drift.settle()
         if self.session and control.should_save:
             self.session.reference_written()
         if self.session and control.should_log:  # logging_strategy="epoch"; what a step logged has reset the flag
@@ -137,6 +141,7 @@ class QKGuardCallback(TrainerCallback):
         restores = self.config.restore_on == "save" or (self.config.restore_on == "best" and is_best)
         if not self.session:
             return
+        self.session.drift.settle()  # a run that is resumed from it never measures its step again
         checkpoint = self.session.note_save(args, state, restores=restores)
         if checkpoint is not None and restores:
             self.session.recall_monitor.at_save(state, control)

@@ -98,9 +98,11 @@ class DriftLog:
 
     def close(self) -> None:
         """The training is over."""
-        self.settle()
-        if isinstance(self.monitor, DriftMonitor):
-            self.monitor.side.close()
+        try:
+            self.settle()
+        finally:
+            if isinstance(self.monitor, DriftMonitor):
+                self.monitor.side.close()
 
     def _attempt(self, step: int) -> AbstractContextManager[None]:
         return attempt(f"measuring drift at step {step}", strict=self.strict, advice=ADVICE)

@@ -51,6 +51,7 @@ class DriftMonitor:
     def __init__(self, reference: Reference) -> None:
         self.reference, self.selection = reference, reference.selection
         self.side = SideStream()
+        reference.readers.append(self.side.wait)
         self._role_slices = {name: pmap.role_slices(*reference.spans[name]) for name, pmap in reference.maps.items()}
         self._keys = [(name, role) for name, pmap in reference.maps.items() for role in _roles(pmap)]
         self._base_sums = {key: self._base_sum(*key) for key in self._keys}  # |W0|^2 of this rank's rows

@@ -148,7 +148,6 @@ class FullWeights:
 
     def swapped(self, candidate: Candidate) -> AbstractContextManager[None]:
         """A context in which the live model has the queries and keys of a restore; ALL ranks enter and leave it."""
-        self.drift_monitor.side.wait()  # it may be reading them
         return restored(self.model, self.restorable, method=candidate.method, **candidate.options)
 
     def write_checkpoint(self, folder: Path, save: Save, processing_class: Any) -> list[Path]:

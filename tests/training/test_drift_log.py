@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import optimizer
 from transformers import TrainerCallback
 
-from qkguard import QKGuardCallback
+from qkguard import QKGuardCallback, restored
 from qkguard.distributed import ranks
 from qkguard.distributed.reference import Reference
 from qkguard.layout import find_attention, select
@@ -20,7 +20,7 @@ from qkguard.training.drift_monitor import DriftMonitor
 from qkguard.training.side_stream import SideStream
 from tests.support.judge import metrics_rows
 from tests.support.models import noised, tiny_model
-from tests.support.training import arguments, make_trainer, save_base
+from tests.support.training import arguments, make_trainer, save_base, token_rows
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +83,76 @@ def test_a_save_that_nobody_announced_has_the_drift_of_its_step(base, tmp_path, 
     assert manifest["drift"]["step"] == 4
     (row,) = [row for row in drift_rows(tmp_path / "run") if row["step"] == 4]
     assert manifest["drift"]["qkguard/drift/q_rel"] == row["qkguard/drift/q_rel"] > 0
+
+
+class Later:
+    """Work that is done as late as a stream may do it: when somebody waits for it, or reads what it found."""
+
+    def __init__(self, work) -> None:
+        self.work, self.found = work, None
+
+    @torch.no_grad()
+    def result(self):
+        self.found = self.work() if self.found is None else self.found
+        return self.found
+
+
+@pytest.fixture
+def late(beside, monkeypatch) -> None:
+    """As on an accelerator that has no time for the guard until it must."""
+    sums = DriftMonitor._sums
+
+    def run(side, work):
+        side._done = Later(work)
+        return side._done
+
+    def wait(side):
+        if side._done is not None:
+            side._done.result()
+            side._done = None
+
+    monkeypatch.setattr(SideStream, "run", run)
+    monkeypatch.setattr(SideStream, "wait", wait)
+    monkeypatch.setattr(DriftMonitor, "_sums", lambda monitor, started: sums(monitor, started.result()))
+
+
+class Doubles(TrainerCallback):
+    """Doubles all weights while an epoch ends, as an optimizer without a schedule does for an evaluation."""
+
+    def on_epoch_end(self, args, state, control, model, **kwargs):
+        with torch.no_grad():
+            for param in model.parameters():
+                param.mul_(2.0)
+
+
+class Swaps(TrainerCallback):
+    """Has restored weights in the model for a while at the end of every step; stands behind the guard."""
+
+    def __init__(self, own: QKGuardCallback) -> None:
+        self.guard = own
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        session = self.guard.session
+        with restored(model, session.reference):
+            session.drift.monitor.side.wait()
+
+
+@pytest.mark.parametrize("behind", ["doubles", "swaps"])
+def test_what_changes_weights_behind_the_guard_finds_nothing_under_way(base, tmp_path, request, behind):
+    def rows(name: str) -> list[dict]:
+        own = guard()
+        args = arguments(tmp_path / name, max_steps=6, save_steps=100)
+        trainer = make_trainer(base, args, own, train_dataset=token_rows(6))  # three steps an epoch
+        trainer.add_callback(Doubles() if behind == "doubles" else Swaps(own))
+        trainer.train()
+        return drift_rows(tmp_path / name / "run")
+
+    at_once = rows("at once")
+    request.getfixturevalue("late")
+    later = rows("late")
+    assert [row["step"] for row in at_once] == [1, 2, 3, 4, 5, 6, 6], "every step, and the end"
+    assert later == at_once
+    assert all(row["qkguard/drift/q_rel"] > 0 for row in later)
 
 
 def test_what_fails_is_told_for_its_step_and_training_goes_on(base, tmp_path, beside, monkeypatch, caplog):
