@@ -86,9 +86,10 @@ def main() -> None:
             raise
         if type(error).__name__ == "NoArgsIsHelpError":  # `qkguard` alone: its message is the whole help
             print(error.format_message(), file=sys.stderr)
-            sys.exit(2)
-        command = getattr(getattr(error, "ctx", None), "command_path", "qkguard")
-        code = _fail(f"{error.format_message()} (see {command} --help)")
+            code = 2
+        else:
+            command = getattr(getattr(error, "ctx", None), "command_path", "qkguard")
+            code = _fail(f"{error.format_message()} (see {command} --help)")
     sys.exit(code if isinstance(code, int) else 0)
 
 

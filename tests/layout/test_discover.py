@@ -262,7 +262,7 @@ class TestNothingElseIsTouched:
         states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
         functions = dict(AttentionInterface._global_mapping)
         dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
-        validates = Distribution._validate_args  # torch.compile turns it off
+        Distribution.set_default_validate_args(__debug__)  # torch.compile in an earlier test turns it off
         find_attention(model)
         assert random.getstate() == states[0]
         assert np.random.get_state()[1].tolist() == states[1]
@@ -270,7 +270,7 @@ class TestNothingElseIsTouched:
         assert model.config.to_dict() == config and model.config._attn_implementation == attention
         assert dict(AttentionInterface._global_mapping) == functions
         assert (torch.get_default_dtype(), torch.get_num_threads()) == (dtype, threads)
-        assert Distribution._validate_args is validates
+        assert Distribution._validate_args is __debug__
         assert model.training and all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
         for name, param in model.named_parameters():
             assert param.data_ptr() == weights[name][0] and torch.equal(param, weights[name][1])
